@@ -1,0 +1,91 @@
+"""Settings: every ``HDCS_*`` environment variable, its default and its unit. One object, read once."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class CapacitySettings(BaseSettings):
+    """How many VMs a server node takes (formula: ``pool/rules.py``)."""
+
+    model_config = SettingsConfigDict(env_prefix="HDCS_CAPACITY_", extra="ignore")
+
+    memory_overcommit: float = Field(1.0, gt=0, description="Guest memory promised per MiB of host memory")
+    host_reserve_mib: int = Field(2048, ge=0, description="Host memory never given to guests")
+    vcpu_overcommit: float = Field(8.0, gt=0, description="vCPUs promised per effective core (Horizon plans 8 to 10)")
+    ht_credit: float = Field(0.25, ge=0, le=1, description="What a second hardware thread is worth, in cores")
+    target_utilisation: float = Field(0.8, gt=0, le=1, description="Share of the host's MHz to plan with")
+    mhz_per_vcpu: int = Field(250, ge=1, description="Average MHz a desktop's vCPU draws")
+    overhead_mib: int = Field(218, ge=0, description="Host memory per VM beside the guest's own")
+    overhead_per_vcpu_mib: int = Field(8, ge=0)
+    overhead_graphics_mib: int = Field(16, ge=0)
+    overhead_ratio: float = Field(0.002, ge=0, description="Page tables and the like, as a share of guest memory")
+    disk_overcommit: float = Field(2.0, gt=0, description="Virtual disk bytes promised per byte of storage")
+
+
+class Settings(BaseSettings):
+    """All settings of HDCS. A server node reads the same class and needs no database_url."""
+
+    model_config = SettingsConfigDict(env_prefix="HDCS_", extra="ignore")
+
+    # services
+    redis_url: str = Field("redis://127.0.0.1:6379/0", description="Broker, reservations and leases")
+    database_url: str = Field("sqlite:///hdcs.sqlite", description="SQLAlchemy URL; control plane only")
+    key_prefix: str = Field("hdcs:", description="Prefix of every Redis key")
+
+    # timing
+    lease_ttl_s: float = Field(30, gt=0, description="Life of a server node's or executor's lease without renewal")
+    sweep_s: float = Field(5, gt=0, description="Period of the recovery and lease sweeps")
+    step_deadline_s: float = Field(7200, gt=0, description="Longest time one attempt of a step may hold its lease")
+    attempts_max: int = Field(5, ge=1, description="Attempts before a step ends as failed (needs operator)")
+    park_deadline_s: float = Field(3600, gt=0, description="How long an operation waits for capacity before it fails")
+
+    # network
+    supernet: str = Field("10.128.0.0/12", description="Server nodes' virtual subnets are cut out of this")
+    subnet_prefix: int = Field(22, ge=16, le=29)
+    network_name: str = Field("hdcs", description="The libvirt network's name on every server node")
+    network_forward: Literal["open", "nat", "isolated"] = "open"
+    dhcp_lease_s: int = Field(3600, ge=120, description="DHCP lease time; an IP cools this long before it is reused")
+    mac_prefix: str = Field("52:54:00", pattern=r"^[0-9a-f]{2}(:[0-9a-f]{2}){2}$")
+
+    # console ports
+    port_first: int = Field(20000, ge=1024, le=65535)
+    port_last: int = Field(59999, ge=1024, le=65535)
+    ports_per_domain_node: int = Field(4000, ge=1, description="Size of each domain node's range")
+    port_cooling_s: float = Field(120, ge=0, description="Time between a VM's stop and the reuse of its port")
+
+    # server node
+    domain_node: str = Field("", description="This server's domain node (server node program)")
+    server_node: str = Field("", description="This server's name (server node program)")
+    server_node_ip: str = Field("", description="Address the other nodes reach this server by")
+    join_token_file: Path | None = Field(None, description="File that holds the domain node's join token")
+    libvirt_uri: str = "qemu:///system"
+    storage_root: Path = Field(Path("/srv/hdcs"), description="Mount point of the domain node's shared storage")
+    state_dir: Path = Field(Path("/var/lib/hdcs"), description="Local: outcome spool, locks")
+    virt_type: Literal["auto", "kvm", "qemu"] = Field("auto", description="auto probes KVM by booting on it")
+    migrate_unsafe: bool = Field(False, description="The storage is one file system libvirt takes for local (bind mount)")
+    node_concurrency: int = Field(2, ge=1, description="Long steps at once on one server node")
+    quick_concurrency: int = Field(4, ge=1, description="Short commands at once on one server node")
+    host_memory_mib: int = Field(0, ge=0, description="Overrides the memory libvirt reports (several nodes on one host)")
+
+    # idle reclamation
+    idle_after_s: float = Field(0, ge=0, description="Stop a VM idle this long; 0 turns reclamation off")
+    idle_cpu_percent: float = Field(10, ge=0, description="Below this share of one vCPU a guest counts as idle")
+    sample_s: float = Field(10, gt=0, description="Period of the monitoring sweep")
+
+    # logs
+    log_format: Literal["auto", "json", "console"] = "auto"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    capacity: CapacitySettings = Field(default_factory=CapacitySettings)
+
+
+@lru_cache(maxsize=1)
+def settings() -> Settings:
+    """The process's settings, read from the environment once."""
+    return Settings()
