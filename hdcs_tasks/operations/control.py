@@ -34,6 +34,17 @@ Done = Callable[["Tx", Operation, Step, dict[str, Any]], None]
 Failed = Callable[["Tx", Operation, Step, HdcsError], None]
 ON_DONE: dict[str, Done] = {}
 ON_FAILED: dict[str, Failed] = {}
+ON_START: dict[str, Callable[["Tx", Operation], None]] = {}
+
+
+def on_start(kind: str) -> Callable[[Callable[[Tx, Operation], None]], Callable[[Tx, Operation], None]]:
+    """Register what adds the first step of this kind of operation, from the records as they are when it begins."""
+
+    def register(function: Callable[[Tx, Operation], None]) -> Callable[[Tx, Operation], None]:
+        ON_START[kind] = function
+        return function
+
+    return register
 
 
 def on_done(*steps: str) -> Callable[[Done], Done]:
@@ -86,12 +97,20 @@ class Control:
 
     @contextmanager
     def transaction(self) -> Iterator[Tx]:
-        """One transaction and, after its commit, its messages. An integrity error is a Conflict."""
+        """One transaction and, after its commit, its messages. An integrity error is a Conflict.
+
+        What the use case reserved in Redis is given back when the transaction fails (``Tx.undo``).
+        """
+        undo: list[Callable[[], None]] = []
         try:
             with self.store.session() as session:
-                tx = Tx(session, self)
+                tx = Tx(session, self, undo)
                 yield tx
-        except IntegrityError as error:
+        except BaseException as error:
+            for action in reversed(undo):
+                action()
+            if not isinstance(error, IntegrityError):
+                raise
             raise Conflict(
                 "somebody else changed the same records at the same time", next="Look again and retry",
                 details={"database": str(error.orig)},
@@ -102,9 +121,10 @@ class Control:
 class Tx:
     """A use case's transaction: the session, and what is to happen after the commit."""
 
-    def __init__(self, session: Session, control: Control) -> None:
+    def __init__(self, session: Session, control: Control, undo: list[Callable[[], None]]) -> None:
         self.session = session
         self.control = control
+        self._undo = undo
         self._to_publish: list[Step] = []
         self._after: list[Callable[[], None]] = []
 
@@ -150,6 +170,9 @@ class Tx:
         if blocking is not None:
             operation.phase = f"waits for {blocking.kind} {blocking.id} to end"
             self.ask_cancel(blocking)
+            self.session.refresh(operation)
+        elif kind in ON_START:
+            ON_START[kind](self, operation)
         return operation
 
     def live_operation(self, vm: Vm) -> Operation | None:
@@ -158,7 +181,7 @@ class Tx:
     def step(
         self, operation: Operation, name: str, queue: str, spec: dict[str, Any], *, node: str | None = None
     ) -> Step:
-        """Add the operation's next step; it is published after the commit (or when what it waits for has ended)."""
+        """Add the operation's next step; it is published after the commit."""
         seq = 1 + (self.session.scalar(
             select(Step.seq).where(Step.operation_id == operation.id).order_by(Step.seq.desc()).limit(1)
         ) or 0)  # fmt: skip
@@ -169,8 +192,7 @@ class Tx:
         )  # fmt: skip
         self.session.add(step)
         self.session.flush()
-        if operation.waits_for is None:
-            self.publish(step)
+        self.publish(step)
         return step
 
     def publish(self, step: Step, *, queue: str | None = None) -> None:
@@ -227,9 +249,7 @@ class Tx:
         operation.waits_for = None
         operation.live_vm = operation.vm_id
         self.session.flush()
-        for step in operation.steps:
-            if step.state is StepState.PENDING:
-                self.publish(step)
+        ON_START[operation.kind](self, operation)
 
     def _child_ended(self, parent_id: str) -> None:
         parent = self.session.get(Operation, parent_id, with_for_update=True)
@@ -276,6 +296,10 @@ class Tx:
         settle_failed(self, step, from_dict({"code": "cancelled", "message": "cancelled before it began"}))
 
     # --- after the commit
+
+    def undo(self, action: Callable[[], None]) -> None:
+        """Run ``action`` if this transaction fails: give back what was reserved for it."""
+        self._undo.append(action)
 
     def after(self, action: Callable[[], None]) -> None:
         """Run ``action`` after the commit, before the messages."""

@@ -169,6 +169,7 @@ class Vm(Base):
     state_at: Mapped[datetime] = mapped_column(default=now)
     started_at: Mapped[datetime | None]
     active_at: Mapped[datetime | None]
+    ready_at: Mapped[datetime | None]
     observed_state: Mapped[str | None] = mapped_column(String(20))
     observed_at: Mapped[datetime | None]
     deleted_at: Mapped[datetime | None]

@@ -1,0 +1,42 @@
+"""Request tasks: how a Celery caller without a database asks. Only these keep a result: the request as accepted.
+
+An error of ours travels as ``{"error": {code, message, next, details}}`` instead of a pickled exception, so that any
+caller can read it. No result at all means: not acknowledged, send again with the same task id (the idempotency key).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from celery import Task
+
+from hdcs_tasks.app import app
+from hdcs_tasks.errors import HdcsError, Unreachable, from_dict
+
+
+def request_task(name: str) -> Callable[[Callable[..., dict[str, Any]]], Task]:
+    """Register a request task. Its function returns a JSON-able dict and may raise HdcsError."""
+
+    def register(function: Callable[..., dict[str, Any]]) -> Task:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> dict[str, Any]:
+            try:
+                return function(*args, **kwargs)
+            except Unreachable:
+                raise  # not acknowledged: the caller asks again
+            except HdcsError as error:
+                return {"error": error.to_dict()}
+
+        task: Task = app.task(name=name, ignore_result=False)(run)
+        return task
+
+    return register
+
+
+def unwrap(answer: dict[str, Any]) -> dict[str, Any]:
+    """The answer of a request task, or the error it carries, raised."""
+    if "error" in answer and isinstance(answer["error"], dict) and "code" in answer["error"] and len(answer) == 1:
+        raise from_dict(answer["error"])
+    return answer
