@@ -59,7 +59,9 @@ def add(control: Control, name: str, path: str, asked: Asked, *, domain_nodes: S
 
 
 def _image_for(tx: Tx, name: str, wanted: Sequence[str]) -> Image:
-    newest = tx.session.scalar(select(func.max(Image.version)).where(Image.name == name))
+    # A version that never became ready is free again; one that did is named by backups for ever.
+    used = (Image.name == name) & (Image.deleted_at.is_(None) | Image.sha256.is_not(None))
+    newest = tx.session.scalar(select(func.max(Image.version)).where(used))
     if newest is not None:
         image = tx.session.scalar(
             select(Image).where(Image.name == name, Image.version == newest, Image.deleted_at.is_(None))
