@@ -104,7 +104,7 @@ class Profile(Base):
     vcpus: Mapped[int]
     memory_mib: Mapped[int]
     disk_bytes: Mapped[int | None]
-    usb: Mapped[str] = mapped_column(String(10), default="off")
+    usb: Mapped[str] = mapped_column(String(255), default="off")
 
 
 class Image(Base):
@@ -159,7 +159,7 @@ class Vm(Base):
     vcpus: Mapped[int]
     memory_mib: Mapped[int]
     disk_bytes: Mapped[int]
-    usb: Mapped[str] = mapped_column(String(10), default="off")
+    usb: Mapped[str] = mapped_column(String(255), default="off")
     mac: Mapped[str] = mapped_column(String(17))
     port: Mapped[int | None]
     ip: Mapped[str | None] = mapped_column(String(45))

@@ -14,10 +14,10 @@ from hdcs_tasks.operations.recovery import wake_parked
 from hdcs_tasks.pool import rules as pool_rules
 from hdcs_tasks.pool.control import IN_POOL, get_server_node
 from hdcs_tasks.routing import direct_queue, quick_queue
-from hdcs_tasks.states import VM_HOLDS_GUEST, VmState
+from hdcs_tasks.states import VmState
 from hdcs_tasks.store.models import Operation, Step, Vm, now
 from hdcs_tasks.store.transitions import move
-from hdcs_tasks.vm.rules import COMMANDS, Command, wrong_state_hint
+from hdcs_tasks.vm.rules import COMMANDS, Command, check_usb, wrong_state_hint
 
 
 def get_vm(session: Session, name: str) -> Vm:
@@ -61,6 +61,20 @@ def view(vm: Vm) -> dict[str, Any]:
         | {"state": vm.state.value}
         | {key: at.isoformat() if (at := getattr(vm, key)) else None for key in moments}
     )
+
+
+def show(control: Control, name: str) -> dict[str, Any]:
+    with control.store.read() as session:
+        return view(get_vm(session, name))
+
+
+def set_usb(control: Control, name: str, policy: str) -> dict[str, Any]:
+    """Record the USB policy (on, off or a SPICE filter); it takes effect at the next start."""
+    check_usb(policy)
+    with control.transaction() as tx:
+        vm = get_vm(tx.session, name)
+        vm.usb = policy
+        return view(vm)
 
 
 # --- start
@@ -296,6 +310,3 @@ def forget(tx: Tx, vm: Vm) -> None:
     tx.after(lambda: control.reservations.macs.release(vm_id))
     tx.after(lambda: control.reservations.disks.release(home, vm_id))
 
-
-def holds_guest(vm: Vm) -> bool:
-    return vm.state in VM_HOLDS_GUEST

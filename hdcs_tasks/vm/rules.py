@@ -85,3 +85,12 @@ def wrong_state_hint(verb: str, state: VmState) -> str:
         ("migrate", _S.STOPPED): "A stopped VM of this domain node starts on any of its server nodes",
     }
     return hints.get((verb, state), "Look at it with: hdcs vm show")
+
+
+_USB_RULE = re.compile(r"(0x[0-9a-fA-F]{1,2}|-1)(,(0x[0-9a-fA-F]{1,4}|-1)){2},-1,[01]")
+
+
+def check_usb(policy: str) -> None:
+    """Raise Invalid unless ``policy`` is on, off, or a SPICE filter: ``class,vendor,product,-1,allow`` joined by '|'."""
+    if policy not in ("on", "off") and not all(_USB_RULE.fullmatch(rule.strip()) for rule in policy.split("|")):
+        raise Invalid(f"{policy!r} is not a USB policy", next="Use on, off, or e.g. 0x08,-1,-1,-1,1|-1,-1,-1,-1,0")
