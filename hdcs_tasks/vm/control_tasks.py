@@ -8,7 +8,7 @@ from hdcs_tasks.operations.control import Asked
 from hdcs_tasks.operations.control_tasks import control
 from hdcs_tasks.operations.requests import asked_by_task, request_task
 from hdcs_tasks.operations.views import view
-from hdcs_tasks.vm import control as vms
+from hdcs_tasks.vm import control as vm_control
 from hdcs_tasks.vm import control_clone, control_migrate
 
 
@@ -23,16 +23,16 @@ def clone(
 
 @request_task("vm.start")
 def start(vm: str, node: str | None = None, by: str = "celery", reason: str = "") -> dict[str, Any]:
-    return view(vms.start(control(), vm, asked_by_task(by, reason), pin=node))
+    return view(vm_control.start(control(), vm, asked_by_task(by, reason), pin=node))
 
 
 @request_task("vm.start_all")
-def start_all(vms_: list[str], by: str = "celery", reason: str = "") -> dict[str, Any]:
-    return view(vms.start_many(control(), vms_, asked_by_task(by, reason)))
+def start_all(vms: list[str], by: str = "celery", reason: str = "") -> dict[str, Any]:
+    return view(vm_control.start_many(control(), vms, asked_by_task(by, reason)))
 
 
 def _command(verb: str, vm: str, asked: Asked, **options: Any) -> dict[str, Any]:
-    return view(vms.command(control(), verb, vm, asked, **options))
+    return view(vm_control.command(control(), verb, vm, asked, **options))
 
 
 @request_task("vm.stop")
@@ -62,7 +62,7 @@ def save(vm: str, by: str = "celery", reason: str = "") -> dict[str, Any]:
 
 @request_task("vm.delete")
 def delete(vm: str, by: str = "celery", reason: str = "") -> dict[str, Any]:
-    return view(vms.delete(control(), vm, asked_by_task(by, reason)))
+    return view(vm_control.delete(control(), vm, asked_by_task(by, reason)))
 
 
 @request_task("vm.migrate")
