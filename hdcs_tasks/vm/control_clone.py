@@ -175,10 +175,8 @@ def new_vm(
     vm.mac = control.reservations.macs.take(vm_id)
     tx.undo(lambda: control.reservations.macs.release(vm_id))
     row = get_domain_node(tx.session, home)
-    limit = None
-    if row.storage_total_bytes is not None:
-        limit = int(row.storage_total_bytes * control.settings.capacity.disk_overcommit)
-    control.reservations.disks.claim(home, vm_id, shape.disk_bytes, limit)
+    limit_bytes = int((row.storage_total_bytes or 0) * control.settings.capacity.disk_overcommit)
+    control.reservations.disks.claim(home, vm_id, shape.disk_bytes, limit_bytes)
     tx.undo(lambda: control.reservations.disks.release(home, vm_id))
     tx.session.add(vm)
     tx.session.flush()
