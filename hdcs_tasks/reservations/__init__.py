@@ -67,8 +67,9 @@ class Reservations:
         """Replace every reservation by the snapshot's and open the epoch; allocation is closed until it is done.
 
         Server nodes that registered but are not in the snapshot stay registered. Ports of VMs without a claim cool for
-        ``port_cooling_s`` from now; IPs that cooled are free again, but given out after all never used. Invalid: the snapshot gives something
-        twice. If Redis restarts meanwhile allocation stays closed: rebuild again. Steps and leases are left alone.
+        ``port_cooling_s`` from now; IPs that cooled are free again, but given out after all never used. Invalid: the
+        snapshot gives something twice. If Redis restarts meanwhile allocation stays closed: rebuild again. Steps and
+        leases are left alone.
         """
         _rebuild.rebuild(self._link, self.epoch, self.dump(), snapshot, port_cooling_s)
 
