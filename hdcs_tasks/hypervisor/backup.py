@@ -221,7 +221,9 @@ class _Push:
         disks = [d for d in root.findall("./devices/disk") if d.get("device", "disk") == "disk"]
         found = [t.get("dev", "") for d in disks for t in d.findall("target")]
         if self.disk_target not in found:
-            raise WrongState(f"guest {self.vm_id} has no disk {self.disk_target}", next="Its disks: " + ", ".join(found))
+            raise WrongState(
+                f"guest {self.vm_id} has no disk {self.disk_target}", next="Its disks: " + ", ".join(found)
+            )
         return found
 
     def _refuse_unknown(self, since: str | None) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from hdcs_tasks.hypervisor.processes import run
 _GRANULARITY = 65536
 _ZERO_MAX = 1 << 30  # qemu-io refuses requests of 2 GiB
 _COMMANDS_AT_ONCE = 400
+_MAP_PART = 1 << 30
 _TIMEOUT_S = 600.0
 
 
@@ -27,15 +28,17 @@ def bitmaps(disk: Path) -> dict[str, bool]:
     return {each["name"]: "in-use" not in each["flags"] for each in found}
 
 
-def ensure_seed(disk: Path) -> bool:
+def ensure_seed(disk: Path, *, keep: Collection[str] | None = None) -> bool:
     """Give ``disk`` a sound seed bitmap that marks all its own clusters; True if it had none.
 
     Call it on a new overlay, on a restored or imported disk, and before the start of a VM whose QEMU died. Broken
-    bitmaps are removed; the backup points they stood for are lost, so the next backup is a full one.
+    bitmaps are removed, and with ``keep`` all but the seed and the named: a backup point whose bitmap is gone makes
+    the next backup a full one.
     """
     found = bitmaps(disk)
     for name, sound in found.items():
-        if not sound:
+        wanted = keep is None or name == SEED or name in keep
+        if not (sound and wanted):
             run(["qemu-img", "bitmap", "--remove", str(disk), name], timeout_s=_TIMEOUT_S)
     if found.get(SEED, False):
         return False
@@ -73,14 +76,18 @@ def _cut(marks: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 
 def _own_extents(disk: Path) -> Iterator[tuple[int, int]]:
-    """(offset, length) of what the top layer of ``disk`` holds, zeros included: they hide the base, too."""
-    for each in json.loads(run(["qemu-img", "map", "--output=json", str(disk)], timeout_s=_TIMEOUT_S)):
-        if each["depth"] == 0 and (each.get("present", True) or each["zero"]):
-            yield each["start"], each["length"]
+    """(offset, length) of what the top layer of ``disk`` holds, zeros included: they hide the base, too.
+
+    In parts, as the map of a large fragmented disk is more text than a child may write.
+    """
+    for start in range(0, _info(disk)["virtual-size"], _MAP_PART):
+        argv = ["qemu-img", "map", "--output=json", f"--start-offset={start}", f"--max-length={_MAP_PART}", str(disk)]
+        for each in json.loads(run(argv, timeout_s=_TIMEOUT_S).stdout):
+            if each["depth"] == 0 and (each.get("present", True) or each["zero"]):
+                yield each["start"], each["length"]
 
 
 def _info(disk: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(
-        run(["qemu-img", "info", "--output=json", "-f", "qcow2", str(disk)], timeout_s=_TIMEOUT_S)
-    )
+    argv = ["qemu-img", "info", "--output=json", "-f", "qcow2", str(disk)]
+    found: dict[str, Any] = json.loads(run(argv, timeout_s=_TIMEOUT_S).stdout)
     return found

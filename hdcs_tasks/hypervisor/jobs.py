@@ -132,9 +132,7 @@ def completed_job(host: Host, guest: Any) -> Iterator[Callable[[float], dict[str
         return dict(seen)
 
     with libvirt_errors("listen for the end of a job"):
-        handle = host.conn.domainEventRegisterAny(
-            guest, libvirt.VIR_DOMAIN_EVENT_ID_JOB_COMPLETED, on_completed, None
-        )
+        handle = host.conn.domainEventRegisterAny(guest, libvirt.VIR_DOMAIN_EVENT_ID_JOB_COMPLETED, on_completed, None)
     try:
         yield wait
     finally:
