@@ -16,6 +16,7 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from hdcs_tasks.errors import Cancelled, HypervisorRefused, Unavailable
@@ -158,10 +159,8 @@ def _end(child: subprocess.Popen[bytes]) -> None:
     for number, patience_s in ((signal.SIGTERM, 2.0), (signal.SIGKILL, 10.0)):
         if child.poll() is not None:
             return
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(child.pid, number)
-        except ProcessLookupError:
-            pass
         try:
             child.wait(patience_s)
         except subprocess.TimeoutExpired:
