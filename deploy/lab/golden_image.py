@@ -7,7 +7,7 @@ a reboot and in a backup. 96 MiB of memory are enough.
     python -m deploy.lab.golden_image [--cache DIR] [--out FILE]
 
 In the guest: agent with guest-exec, freeze and shutdown; DHCP asked anew after each bounce of the link; ACPI power
-button; ``/run/tick`` (counter, uptime, longest gap: see guest/tick); ``burn SECONDS``.
+button; ``/run/tick`` (counter, uptime, longest gap: see guest/tick.c); ``burn SECONDS``.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ ROOT_MODULES = ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4")
 GUEST_MODULES = ("virtio_console", "virtio_net", "virtio_balloon", "virtio_rng", "button", "evdev", "af_packet")
 GRUB_MODULES = ("biosdisk", "part_msdos", "ext2", "linux", "boot")
 ROOT_FILES = {  # where each file of guest/ goes; all executable, which hurts none of them
-    "inittab": "etc/inittab", "rcS": "etc/rcS", "udhcpc.script": "etc/udhcpc.script", "tick": "bin/tick",
+    "inittab": "etc/inittab", "rcS": "etc/rcS", "udhcpc.script": "etc/udhcpc.script",
     "guest-agent": "bin/guest-agent", "netd": "bin/netd", "burn": "bin/burn", "shutdown": "sbin/shutdown",
     "power-button": "etc/acpi/PWRF/00000080",
 }  # fmt: skip
@@ -223,6 +223,7 @@ def _fill_root(root: Path, unpacked: Path, kernel_dir: Path) -> None:
         (root / place).chmod(0o755)
     (root / "etc/passwd").write_text("root::0:0:root:/root:/bin/sh\n")
     (root / "etc/group").write_text("root:x:0:\n")
+    _run("gcc", "-Os", "-s", "-o", root / "bin/tick", GUEST / "tick.c")  # the libraries it needs come with the agent
     _install_agent(root, unpacked)
 
 
