@@ -2,8 +2,8 @@
 
 Two kinds. The **seed** bitmap is in the disk from its clone on and marks every cluster of the VM's own layer, so that a
 full backup "since the seed" holds that layer and never the base image. The others are backup points. The bitmaps
-live in the qcow2 file and survive stop, kill of libvirtd and live migration; libvirt's records survive none of
-these moves of the guest and are put back with ``redefine_checkpoints``. A QEMU that dies breaks the bitmaps it had open.
+live in the qcow2 file and survive stop, kill of libvirtd and live migration; libvirt's records survive neither
+stop nor migration and are put back with ``redefine_checkpoints``. A QEMU that dies breaks the bitmaps it had open.
 """
 
 from __future__ import annotations

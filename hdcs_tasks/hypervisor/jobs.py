@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,20 +138,17 @@ def completed_job(host: Host, guest: Any) -> Iterator[Callable[[float], dict[str
     finally:
         conn = host.conn
         if conn is not None and host.alive():
-            try:
+            with suppress(libvirt.libvirtError):  # a connection that goes away takes its callbacks with it
                 conn.domainEventDeregisterAny(handle)
-            except libvirt.libvirtError:
-                pass  # the connection went away in between; its callbacks went with it
 
 
 def abort(guest: Any, *, timeout_s: float = ABORT_TIMEOUT_S) -> bool:
     """Abort the job of ``guest`` and wait for its end. True if none runs any more; False if it would not end."""
     deadline = time.monotonic() + timeout_s
     while job_of(guest) is not None:
-        try:
+        # It may have ended this moment, or be in a phase that cannot be aborted yet: look again.
+        with suppress(libvirt.libvirtError):
             guest.abortJob()
-        except libvirt.libvirtError:
-            pass  # it may have ended this moment, or be in a phase that cannot be aborted yet: look again
         if time.monotonic() >= deadline:
             return False
         time.sleep(POLL_S)

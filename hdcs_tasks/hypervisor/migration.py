@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -258,10 +259,8 @@ class _Migration:
         """Abort until the call ends: an abort before libvirt has begun the job is refused, so once is not enough."""
         give_up = time.monotonic() + ABORT_TIMEOUT_S
         while call.is_alive() and time.monotonic() < give_up:
-            try:
+            with suppress(libvirt.libvirtError):  # not begun, or just ended: the call's own end decides
                 self.guest.abortJob()
-            except libvirt.libvirtError:
-                pass  # not begun, or just ended: the call's own end decides
             call.join(POLL_S)
 
     def _check(self, call: _Call, stopped: Exception | None) -> None:

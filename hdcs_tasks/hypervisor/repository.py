@@ -98,7 +98,7 @@ class Repository:
         _write_durably(manifest, content)
         return point
 
-    def list(self, vm_id: str | None = None, damaged: list[str] | None = None) -> list[Point]:
+    def points(self, vm_id: str | None = None, damaged: list[str] | None = None) -> list[Point]:
         """All points (of one VM), oldest chain first, in order. Unreadable manifests are named in ``damaged``."""
         pattern = "*/*/*.json" if vm_id is None else f"{manifests.check_vm_id(vm_id)}/*/*.json"
         found = []
@@ -117,7 +117,7 @@ class Repository:
     def get(self, vm_id: str, point_id: str) -> Point:
         """The point with this id; raises NotFound (also when its manifest is damaged, and says so)."""
         damaged: list[str] = []
-        for point in self.list(vm_id, damaged):
+        for point in self.points(vm_id, damaged):
             if point.id == point_id:
                 return point
         why = f" (damaged: {'; '.join(damaged)})" if damaged else ""
@@ -222,7 +222,7 @@ class Repository:
     def delete_chain(self, vm_id: str, chain: str) -> int:
         """Delete all points of a chain, last first, and its leftovers; returns how many points there were."""
         folder = self.chain_folder(vm_id, chain)
-        points = [p for p in self.list(vm_id) if p.chain == chain]
+        points = [p for p in self.points(vm_id) if p.chain == chain]
         for point in sorted(points, key=lambda p: -p.seq):
             self.delete(point)
         for left in [*folder.glob("*.json"), *folder.glob("*.qcow2"), *folder.glob(f".*{_PARTIAL}*")]:
@@ -231,7 +231,7 @@ class Repository:
         return len(points)
 
     def leftovers(self, vm_id: str | None = None) -> Iterator[Path]:
-        """Files that are no point: partial files, and files whose manifest is missing. Of dead attempts, or being made."""
+        """Files that are no point (partial, or without manifest): of dead attempts, or just being made."""
         pattern = "*/*/*" if vm_id is None else f"{manifests.check_vm_id(vm_id)}/*/*"
         for path in self.folder.glob(pattern):
             orphan = path.suffix == ".qcow2" and not path.with_suffix(".json").exists()
@@ -239,7 +239,7 @@ class Repository:
                 yield path
 
     def _chain(self, point: Point) -> list[Point]:
-        return [p for p in self.list(point.vm_id) if p.chain == point.chain]
+        return [p for p in self.points(point.vm_id) if p.chain == point.chain]
 
     def _read(self, path: Path) -> Point:
         where = str(path.relative_to(self.folder))
