@@ -1,8 +1,8 @@
 """Builds ``mini.qcow2``, the lab's golden image: a tiny Linux with qemu-guest-agent that boots from its own disk.
 
-Everything in it comes from Debian's packages (kernel, busybox, agent, its libraries, GRUB), fetched with apt and unpacked
-into a cache; nothing is installed. The root file system is a real, writable ext4: what a guest writes is still there after
-a reboot and in a backup. 96 MiB of memory are enough.
+Everything in it comes from Debian's packages (kernel, busybox, agent, its libraries, GRUB), fetched with apt and
+unpacked into a cache; nothing is installed. The root file system is a real, writable ext4: what a guest writes is still
+there after a reboot and in a backup. 96 MiB of memory are enough.
 
     python -m deploy.lab.golden_image [--cache DIR] [--out FILE]
 
@@ -178,7 +178,18 @@ def _grub_core(unpacked: Path, work: Path) -> bytes:
     core = work / "core.img"
     mkimage = _with_libraries(unpacked, unpacked / "usr/bin/grub-mkimage")
     grub = unpacked / "usr/lib/grub/i386-pc"
-    options = ["-O", "i386-pc", "-d", grub, "-p", "(hd0,msdos1)/boot", "-c", GUEST / "grub.cfg", "-o", core]
+    options: list[str | Path] = [
+        "-O",
+        "i386-pc",
+        "-d",
+        grub,
+        "-p",
+        "(hd0,msdos1)/boot",
+        "-c",
+        GUEST / "grub.cfg",
+        "-o",
+        core,
+    ]
     _run(*mkimage, *options, *GRUB_MODULES)
     return core.read_bytes()
 
@@ -244,7 +255,7 @@ def _install_agent(root: Path, unpacked: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m deploy.lab.golden_image", description="Build the lab's golden image")
+    parser = argparse.ArgumentParser(prog="python -m deploy.lab.golden_image", description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=None, help="folder for packages and images (HDCS_LAB_CACHE)")
     parser.add_argument("--out", type=Path, default=None, help="also copy the image to this file")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""A bootable disk as plain bytes: cpio archive, kernel modules in load order, MBR with GRUB in the gap before the partition.
+"""A bootable disk as plain bytes: cpio archive, kernel modules in load order, MBR with GRUB before the partition.
 
 Needs no loop device, no mount and no root.
 """
@@ -46,8 +46,8 @@ def _cpio_entry(out: bytearray, inode: int, mode: int, name: str, data: bytes) -
 def modules_in_order(kernel_dir: Path, wanted: Iterable[str]) -> list[Path]:
     """The files of the ``wanted`` modules and all they depend on, dependencies first.
 
-    ``kernel_dir`` is ``lib/modules/VERSION``. A wanted module that is built in (or absent) is left out: the boot test shows
-    whether it was needed. Reads ``depends=`` from the modules themselves, so no depmod run is needed.
+    ``kernel_dir`` is ``lib/modules/VERSION``. A wanted module that is built in (or absent) is left out: the boot test
+    shows whether it was needed. Reads ``depends=`` from the modules themselves, so no depmod run is needed.
     """
     files = {p.stem.replace("-", "_"): p for p in kernel_dir.rglob("*.ko")}
     order: list[Path] = []
@@ -72,7 +72,7 @@ def _module_depends(path: Path) -> Iterator[str]:
 
 
 def write_disk(raw: Path, root: Path, size_mib: int, boot_img: Path, core_img: bytes, label: str) -> None:
-    """Write ``raw`` (bytes on disk: sparse): MBR with GRUB's boot sector, its core image, one ext4 partition made from ``root``."""
+    """Write ``raw`` (sparse): MBR with GRUB's boot sector, its core image, one ext4 partition made from ``root``."""
     room = PARTITION_START - SECTOR
     if len(core_img) > room:
         raise ValueError(f"GRUB's core image has {len(core_img)} bytes, the gap before the partition {room}")

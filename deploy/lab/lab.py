@@ -4,8 +4,8 @@
     nodeN    one server node on <net>.1N: own libvirtd, own /run, the domain node's storage on ``SRV``
     <net>.1  this machine, by one veth
 
-Everything lives in the lab's folder and in namespaces without names, so ``down`` leaves nothing behind, and what a killed
-lab left is found by the mark in its processes' environment and cleaned by the next ``up``.
+Everything lives in the lab's folder and in namespaces without names, so ``down`` leaves nothing behind, and what a
+killed lab left is found by the mark in its processes' environment and cleaned by the next ``up``.
 """
 
 from __future__ import annotations
@@ -194,7 +194,12 @@ class Lab:
     # -- processes
 
     def run(
-        self, node: str, argv: Sequence[str], env: Mapping[str, str] | None = None, timeout_s: float = 60, check: bool = True
+        self,
+        node: str,
+        argv: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        timeout_s: float = 60,
+        check: bool = True,
     ) -> subprocess.CompletedProcess[str]:
         """Run a short command on a server node with its settings; HdcsError if it fails and ``check`` is set."""
         return self.space(node).run(argv, self.env(node) | dict(env or {}), timeout_s, check)
@@ -202,7 +207,7 @@ class Lab:
     def spawn(
         self, node: str | None, argv: Sequence[str], env: Mapping[str, str] | None = None, log: Path | None = None
     ) -> int:
-        """Start a long-lived process on a server node, or on this machine (``None``), with the settings of ``env(node)``.
+        """Start a long-lived process on a server node, or on this machine (``None``), with the settings ``env(node)``.
 
         ``env`` adds to them. Output goes to ``log`` (default ``logs/<node>-<program>.log``). Returns the host pid. The
         process outlives this one and ends with the lab, or with its server node's power.
@@ -269,7 +274,12 @@ class Lab:
         for folder in ("hub", "redis", "logs", "tokens", "control"):
             (self.root / folder).mkdir(parents=True)
         self.redis.password = secrets.token_urlsafe(18)
-        state = {"name": self.name, "net": self.net, "domain_nodes": self.domain_nodes, "redis_password": self.redis.password}
+        state = {
+            "name": self.name,
+            "net": self.net,
+            "domain_nodes": self.domain_nodes,
+            "redis_password": self.redis.password,
+        }
         file = self.root / "lab.json"
         file.touch(mode=0o600)
         file.write_text(json.dumps(state, indent=1))

@@ -36,7 +36,7 @@ class PrivateRedis:
             f"dir {self.folder}\n"
             "appendonly yes\n"
             "appendfsync everysec\n"
-            "save \"\"\n"
+            'save ""\n'
             "maxmemory 512mb\n"
             "maxmemory-policy noeviction\n"
             "daemonize no\n"

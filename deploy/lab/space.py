@@ -1,7 +1,7 @@
 """One machine of the lab: network, mount, uts, ipc and pid namespaces below a PID 1 that reaps.
 
-Nothing here has a name in the kernel: namespaces, mounts and links live exactly as long as the space's processes, so the
-end of its PID 1 is the end of all of it. Processes are found again by a mark in their environment, never by name.
+Nothing here has a name in the kernel: namespaces, mounts and links live exactly as long as the space's processes, so
+the end of its PID 1 is the end of all of it. Processes are found again by a mark in their environment, never by name.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Space:
     def go(self) -> None:
         """Let the script of ``unshare`` run on: its network links are in place."""
         boot = self._boot
-        assert boot is not None and boot.stdin is not None
+        assert boot is not None
+        assert boot.stdin is not None
         boot.stdin.write(b"go\n")
         boot.stdin.close()
 
@@ -96,7 +97,9 @@ class Space:
                 env=self._env(env),
             )  # fmt: skip
         self._children.append(entered)
-        wait_until(lambda: _children(entered.pid) or entered.poll() is not None, 5, f"{argv[0]} did not start", self.tail)
+        wait_until(
+            lambda: _children(entered.pid) or entered.poll() is not None, 5, f"{argv[0]} did not start", self.tail
+        )
         inside = _children(entered.pid)
         if not inside:
             raise HdcsError(f"{self.name}: {argv[0]} ended at once with {entered.wait()}", next=f"Read {log}")
@@ -176,7 +179,9 @@ def kill_marked(mark: str, timeout_s: float = 10) -> int:
     seen: set[int] = set()
     while left := [p for p in marked(mark) if not _zombie(p)]:
         if time.monotonic() > deadline:
-            raise HdcsError(f"processes {left} of the lab do not end", next="Look at them in /proc, then run down again")
+            raise HdcsError(
+                f"processes {left} of the lab do not end", next="Look at them in /proc, then run down again"
+            )
         for pid in left:
             seen.add(pid)
             with contextlib.suppress(ProcessLookupError):
@@ -190,7 +195,7 @@ def pids() -> list[int]:
 
 
 def start_time(pid: int) -> int:
-    """Clock ticks since boot at which ``pid`` started; with the pid it names a process for good. 0: gone or a zombie."""
+    """Clock ticks since boot at which ``pid`` started; with the pid it names a process for good. 0: gone, zombie."""
     stat = _stat(pid)
     return int(stat[19]) if stat and stat[0] != "Z" else 0
 
@@ -228,4 +233,3 @@ def wait_until(done: Callable[[], object], timeout_s: float, what: str, why: Cal
         if time.monotonic() > deadline:
             raise HdcsError(f"{what} after {timeout_s:g} s: {why()}")
         time.sleep(0.01)
-
