@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hdcs_tasks.hypervisor import backup as guest_backup
 from hdcs_tasks.hypervisor import guests, storage
 from hdcs_tasks.hypervisor.checkpoints import delete_checkpoint, keep_checkpoints
 from hdcs_tasks.hypervisor.locks import vm_lock
-from hdcs_tasks.hypervisor.manifests import BaseImage, Point, as_dict
+from hdcs_tasks.hypervisor.manifests import BaseImage, Point
 from hdcs_tasks.hypervisor.repository import Repository
 from hdcs_tasks.operations.node import HandOver, Run
 
@@ -38,7 +39,7 @@ def create(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
             done = _write(run, spec, layout, repository)
     return {
         "node": ctx.server_node, "checkpoint": done.checkpoint, "file_bytes": done.file_bytes, "sha256": done.sha256,
-        "consistency": done.consistency, "manifest": as_dict(done) | {"image": spec["image"]},
+        "consistency": done.consistency, "manifest": asdict(done) | {"image": spec["image"]},
     }  # fmt: skip
 
 

@@ -138,7 +138,7 @@ def _take_lease(control: Control, request: JoinRequest) -> None:
 
 def _record(tx: Tx, request: JoinRequest, subnet: str) -> ServerNode:
     config = tx.control.settings.capacity
-    facts = rules.HostShape(**request.facts)
+    facts = rules.NodeFacts(**request.facts)
     vcpus = rules.schedulable_vcpus(facts, config)
     memory_mib = rules.schedulable_memory_mib(facts, config)
     node = tx.session.get(ServerNode, request.server_node)

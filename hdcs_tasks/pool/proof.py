@@ -16,7 +16,7 @@ from typing import Any
 class JoinRequest:
     """What a server node sends to join.
 
-    ``facts``: the fields of ``rules.HostShape``; ``storage``: ``total_bytes`` and ``free_bytes`` of the domain node's
+    ``facts``: the fields of ``rules.NodeFacts``; ``storage``: ``total_bytes`` and ``free_bytes`` of the domain node's
     storage as mounted there; ``at``: Unix time in seconds.
     """
 
