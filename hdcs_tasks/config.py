@@ -74,7 +74,7 @@ class Settings(BaseSettings):
     )
     node_concurrency: int = Field(2, ge=1, description="Long steps at once on one server node")
     quick_concurrency: int = Field(4, ge=1, description="Short commands at once on one server node")
-    host_memory_mib: int = Field(0, ge=0, description="Overrides the memory libvirt reports (several nodes on one host)")
+    host_memory_mib: int = Field(0, ge=0, description="Overrides the memory libvirt reports (many nodes on one host)")
 
     # placement
     placement: Literal["spread", "pack"] = Field(

@@ -79,10 +79,10 @@ class Membership:
             log.warning("left without a word", error=str(error))
 
 
-class MembershipStep(bootsteps.StartStopStep):  # type: ignore[misc]
+class MembershipStep(bootsteps.StartStopStep):
     """Worker-level: a consumer step would be torn down at every reconnect."""
 
-    requires = {"celery.worker.components:Pool"}
+    requires = ("celery.worker.components:Pool",)
 
     def __init__(self, worker: Any, **kwargs: Any) -> None:
         super().__init__(worker, **kwargs)
@@ -94,11 +94,12 @@ class MembershipStep(bootsteps.StartStopStep):  # type: ignore[misc]
     def stop(self, worker: Any) -> None:
         self._membership.stop()
 
-    terminate = stop
+    def terminate(self, worker: Any) -> None:
+        self._membership.stop()
 
 
-class WatcherStep(bootsteps.StartStopStep):  # type: ignore[misc]
-    requires = {"celery.worker.components:Pool"}
+class WatcherStep(bootsteps.StartStopStep):
+    requires = ("celery.worker.components:Pool",)
 
     def __init__(self, worker: Any, **kwargs: Any) -> None:
         super().__init__(worker, **kwargs)

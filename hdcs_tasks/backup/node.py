@@ -13,7 +13,7 @@ from hdcs_tasks.hypervisor import backup as guest_backup
 from hdcs_tasks.hypervisor import guests, storage
 from hdcs_tasks.hypervisor.checkpoints import delete_checkpoint, keep_checkpoints
 from hdcs_tasks.hypervisor.locks import vm_lock
-from hdcs_tasks.hypervisor.manifests import BaseImage, Point
+from hdcs_tasks.hypervisor.manifests import BaseImage, Kind, Point
 from hdcs_tasks.hypervisor.repository import Repository
 from hdcs_tasks.operations.node import HandOver, Run
 
@@ -52,7 +52,7 @@ def _published(repository: Repository, spec: dict[str, Any]) -> Point | None:
 
 
 def _write(run: Run, spec: dict[str, Any], layout: storage.StorageLayout, repository: Repository) -> Point:
-    kind = "full" if spec["kind"] == "full" else "inc"
+    kind: Kind = "full" if spec["kind"] == "full" else "inc"
     base = _base(spec)
     parent = repository.get(spec["vm_id"], spec["parent"]) if spec["parent"] else None
     if spec["parent"] and parent is None:

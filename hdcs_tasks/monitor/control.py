@@ -34,7 +34,7 @@ def sample_sweep(control: Control) -> int:
 
 
 def take_sample(control: Control, sample: dict[str, Any]) -> None:
-    """Record what a server node saw: ``{node, at, guests: [...], storage}``. An older sample than the last is dropped."""
+    """Record what a server node saw: ``{node, at, guests: [...], storage}``; one older than the last is dropped."""
     at = datetime.fromtimestamp(sample["at"], UTC)
     seen = {guest["vm_id"]: guest for guest in sample["guests"]}
     gone: list[str] = []

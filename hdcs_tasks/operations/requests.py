@@ -17,10 +17,10 @@ from hdcs_tasks.errors import HdcsError, Unreachable
 from hdcs_tasks.operations.control import Asked
 
 
-def request_task(name: str) -> Callable[[Callable[..., dict[str, Any]]], Task]:
+def request_task(name: str) -> Callable[[Callable[..., dict[str, Any]]], Task[..., Any]]:
     """Register a request task. Its function returns a JSON-able dict and may raise HdcsError."""
 
-    def register(function: Callable[..., dict[str, Any]]) -> Task:
+    def register(function: Callable[..., dict[str, Any]]) -> Task[..., Any]:
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> dict[str, Any]:
             try:
@@ -30,7 +30,7 @@ def request_task(name: str) -> Callable[[Callable[..., dict[str, Any]]], Task]:
             except HdcsError as error:
                 return {"error": error.to_dict()}
 
-        task: Task = app.task(name=name, ignore_result=False)(run)
+        task: Task[..., Any] = app.task(name=name, ignore_result=False)(run)
         return task
 
     return register

@@ -60,8 +60,10 @@ def _ask(ctx: NodeContext, facts: host_facts.HostFacts, timeout_s: float) -> dic
         {"total_bytes": total, "free_bytes": free}, time.time(),
     ).signed(config.join_token_file.read_text())  # fmt: skip
     try:
-        result = ctx.celery.send_task("pool.join", kwargs={"request": asdict(request)}, queue=CONTROL, expires=timeout_s,
-                                      ignore_result=False, argsrepr="", kwargsrepr=f"node={config.server_node}")  # fmt: skip
+        result = ctx.celery.send_task(
+            "pool.join", kwargs={"request": asdict(request)}, queue=CONTROL, expires=timeout_s, ignore_result=False,
+            argsrepr="", kwargsrepr=f"node={config.server_node}",
+        )  # fmt: skip
         return unwrap(result.get(timeout=timeout_s, disable_sync_subtasks=False))
     except (CeleryTimeoutError, ConnectionError, OSError) as error:
         raise Unreachable(

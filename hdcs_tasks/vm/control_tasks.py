@@ -1,4 +1,4 @@
-"""Celery edge of VMs on the control plane: requests of callers without a database. The task id is the idempotency key."""
+"""Celery edge of VMs on the control plane: requests of callers without a database. The task id is the key."""
 
 from __future__ import annotations
 
