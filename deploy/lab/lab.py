@@ -300,7 +300,7 @@ class Lab:
         return f"port{self.nodes.index(node) + 1}"
 
     def _mac(self, node: str) -> str:
-        """The same after each power-on, as a real card's: else its neighbours would send to the old one for a minute."""
+        """The same after each power-on, as a real card's: neighbours would go on sending to the old one."""
         return f"02:48:44:00:00:{11 + self.nodes.index(node):02x}"
 
     def _link_hub(self) -> None:
