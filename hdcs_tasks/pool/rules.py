@@ -1,7 +1,8 @@
 """Capacity and the choice of a domain node: pure decisions, values in, values out.
 
 Layer one (here) chooses the domain node of a new VM: a pool with a server node that really fits, not the one with the
-most free memory in sum. Layer two, the server node, is chosen and claimed in one Redis script (reservations/pool_place.lua).
+most free memory in sum. Layer two, the server node, is chosen and claimed in one Redis script
+(reservations/pool_place.lua).
 """
 
 from __future__ import annotations
