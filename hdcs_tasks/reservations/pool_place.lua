@@ -90,14 +90,15 @@ for v, m, w in string.gmatch(ARGV[15], '(%d+),(%d+),([%d.]+)') do
   mix[#mix + 1] = {tonumber(v), tonumber(m), tonumber(w)}
 end
 
--- Future VMs (weighted by the mix) that no longer fit on a node once this VM is on it.
+-- Future VMs (weighted by the mix) that no longer fit on a node once this VM is on it. Counted in fractions, so that it
+-- shows on an empty node too what wastes the scarcer resource, and a little in whole VMs, which decides near the end.
 local function lost(free_vcpus, free_memory)
   local sum = 0
   for _, p in ipairs(mix) do
     local v, m, w = p[1], p[2], p[3]
-    local before = math.min(math.floor(free_vcpus / v), math.floor(free_memory / m))
-    local after = math.min(math.floor((free_vcpus - vcpus) / v), math.floor((free_memory - memory) / m))
-    sum = sum + (before - after) * w
+    local before = math.min(free_vcpus / v, free_memory / m)
+    local after = math.min((free_vcpus - vcpus) / v, (free_memory - memory) / m)
+    sum = sum + (before - after + 0.1 * (math.floor(before) - math.floor(after))) * w
   end
   return sum
 end
