@@ -1,0 +1,3 @@
+"""Fixtures of the lab tests."""
+
+pytest_plugins = ["tests.lab.hypervisor_node"]
