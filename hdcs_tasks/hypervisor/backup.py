@@ -154,10 +154,10 @@ def discard_left_behind(host: Host, vm_id: str, target: Path, checkpoint: str) -
     """
     guest = host.lookup(vm_id)
     if guest is not None:
+        _thaw(host, vm_id, guest)  # first: until then the guest hangs
         job = job_of(guest)
         if job is not None and job.kind == "backup" and not abort(guest):
             raise OutcomeUnknown(f"the backup of guest {vm_id} does not end", next="Look again")
-        _thaw_if_asked(host, vm_id, guest)
     _discard(host, vm_id, target, checkpoint)
 
 
@@ -373,7 +373,7 @@ def _discard(host: Host, vm_id: str, target: Path, checkpoint: str | None) -> No
         delete_checkpoint(host, vm_id, checkpoint)
 
 
-def _thaw_if_asked(host: Host, vm_id: str, guest: Any) -> None:
+def _thaw(host: Host, vm_id: str, guest: Any) -> None:
     if guest.state()[0] == libvirt.VIR_DOMAIN_RUNNING and agent.ping(host, vm_id):
         agent.thaw(host, vm_id)
 

@@ -28,6 +28,7 @@ from hdcs_tasks.hypervisor.jobs import (
     IsCancelled,
     OnProgress,
     completed_job,
+    current_job,
     job_of,
     stop_reason,
 )
@@ -333,29 +334,31 @@ def observe(source: Host | None, target: Host | None, vm_id: str) -> Whereabouts
 
     Never raises for a host that does not answer: it is ``unknown`` then.
     """
-    here, busy = _presence(source, vm_id)
-    there, _ = _presence(target, vm_id)
-    return Whereabouts(here, there, busy)
+    here, there = _presence(source, vm_id), _presence(target, vm_id)
+    try:
+        job = None if source is None else current_job(source, vm_id)
+    except HdcsError:
+        here, job = Presence.UNKNOWN, None
+    return Whereabouts(here, there, job is not None and job.kind == "migration_out")
 
 
-def _presence(host: Host | None, vm_id: str) -> tuple[Presence, bool]:
+def _presence(host: Host | None, vm_id: str) -> Presence:
     if host is None:
-        return Presence.UNKNOWN, False
+        return Presence.UNKNOWN
     try:
         guest = host.lookup(vm_id)
         if guest is None:
-            return Presence.ABSENT, False
+            return Presence.ABSENT
         with libvirt_errors(f"look at guest {vm_id}"):
             state = guest.state()[0]
-        job = job_of(guest)
     except NotFound:
-        return Presence.ABSENT, False  # it left between two questions
+        return Presence.ABSENT  # it left between two questions
     except HdcsError:
-        return Presence.UNKNOWN, False
-    paused = {libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PMSUSPENDED}
-    dead = {libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_CRASHED, libvirt.VIR_DOMAIN_NOSTATE}
-    presence = Presence.PAUSED if state in paused else Presence.SHUTOFF if state in dead else Presence.RUNNING
-    return presence, job is not None and job.kind == "migration_out"
+        return Presence.UNKNOWN
+    if state in (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PMSUSPENDED):
+        return Presence.PAUSED
+    dead = (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_CRASHED, libvirt.VIR_DOMAIN_NOSTATE)
+    return Presence.SHUTOFF if state in dead else Presence.RUNNING
 
 
 def finish_at_target(host: Host, vm_id: str) -> None:

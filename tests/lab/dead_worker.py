@@ -24,9 +24,7 @@ def main(what: str, source: str, vm_id: str, *rest: str) -> None:
         )  # fmt: skip
     else:
         target, checkpoint, base = rest
-        backup_running(
-            host, vm_id, target=Path(target), checkpoint=checkpoint, backing=Backing(base), on_progress=tell
-        )
+        backup_running(host, vm_id, target=Path(target), checkpoint=checkpoint, backing=Backing(base), on_progress=tell)
 
 
 if __name__ == "__main__":
