@@ -11,7 +11,7 @@ import pytest
 from deploy.lab import Lab
 from deploy.lab.golden_image import build
 from hdcs_tasks.errors import Invalid
-from tests.lab.hypervisor_node import hypervisor_node  # noqa: F401 - a fixture
+from tests.lab.hypervisor_node import hypervisor_lab, hypervisor_session, node  # noqa: F401 - fixtures
 
 
 @pytest.fixture(scope="session")
