@@ -76,9 +76,7 @@ class Operation:
 
     def result(self, *, timeout_s: float | None = 600.0) -> View:
         """Wait for the end and return the result. Raises what made it fail, Cancelled, or WaitTimedOut."""
-        seen: View = {}
-        for seen in self.watch(timeout_s=timeout_s):
-            pass
+        *_, seen = self.watch(timeout_s=timeout_s)
         if seen["state"] == "done":
             return dict(seen["result"] or {})
         error = seen["error"] or {"code": OperationFailed.code, "message": f"operation {self.id} {seen['state']}"}

@@ -34,7 +34,7 @@ Done = Callable[["Tx", Operation, Step, dict[str, Any]], None]
 Failed = Callable[["Tx", Operation, Step, HdcsError], None]
 ON_DONE: dict[str, Done] = {}
 ON_FAILED: dict[str, Failed] = {}
-ON_START: dict[str, Callable[["Tx", Operation], None]] = {}
+ON_START: dict[str, Callable[[Tx, Operation], None]] = {}
 
 
 def on_start(kind: str) -> Callable[[Callable[[Tx, Operation], None]], Callable[[Tx, Operation], None]]:
@@ -101,7 +101,7 @@ class Control:
 
         What the use case reserved in Redis is given back when the transaction fails (``Tx.undo``).
         """
-        undo: list[Callable[[], None]] = []
+        undo: list[Callable[[], object]] = []
         try:
             with self.store.session() as session:
                 tx = Tx(session, self, undo)
@@ -121,12 +121,12 @@ class Control:
 class Tx:
     """A use case's transaction: the session, and what is to happen after the commit."""
 
-    def __init__(self, session: Session, control: Control, undo: list[Callable[[], None]]) -> None:
+    def __init__(self, session: Session, control: Control, undo: list[Callable[[], object]]) -> None:
         self.session = session
         self.control = control
         self._undo = undo
         self._to_publish: list[Step] = []
-        self._after: list[Callable[[], None]] = []
+        self._after: list[Callable[[], object]] = []
 
     # --- opening
 
@@ -268,7 +268,9 @@ class Tx:
         shown = "; ".join(f"{c.subject}: {(c.error or {}).get('message', c.state)}" for c in failed[:3])
         error = from_dict((failed[0].error or {}) | {
             "message": f"{len(failed)} of {len(children)} failed: {shown}",
-            "details": {"failed": [c.subject for c in failed], "done": [c.subject for c in children if c not in failed]},
+            "details": {
+                "failed": [c.subject for c in failed], "done": [c.subject for c in children if c not in failed]
+            },
         })  # fmt: skip
         self.fail(parent, error)
 
@@ -297,11 +299,11 @@ class Tx:
 
     # --- after the commit
 
-    def undo(self, action: Callable[[], None]) -> None:
+    def undo(self, action: Callable[[], object]) -> None:
         """Run ``action`` if this transaction fails: give back what was reserved for it."""
         self._undo.append(action)
 
-    def after(self, action: Callable[[], None]) -> None:
+    def after(self, action: Callable[[], object]) -> None:
         """Run ``action`` after the commit, before the messages."""
         self._after.append(action)
 

@@ -24,8 +24,7 @@ from hdcs_tasks.hypervisor.connection import Host, HostPool
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.sending import send
 from hdcs_tasks.operations.spool import Spool
-from hdcs_tasks.reservations import Reservations
-from hdcs_tasks.reservations.steps import ClaimAnswer
+from hdcs_tasks.reservations import ClaimAnswer, Reservations
 from hdcs_tasks.routing import CONTROL, direct_queue
 
 log = logger(__name__)
@@ -35,7 +34,7 @@ OUTCOME_TASK = "operations.outcome"
 Handler = Callable[["Run", dict[str, Any]], dict[str, Any]]
 
 
-class HandOver(Exception):  # noqa: N818 - not an error: the step belongs on another server node
+class HandOver(Exception):
     """Raised by a handler: another server node is to do this step. ``spec`` replaces the message's spec."""
 
     def __init__(self, server_node: str, spec: dict[str, Any]) -> None:
@@ -57,9 +56,8 @@ class NodeContext:
 
     @classmethod
     def from_settings(cls, settings: Settings, celery: Celery) -> NodeContext:
-        return cls(
-            settings, celery, Reservations.from_settings(settings), HostPool(settings), Spool(settings.state_dir / "spool")
-        )  # fmt: skip
+        spool = Spool(settings.state_dir / "spool")
+        return cls(settings, celery, Reservations.from_settings(settings), HostPool(settings.libvirt_uri), spool)
 
     @property
     def server_node(self) -> str:
@@ -91,7 +89,7 @@ class Run:
     _sent: tuple[float, float, str] = (0.0, -1.0, "")
 
     def check(self) -> None:
-        """The fence: raise ClaimLost or Cancelled unless this attempt is ours right now. Ask before each side effect."""
+        """The fence, asked before each side effect: raise ClaimLost or Cancelled unless this attempt is ours now."""
         try:
             answer = self.ctx.reservations.steps.check(self.step, self.attempt, self.holder)
         except Unreachable as error:
@@ -120,7 +118,7 @@ class Run:
         self.on_progress(f"{percent:.0f}% {phase}" + (f" (about {eta_s:.0f} s left)" if eta_s else ""))
 
     def renew_forever(self) -> None:
-        """Body of the lease thread: renew until stopped, lost, or past the deadline (a hung call must not renew for ever)."""
+        """The lease thread: renew until stopped, lost, or past the deadline (a hung call must not renew for ever)."""
         ttl = self.ctx.settings.lease_ttl_s
         last = time.monotonic()
         while not self._stopped.wait(min(1.0, ttl / 6)) and time.monotonic() < self.deadline:
@@ -186,7 +184,8 @@ def _work(run: Run, name: str, handler: Handler, spec: dict[str, Any]) -> str:
         log.info("step failed", step=run.step, name=name, error=str(error))
     except Exception as error:  # the last line: an unforeseen error must end the step visibly
         log.exception("step failed unexpectedly", step=run.step, name=name)
-        report["error"] = HdcsError(f"{name} failed unexpectedly: {error!r}", next="See the server node's log").to_dict()
+        unforeseen = HdcsError(f"{name} failed unexpectedly: {error!r}", next="See the server node's log")
+        report["error"] = unforeseen.to_dict()
     report["ended_at"] = time.time()
     deliver(run.ctx, report, holder=run.holder)
     return "failed" if "error" in report else "done"

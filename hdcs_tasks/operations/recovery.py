@@ -13,7 +13,7 @@ from hdcs_tasks.errors import HdcsError, from_dict
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.control import Control, Tx, settle_done, settle_failed
 from hdcs_tasks.operations.rules import StepFacts, Verdict, backoff_s, is_retryable, judge
-from hdcs_tasks.reservations.steps import StepStatus
+from hdcs_tasks.reservations import StepStatus
 from hdcs_tasks.routing import direct_queue, quick_queue
 from hdcs_tasks.states import OPERATION_LIVE, STEP_LIVE, OperationState, StepState
 from hdcs_tasks.store.models import Operation, ServerNode, Step, now
@@ -174,8 +174,8 @@ def _observe(step: Step, status: StepStatus) -> None:
 
 
 def _new_attempt(tx: Tx, step: Step) -> None:
-    lost = {"attempt": step.attempt, "node": step.node, "error": {"code": "outcome_unknown", "message": "executor lost"}}
-    step.history = [*step.history, lost]
+    error = {"code": "outcome_unknown", "message": "executor lost"}
+    step.history = [*step.history, {"attempt": step.attempt, "node": step.node, "error": error}]
     _publish_where_touched(tx, step)
     log.info("step published again", step=step.id, name=step.name, attempt=step.attempt, queue=step.queue)
 

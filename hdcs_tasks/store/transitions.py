@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, TypeAlias
 
-from sqlalchemy import update
-from sqlalchemy.orm import Session, object_session
+from sqlalchemy import inspect, update
+from sqlalchemy.orm import Mapper, Session, object_session
 
 from hdcs_tasks.errors import Conflict
-from hdcs_tasks.states import check
-from hdcs_tasks.store.models import ImageCopy, now
+from hdcs_tasks.states import MACHINES, check
+from hdcs_tasks.store.models import Backup, ImageCopy, Operation, ServerNode, Step, Vm, now
 
-
-class Stateful(Protocol):
-    state: StrEnum
+Stateful: TypeAlias = Vm | Operation | Step | ServerNode | ImageCopy | Backup
 
 
 def move(record: Stateful, new: StrEnum) -> None:
@@ -22,37 +20,30 @@ def move(record: Stateful, new: StrEnum) -> None:
 
     Raises WrongState for an illegal move and Conflict when the row changed underneath.
     """
-    old = record.state
-    if old is new and not _reentrant(record, new):
+    old: StrEnum = record.state
+    if old is new and new not in MACHINES[type(new)][new]:
         return
     check(old, new, subject_of(record))
     session = object_session(record)
     if session is None or record in session.new:
-        record.state = new
+        setattr(record, "state", new)  # noqa: B010 - a plain assignment would ask for each machine's own enum
         return
     _compare_and_set(session, record, old, new)
 
 
-def _reentrant(record: Stateful, new: StrEnum) -> bool:
-    from hdcs_tasks.states import MACHINES
-
-    return new in MACHINES[type(new)][new]
-
-
 def _compare_and_set(session: Session, record: Stateful, old: StrEnum, new: StrEnum) -> None:
     session.flush()
-    cls = type(record)
-    mapper = cls.__mapper__  # type: ignore[attr-defined]
-    key = [col == value for col, value in zip(mapper.primary_key, mapper.primary_key_from_instance(record), strict=True)]
-    values = {"state": new}
+    mapper: Mapper[Any] = inspect(type(record))
+    identity = zip(mapper.primary_key, mapper.primary_key_from_instance(record), strict=True)
+    values: dict[str, object] = {"state": new}
     if "state_at" in mapper.columns:
         values["state_at"] = now()
-    done = session.execute(
-        update(cls).where(*key, cls.state == old).values(values).execution_options(synchronize_session=False)  # type: ignore[arg-type]
-    )
-    if done.rowcount != 1:  # type: ignore[attr-defined]
+    statement = update(type(record)).where(*(column == value for column, value in identity))
+    statement = statement.where(mapper.columns["state"] == old).values(values)
+    done = session.execute(statement.execution_options(synchronize_session=False))
+    if getattr(done, "rowcount", 0) != 1:
         raise Conflict(f"{subject_of(record)} changed while it was moved from {old} to {new}", next="Try again")
-    session.refresh(record, ["state", *(["state_at"] if "state_at" in mapper.columns else [])])
+    session.refresh(record, list(values))
 
 
 def subject_of(record: object) -> str:
