@@ -134,9 +134,7 @@ def verify(face: Face, backup_ids: tuple[str, ...], wait: bool, timeout_s: float
 @yes_option
 @wait_options
 @pass_face
-def delete(
-    face: Face, backup_ids: tuple[str, ...], yes: bool, wait: bool, timeout_s: float | None, form: str
-) -> None:
+def delete(face: Face, backup_ids: tuple[str, ...], yes: bool, wait: bool, timeout_s: float | None, form: str) -> None:
     """Delete backups no later one builds on.
 
     \b

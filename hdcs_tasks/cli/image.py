@@ -71,9 +71,7 @@ def add(
 @yes_option
 @wait_options
 @pass_face
-def delete(
-    face: Face, names: tuple[str, ...], yes: bool, wait: bool, timeout_s: float | None, form: str
-) -> None:
+def delete(face: Face, names: tuple[str, ...], yes: bool, wait: bool, timeout_s: float | None, form: str) -> None:
     """Delete image versions (NAME is the newest, NAME:VERSION that one) no VM is derived from.
 
     \b

@@ -77,12 +77,8 @@ def start(face: Face, /, pin: str | None, **options: Any) -> None:
     if not chosen.names:
         waiting.nothing(options["form"])
         return
-    operation = face.cloud.vms.start_all(
-        chosen.names, idempotency_key=options["key"], reason=options["reason"]
-    )
-    waiting.conclude(
-        [operation], form=options["form"], wait=options["wait"], timeout_s=options["timeout_s"], one=False
-    )
+    operation = face.cloud.vms.start_all(chosen.names, idempotency_key=options["key"], reason=options["reason"])
+    waiting.conclude([operation], form=options["form"], wait=options["wait"], timeout_s=options["timeout_s"], one=False)
 
 
 @click.command()
