@@ -99,17 +99,19 @@ def settle_gone(control: Control, name: str, why: str) -> Operation | None:
 
 
 def idle_sweep(control: Control) -> list[str]:
-    """Stop every running desktop that nobody used for ``HDCS_IDLE_AFTER_S``; returns their names."""
-    config = control.settings
-    if config.idle_after_s <= 0:
-        return []
+    """Stop every running desktop that nobody used for its idle time; returns their names."""
+    default_s = control.settings.idle_after_s
     with control.store.read() as session:
         idle = [
             (vm.name, seconds)
             for vm in session.scalars(select(Vm).where(Vm.state == VmState.RUNNING))
-            if is_idle(seconds := _idle_s(vm), idle_after_s=config.idle_after_s, tags=vm.tags)
+            if is_idle(seconds := _idle_s(vm), idle_after_s=_limit_s(vm, default_s), tags=vm.tags)
         ]
     return [name for name, seconds in idle if _reclaim(control, name, seconds)]
+
+
+def _limit_s(vm: Vm, default_s: float) -> float:
+    return default_s if vm.idle_after_s is None else vm.idle_after_s
 
 
 def _idle_s(vm: Vm) -> float:
