@@ -103,21 +103,33 @@ local function lost(free_vcpus, free_memory)
   return sum
 end
 
--- The nodes of one page that have room, best first: by score as they come, or by fewest future VMs lost.
+-- The nodes of one page that have room: names in the page's order, and what each would lose.
 local function candidates(page)
-  local found = {}
+  local names, losses = {}, {}
   for i = 1, #page, 2 do
     local score = tonumber(page[i + 1])
     local free_memory = math.floor(score / 65536)
     local free_vcpus = score - free_memory * 65536
     if free_vcpus >= vcpus and free_memory >= memory then
-      found[#found + 1] = {page[i], #mix > 0 and lost(free_vcpus, free_memory) or 0, #found}
+      names[#names + 1] = page[i]
+      losses[#names] = #mix > 0 and lost(free_vcpus, free_memory) or 0
     end
   end
-  if #mix > 0 then
-    table.sort(found, function(a, b) return a[2] < b[2] or (a[2] == b[2] and a[3] < b[3]) end)
+  return names, losses
+end
+
+-- Take the best of them out: the least loss, the earlier among equals. Nil: none left.
+local function best_of(names, losses)
+  local best
+  for i = 1, #names do
+    if names[i] and (not best or losses[i] < losses[best]) then
+      best = i
+      if #mix == 0 then break end
+    end
   end
-  return found
+  local name = best and names[best]
+  if best then names[best] = false end
+  return name
 end
 
 local function pick()
@@ -128,15 +140,18 @@ local function pick()
     if not why then return pin, facts, ip end
     return nil
   end
-  local least, offset, size = memory * 65536 + vcpus, 0, #mix > 0 and 32 or 8
+  local least, offset, size = memory * 65536 + vcpus, 0, #mix > 0 and 16 or 8
   while true do
     local page = order == 'spread'
       and redis.call('ZREVRANGEBYSCORE', KEYS[2], '+inf', least, 'WITHSCORES', 'LIMIT', offset, size)
       or redis.call('ZRANGEBYSCORE', KEYS[2], least, '+inf', 'WITHSCORES', 'LIMIT', offset, size)
-    for _, c in ipairs(candidates(page)) do
-      local facts = facts_of(c[1])
-      local why, ip = refusal(c[1], facts)
-      if not why then return c[1], facts, ip end
+    local names, losses = candidates(page)
+    local name = best_of(names, losses)
+    while name do
+      local facts = facts_of(name)
+      local why, ip = refusal(name, facts)
+      if not why then return name, facts, ip end
+      name = best_of(names, losses)
     end
     if #page < 2 * size then return nil end
     offset = offset + size
