@@ -149,7 +149,7 @@ local function pick()
     if not why then return pin, facts, ip end
     return nil
   end
-  local least, offset, size = memory * 65536 + vcpus, 0, #mix > 0 and 16 or 8
+  local least, offset, size = memory * 65536 + vcpus, 0, #mix > 0 and 10 or 8
   while true do
     local page = order == 'spread'
       and redis.call('ZREVRANGEBYSCORE', pool_key, '+inf', least, 'WITHSCORES', 'LIMIT', offset, size)
