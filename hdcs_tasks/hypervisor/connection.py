@@ -102,7 +102,7 @@ def _open_bounded(uri: str, timeout_s: float) -> Any:
             answer = answers.get_nowait()
         except queue.Empty:
             raise Unreachable(
-                f"libvirtd at {uri} did not answer within {timeout_s:g} s",
+                f"libvirtd at {uri} did not answer within {timeout_s:.1f} s",
                 next="Check libvirtd on the server node: systemctl status libvirtd",
             ) from None
     if isinstance(answer, libvirt.libvirtError):
