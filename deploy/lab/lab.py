@@ -158,9 +158,9 @@ class Lab:
         """End every process of the lab and remove its link and folder. Safe at any time, also on a lab half made."""
         if self.root.exists() and any(self.root.iterdir()) and not (self.root / "lab.json").exists():
             raise Conflict(f"{self.root} is not a lab's folder (no lab.json)", next="Give another folder")
-        kill_marked(self.mark)
         for folder in (self.root / "hub", *(self.root / "nodes").glob("*")):
             Space(folder.name, folder, self.mark).power_off()  # also those of an earlier shape of this lab
+        kill_marked(self.mark)  # what ran on this machine, and what had no pid file yet
         for space in (self.hub, *self.spaces.values()):
             space.reap()
         self._wait_no_link()
@@ -299,6 +299,10 @@ class Lab:
         self.domain_node(node)
         return f"port{self.nodes.index(node) + 1}"
 
+    def _mac(self, node: str) -> str:
+        """The same after each power-on, as a real card's: neighbours would go on sending to the old one."""
+        return f"02:48:44:00:00:{11 + self.nodes.index(node):02x}"
+
     def _link_hub(self) -> None:
         # address and route of this end first: before they stand, a packet for the lab would leave the machine
         _ip("link", "add", self.link, "type", "veth", "peer", "name", "up0", "netns", str(self.hub.pid))
@@ -326,7 +330,7 @@ class Lab:
         for node, space in spaces.items():
             port = self._port(node)
             lines += [
-                f"link add {port} type veth peer name eth0 netns {space.pid}",
+                f"link add {port} type veth peer name eth0 address {self._mac(node)} netns {space.pid}",
                 f"link set {port} master br0 up",
             ]
         self._hub_batch(*lines)

@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from hdcs_tasks.errors import HdcsError, NotFound
@@ -117,8 +117,11 @@ class Space:
     def power_off(self) -> None:
         """Kill PID 1 as a power cut would: the kernel ends all others inside and drops links and mounts."""
         with contextlib.suppress(NotFound, ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
-        wait_until(lambda: not self.on, 10, f"{self.name} does not end", self.tail)
+            pid = self.pid
+            helpers = self._helpers()
+            os.kill(pid, signal.SIGKILL)
+            _signal(helpers, signal.SIGCONT)  # a stopped helper would not reap its process, and PID 1 waits for that
+            wait_until(lambda: not _stat(pid), 10, f"{self.name} does not end", self.tail)
         self._pid_file.unlink(missing_ok=True)
         self.reap()
 
@@ -128,12 +131,16 @@ class Space:
 
     def thaw(self) -> None:
         self._signal_all(signal.SIGCONT)
+        _signal(self._helpers(), signal.SIGCONT)  # nsenter stops itself with the process it waits for
+
+    def _helpers(self) -> set[int]:
+        """The nsenter processes outside that wait for a process inside."""
+        inside = {pid for pid, _ in self.processes()}
+        parents = {int(stat[1]) for pid in inside if (stat := _stat(pid))}
+        return (parents - inside) & set(marked(self.mark))
 
     def _signal_all(self, number: signal.Signals) -> None:
-        for pid, _ in self.processes():
-            if pid != self.pid:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
+        _signal({pid for pid, _ in self.processes()} - {self.pid}, number)
 
     def reap(self, timeout_s: float = 5) -> None:
         """Collect the ended helpers this object started (unshare, nsenter)."""
@@ -160,6 +167,12 @@ def marked_env(mark: str, env: Mapping[str, str]) -> dict[str, str]:
         "LANG": "C.UTF-8",
     }
     return base | dict(env) | {MARK: mark}
+
+
+def _signal(targets: Iterable[int], number: signal.Signals) -> None:
+    for pid in targets:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def marked(mark: str) -> Iterator[int]:

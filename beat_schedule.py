@@ -1,0 +1,24 @@
+"""What beat runs and how often: data only. Every sweep claims its slot, so a second beat is harmless."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hdcs_tasks.config import Settings
+from hdcs_tasks.routing import CONTROL
+
+
+def schedule(config: Settings) -> dict[str, dict[str, Any]]:
+    """Celery's ``beat_schedule``: sweep name → task, period (s) and expiry, all on the control queue."""
+
+    def every(task: str, period_s: float) -> dict[str, Any]:
+        options = {"queue": CONTROL, "expires": max(period_s, 1.0)}
+        return {"task": task, "schedule": period_s, "kwargs": {"period_s": period_s}, "options": options}
+
+    return {
+        "recovery": every("operations.recovery_sweep", config.sweep_s),
+        "leases": every("pool.lease_sweep", config.sweep_s),
+        "reservations": every("pool.reservation_sweep", config.sweep_s),
+        "monitor": every("monitor.sample_sweep", config.sample_s),
+        "idle": every("monitor.idle_sweep", config.sample_s),
+    }

@@ -1,0 +1,176 @@
+"""Images on the control plane: adding a golden image to the storage of domain nodes, listing, deleting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from hdcs_tasks.errors import Conflict, HdcsError, Invalid, NotFound, WrongState
+from hdcs_tasks.operations.control import Asked, Control, Tx, on_done, on_failed
+from hdcs_tasks.pool.control import get_domain_node
+from hdcs_tasks.routing import check_name
+from hdcs_tasks.states import ImageState, OperationState
+from hdcs_tasks.store.models import DomainNode, Image, ImageCopy, Operation, Step, Vm, new_id, now
+from hdcs_tasks.store.transitions import move
+
+
+def get_image(session: Session, name: str) -> Image:
+    """The image of ``name`` (newest version) or ``name:version``; else NotFound."""
+    bare, _, version = name.partition(":")
+    query = select(Image).where(Image.name == bare, Image.deleted_at.is_(None)).order_by(Image.version.desc())
+    if version:
+        if not version.isdigit():
+            raise Invalid(f"{version!r} is not a version number", next=f"As in {bare}:1")
+        query = query.where(Image.version == int(version))
+    found = session.scalars(query.limit(1)).first()
+    if found is None:
+        raise NotFound(f"there is no image {name!r}", next="See: hdcs image list")
+    return found
+
+
+def add(control: Control, name: str, path: str, asked: Asked, *, domain_nodes: Sequence[str] = ()) -> Operation:
+    """Add a disk file as an image to each domain node's storage (all of them by default).
+
+    ``path`` is read by the server nodes. A name that exists becomes its next version, unless a domain node lacks the
+    newest version's copy: then that copy is made. One child operation per domain node.
+    """
+    check_name("image", name)
+    if not PurePosixPath(path).is_absolute():
+        raise Invalid(f"{path!r} is not an absolute path", next="The server nodes read it: give its full path there")
+    with control.transaction() as tx:
+        if (same := tx.same_request(asked)) is not None:
+            return same
+        wanted = list(domain_nodes) or list(tx.session.scalars(select(DomainNode.name).order_by(DomainNode.name)))
+        if not wanted:
+            raise NotFound("there is no domain node yet", next="Create one: hdcs domain create NAME")
+        for domain_node in wanted:
+            get_domain_node(tx.session, domain_node)
+        image = _image_for(tx, name, wanted)
+        request = {"image": image.id, "path": path, "domain_nodes": wanted}
+        parent = tx.open("image.add", asked=asked, subject=f"{name}:{image.version}", request=request)
+        move(parent, OperationState.RUNNING)
+        for domain_node in wanted:
+            _add_copy(tx, image, domain_node, path, asked, parent)
+        return parent
+
+
+def _image_for(tx: Tx, name: str, wanted: Sequence[str]) -> Image:
+    # A version that never became ready is free again; one that did is named by backups for ever.
+    used = (Image.name == name) & (Image.deleted_at.is_(None) | Image.sha256.is_not(None))
+    newest = tx.session.scalar(select(func.max(Image.version)).where(used))
+    if newest is not None:
+        image = tx.session.scalar(
+            select(Image).where(Image.name == name, Image.version == newest, Image.deleted_at.is_(None))
+        )
+        has = {copy.domain_node for copy in image.copies if copy.state is not ImageState.FAILED} if image else set()
+        if image is not None and not has & set(wanted):
+            return image
+    image = Image(id=new_id(), name=name, version=(newest or 0) + 1)
+    tx.session.add(image)
+    tx.session.flush()
+    return image
+
+
+def _add_copy(tx: Tx, image: Image, domain_node: str, path: str, asked: Asked, parent: Operation) -> None:
+    copy = tx.session.get(ImageCopy, (image.id, domain_node))
+    if copy is None:
+        copy = ImageCopy(image_id=image.id, domain_node=domain_node, state=ImageState.ADDING)
+        tx.session.add(copy)
+    else:
+        move(copy, ImageState.ADDING)
+    subject = f"{image.name}:{image.version} on {domain_node}"
+    request = {"image": image.id, "domain_node": domain_node}
+    child = tx.open("image.add_copy", asked=asked, subject=subject, request=request, parent=parent)
+    spec = {
+        "shown": {"image": f"{image.name}:{image.version}", "pool": domain_node}, "image": image.name,
+        "version": image.version, "path": path, "sha256": image.sha256,
+    }  # fmt: skip
+    tx.step(child, "image.add_on_node", domain_node, spec)
+
+
+def _copy_of(tx: Tx, operation: Operation) -> ImageCopy:
+    copy = tx.session.get(ImageCopy, (operation.request["image"], operation.request["domain_node"]))
+    if copy is None:
+        raise NotFound(f"operation {operation.id} has no image copy")
+    return copy
+
+
+@on_done("image.add_on_node")
+def _added(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
+    copy = _copy_of(tx, operation)
+    image = copy.image
+    if image.sha256 is not None and image.sha256 != result["sha256"]:
+        move(copy, ImageState.FAILED)
+        tx.fail(operation, Conflict(
+            f"the file read on {copy.domain_node} differs from the copies of {image.name}:{image.version} elsewhere",
+            next="The same path must lead to the same file on every server node",
+        ))  # fmt: skip
+        return
+    image.sha256, image.virtual_size_bytes = result["sha256"], result["virtual_size_bytes"]
+    copy.file_bytes = result["file_bytes"]
+    move(copy, ImageState.READY)
+
+
+@on_failed("image.add_on_node")
+def _not_added(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
+    copy = _copy_of(tx, operation)
+    move(copy, ImageState.FAILED)
+    image = copy.image
+    if all(c.state is ImageState.FAILED for c in image.copies):
+        # No copy anywhere: the name is free again, nothing half-made is left.
+        image.deleted_at = now()
+
+
+def delete(control: Control, name: str, asked: Asked) -> Operation:
+    """Delete an image version that no VM is derived from."""
+    with control.transaction() as tx:
+        if (same := tx.same_request(asked)) is not None:
+            return same
+        image = get_image(tx.session, name)
+        users = tx.session.scalars(select(Vm.name).where(Vm.image_id == image.id, Vm.deleted_at.is_(None))).all()
+        if users:
+            raise WrongState(
+                f"image {image.name}:{image.version} is the base of {len(users)} VMs: {', '.join(users[:5])}",
+                next="Delete them first; their disks are worthless without it",
+            )
+        parent = tx.open("image.delete", asked=asked, subject=f"{image.name}:{image.version}")
+        move(parent, OperationState.RUNNING)
+        image.deleted_at = now()
+        ready = [copy for copy in image.copies if copy.state is ImageState.READY]
+        for copy in ready:
+            move(copy, ImageState.DELETING)
+            request = {"image": image.id, "domain_node": copy.domain_node}
+            child = tx.open("image.delete_copy", asked=asked, subject=image.name, request=request, parent=parent)
+            spec = {"shown": {"image": image.name}, "image": image.name, "version": image.version}
+            tx.step(child, "image.delete_on_node", copy.domain_node, spec)
+        if not ready:
+            tx.finish(parent)
+        return parent
+
+
+@on_done("image.delete_on_node")
+def _deleted(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
+    move(_copy_of(tx, operation), ImageState.DELETED)
+
+
+@on_failed("image.delete_on_node")
+def _not_deleted(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
+    move(_copy_of(tx, operation), ImageState.FAILED)
+
+
+def list_images(control: Control) -> list[dict[str, Any]]:
+    with control.store.read() as session:
+        images = session.scalars(select(Image).where(Image.deleted_at.is_(None)).order_by(Image.name, Image.version))
+        return [view(image) for image in images]
+
+
+def view(image: Image) -> dict[str, Any]:
+    return {
+        "id": image.id, "name": image.name, "version": image.version, "virtual_size_bytes": image.virtual_size_bytes,
+        "sha256": image.sha256, "copies": {c.domain_node: c.state.value for c in image.copies},
+        "created_at": image.created_at.isoformat(),
+    }  # fmt: skip

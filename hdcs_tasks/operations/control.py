@@ -1,0 +1,360 @@
+"""The ledger at work on the control plane: open operations, publish steps, settle outcomes.
+
+A use case runs in one transaction (``Control.transaction``); the steps it added are published after the commit. If the
+process dies in between, the recovery sweep publishes them: SQL owns the operation, a message is only a wake-up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+from celery import Celery
+from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from hdcs_tasks.config import Settings
+from hdcs_tasks.errors import Conflict, HdcsError, NotFound, from_dict
+from hdcs_tasks.logs import logger
+from hdcs_tasks.operations.publishing import Publisher
+from hdcs_tasks.operations.rules import bulk_percent
+from hdcs_tasks.reservations import Reservations
+from hdcs_tasks.states import OPERATION_LIVE, STEP_LIVE, OperationState, StepState
+from hdcs_tasks.store.engine import Store
+from hdcs_tasks.store.models import Event, Operation, Step, Vm, now
+from hdcs_tasks.store.transitions import move
+
+log = logger(__name__)
+
+Done = Callable[["Tx", Operation, Step, dict[str, Any]], None]
+Failed = Callable[["Tx", Operation, Step, HdcsError], None]
+ON_DONE: dict[str, Done] = {}
+ON_FAILED: dict[str, Failed] = {}
+ON_START: dict[str, Callable[[Tx, Operation], None]] = {}
+
+
+def on_start(kind: str) -> Callable[[Callable[[Tx, Operation], None]], Callable[[Tx, Operation], None]]:
+    """Register what adds the first step of this kind of operation, from the records as they are when it begins."""
+
+    def register(function: Callable[[Tx, Operation], None]) -> Callable[[Tx, Operation], None]:
+        ON_START[kind] = function
+        return function
+
+    return register
+
+
+def on_done(*steps: str) -> Callable[[Done], Done]:
+    """Register what settles these steps when they succeeded."""
+
+    def register(function: Done) -> Done:
+        for step in steps:
+            ON_DONE[step] = function
+        return function
+
+    return register
+
+
+def on_failed(*steps: str) -> Callable[[Failed], Failed]:
+    """Register what settles these steps when they failed for good or were cancelled."""
+
+    def register(function: Failed) -> Failed:
+        for step in steps:
+            ON_FAILED[step] = function
+        return function
+
+    return register
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Who asked, why, and the key under which the same request is answered with the same operation."""
+
+    by: str = ""
+    reason: str = ""
+    idempotency_key: str | None = None
+
+
+@dataclass
+class Control:
+    """The control plane of one process: settings, record, reservations and the door to the queues."""
+
+    settings: Settings
+    store: Store
+    reservations: Reservations
+    celery: Celery
+    publisher: Publisher = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.publisher = Publisher(self.celery, self.reservations)
+
+    @classmethod
+    def from_settings(cls, settings: Settings, celery: Celery) -> Control:
+        return cls(settings, Store.from_settings(settings), Reservations.from_settings(settings), celery)
+
+    @contextmanager
+    def transaction(self) -> Iterator[Tx]:
+        """One transaction and, after its commit, its messages. An integrity error is a Conflict.
+
+        What the use case reserved in Redis is given back when the transaction fails (``Tx.undo``).
+        """
+        undo: list[Callable[[], object]] = []
+        try:
+            with self.store.session() as session:
+                tx = Tx(session, self, undo)
+                yield tx
+        except BaseException as error:
+            for action in reversed(undo):
+                action()
+            if not isinstance(error, IntegrityError):
+                raise
+            raise Conflict(
+                "somebody else changed the same records at the same time", next="Look again and retry",
+                details={"database": str(error.orig)},
+            ) from error  # fmt: skip
+        tx.committed()
+
+
+class Tx:
+    """A use case's transaction: the session, and what is to happen after the commit."""
+
+    def __init__(self, session: Session, control: Control, undo: list[Callable[[], object]]) -> None:
+        self.session = session
+        self.control = control
+        self._undo = undo
+        self._to_publish: list[Step] = []
+        self._after: list[Callable[[], object]] = []
+
+    # --- opening
+
+    def same_request(self, asked: Asked) -> Operation | None:
+        """The operation this idempotency key was already answered with."""
+        if not asked.idempotency_key:
+            return None
+        return self.session.scalar(select(Operation).where(Operation.idempotency_key == asked.idempotency_key))
+
+    def open(
+        self,
+        kind: str,
+        *,
+        asked: Asked,
+        vm: Vm | None = None,
+        subject: str = "",
+        request: dict[str, Any] | None = None,
+        parent: Operation | None = None,
+        supersede: bool = False,
+    ) -> Operation:
+        """Open an operation. With a VM it becomes that VM's one live operation; else Conflict names the one in the way.
+
+        ``supersede``: cancel what is in the way and start when it has ended.
+        """
+        blocking = self.live_operation(vm) if vm is not None else None
+        if blocking is not None and not supersede:
+            raise Conflict(
+                f"VM {vm.name if vm else ''} is busy: operation {blocking.id} ({blocking.kind}, {blocking.phase})",
+                next=f"Wait for it (hdcs op watch {blocking.id}) or cancel it (hdcs op cancel {blocking.id})",
+                details={"operation": blocking.id},
+            )
+        operation = Operation(
+            kind=kind, state=OperationState.QUEUED, subject=subject or (vm.name if vm else ""),
+            vm_id=vm.id if vm else None, live_vm=vm.id if vm and not blocking else None,
+            parent_id=parent.id if parent else None, waits_for=blocking.id if blocking else None,
+            idempotency_key=None if parent else asked.idempotency_key, requested_by=asked.by, reason=asked.reason,
+            request=request or {},
+        )  # fmt: skip
+        self.session.add(operation)
+        self.session.flush()
+        if blocking is not None:
+            operation.phase = f"waits for {blocking.kind} {blocking.id} to end"
+            self.ask_cancel(blocking)
+            self.session.refresh(operation)
+        elif kind in ON_START:
+            ON_START[kind](self, operation)
+        return operation
+
+    def live_operation(self, vm: Vm) -> Operation | None:
+        return self.session.scalar(select(Operation).where(Operation.live_vm == vm.id))
+
+    def step(
+        self, operation: Operation, name: str, queue: str, spec: dict[str, Any], *, node: str | None = None
+    ) -> Step:
+        """Add the operation's next step; it is published after the commit."""
+        seq = 1 + (self.session.scalar(
+            select(Step.seq).where(Step.operation_id == operation.id).order_by(Step.seq.desc()).limit(1)
+        ) or 0)  # fmt: skip
+        deadline = now() + timedelta(seconds=self.control.settings.park_deadline_s)
+        step = Step(
+            operation_id=operation.id, seq=seq, name=name, queue=queue, spec=spec, node=node,
+            state=StepState.PENDING, attempt=0, history=[], deadline_at=deadline,
+        )  # fmt: skip
+        self.session.add(step)
+        self.session.flush()
+        self.publish(step)
+        return step
+
+    def publish(self, step: Step, *, queue: str | None = None) -> None:
+        """Issue the step's next attempt and send it after the commit."""
+        step.attempt += 1
+        step.published_at = now()
+        step.not_before = None
+        step.queue = queue or step.queue
+        move(step, StepState.PUBLISHED)
+        operation = step.operation
+        if operation.state is OperationState.QUEUED:
+            move(operation, OperationState.RUNNING)
+            operation.started_at = now()
+        operation.phase = step.name
+        self._to_publish.append(step)
+
+    def send_again(self, step: Step) -> None:
+        """Send the present attempt once more: harmless, since only one claim of an attempt succeeds."""
+        step.published_at = now()
+        self._to_publish.append(step)
+
+    def park(self, step: Step, delay_s: float, why: str) -> None:
+        """Set the step aside for ``delay_s``; freed capacity may wake it earlier."""
+        step.not_before = now() + timedelta(seconds=delay_s)
+        move(step, StepState.PARKED)
+        step.operation.phase = why[:255]
+
+    # --- ending
+
+    def finish(self, operation: Operation, result: dict[str, Any] | None = None) -> None:
+        operation.percent = 100.0
+        operation.phase = "done"
+        operation.result = result or {}
+        self._end(operation, OperationState.DONE)
+
+    def fail(self, operation: Operation, error: HdcsError, *, needs_operator: bool = False) -> None:
+        operation.error = error.to_dict()
+        operation.needs_operator = needs_operator
+        cancelled = error.code == "cancelled"
+        operation.phase = "cancelled" if cancelled else "failed (needs operator)" if needs_operator else "failed"
+        self._end(operation, OperationState.CANCELLED if cancelled else OperationState.FAILED)
+
+    def _end(self, operation: Operation, state: OperationState) -> None:
+        move(operation, state)
+        operation.ended_at = now()
+        operation.live_vm = None
+        self.session.flush()
+        for waiting in self.session.scalars(select(Operation).where(Operation.waits_for == operation.id)):
+            self._start_waiting(waiting)
+        if operation.parent_id:
+            self._child_ended(operation.parent_id)
+
+    def _start_waiting(self, operation: Operation) -> None:
+        operation.waits_for = None
+        operation.live_vm = operation.vm_id
+        self.session.flush()
+        ON_START[operation.kind](self, operation)
+
+    def _child_ended(self, parent_id: str) -> None:
+        parent = self.session.get(Operation, parent_id, with_for_update=True)
+        if parent is None or parent.state not in OPERATION_LIVE:
+            return
+        children = list(self.session.scalars(select(Operation).where(Operation.parent_id == parent_id)))
+        ended = [child for child in children if child.state not in OPERATION_LIVE]
+        parent.percent = bulk_percent([100.0 if child in ended else child.percent for child in children])
+        parent.phase = f"{len(ended)} of {len(children)}"
+        if len(ended) < len(children):
+            return
+        failed = [child for child in children if child.state is not OperationState.DONE]
+        if not failed:
+            self.finish(parent, {"children": [child.subject for child in children]})
+            return
+        shown = "; ".join(f"{c.subject}: {(c.error or {}).get('message', c.state)}" for c in failed[:3])
+        error = from_dict((failed[0].error or {}) | {
+            "message": f"{len(failed)} of {len(children)} failed: {shown}",
+            "details": {
+                "failed": [c.subject for c in failed], "done": [c.subject for c in children if c not in failed]
+            },
+        })  # fmt: skip
+        self.fail(parent, error)
+
+    # --- cancelling
+
+    def ask_cancel(self, operation: Operation) -> None:
+        """Ask a live operation to stop: at once where nobody holds its step, else through its executor."""
+        if operation.state not in OPERATION_LIVE:
+            return
+        operation.cancel_asked = True
+        for child in self.session.scalars(select(Operation).where(Operation.parent_id == operation.id)):
+            self.ask_cancel(child)
+        steps = self.session.scalars(
+            select(Step).where(Step.operation_id == operation.id, Step.state.in_(STEP_LIVE))
+        ).all()
+        for step in steps:
+            self._cancel_step(step)
+
+    def _cancel_step(self, step: Step) -> None:
+        if step.state is StepState.PUBLISHED:
+            step_id = step.id
+            # After the flag is set nobody can claim it any more; the sweep settles what nobody holds.
+            self._after.append(lambda: self.control.reservations.steps.request_cancel(step_id))
+            return
+        settle_failed(self, step, from_dict({"code": "cancelled", "message": "cancelled before it began"}))
+
+    # --- after the commit
+
+    def undo(self, action: Callable[[], object]) -> None:
+        """Run ``action`` if this transaction fails: give back what was reserved for it."""
+        self._undo.append(action)
+
+    def after(self, action: Callable[[], object]) -> None:
+        """Run ``action`` after the commit, before the messages."""
+        self._after.append(action)
+
+    def event(self, kind: str, subject: str, message: str, **data: Any) -> None:
+        self.session.add(Event(kind=kind, subject=subject, message=message, data=data))
+        log.info("event", kind=kind, subject=subject, message=message)
+
+    def committed(self) -> None:
+        for action in self._after:
+            action()
+        self.control.publisher.publish(self._to_publish)
+
+
+def settle_failed(tx: Tx, step: Step, error: HdcsError, *, needs_operator: bool = False) -> None:
+    """End a step as failed or cancelled and let its feature undo the record; then the operation has ended."""
+    step.error = error.to_dict()
+    step.ended_at = now()
+    move(step, StepState.CANCELLED if error.code == "cancelled" else StepState.FAILED)
+    operation = step.operation
+    handler = ON_FAILED.get(step.name)
+    if handler is not None:
+        handler(tx, operation, step, error)
+    if operation.state in OPERATION_LIVE and not _has_live_step(tx, operation):
+        tx.fail(operation, error, needs_operator=needs_operator)
+
+
+def settle_done(tx: Tx, step: Step, result: dict[str, Any]) -> None:
+    """End a step as done and let its feature move the record on; with no further step the operation is done."""
+    step.outcome = result
+    step.ended_at = now()
+    move(step, StepState.DONE)
+    operation = step.operation
+    handler = ON_DONE.get(step.name)
+    if handler is not None:
+        handler(tx, operation, step, result)
+    if operation.state in OPERATION_LIVE and not _has_live_step(tx, operation):
+        tx.finish(operation, result)
+
+
+def _has_live_step(tx: Tx, operation: Operation) -> bool:
+    tx.session.flush()
+    query = select(Step.id).where(Step.operation_id == operation.id, Step.state.in_(STEP_LIVE)).limit(1)
+    return tx.session.scalar(query) is not None
+
+
+def get_operation(session: Session, operation_id: str) -> Operation:
+    """The operation of this id (or unique id prefix of at least 6 characters); else NotFound."""
+    found = session.get(Operation, operation_id)
+    if found is None and len(operation_id) >= 6:
+        matches = session.scalars(select(Operation).where(Operation.id.startswith(operation_id, autoescape=True))).all()
+        found = matches[0] if len(matches) == 1 else None
+    if found is None:
+        raise NotFound(f"there is no operation {operation_id!r}", next="See: hdcs op list")
+    return found

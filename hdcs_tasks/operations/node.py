@@ -1,0 +1,231 @@
+"""Executing one attempt of a step on a server node: claim, lease, fence, outcome.
+
+    claim  → the attempt is ours, or we return            (Redis, one conditional write)
+    lease  → a thread renews it until the step's deadline
+    check  → before each side effect: still ours?          (a lost lease stops the executor)
+    spool  → the outcome is on disk before it is sent, and is sent until control acknowledged
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from celery import Celery
+
+from hdcs_tasks.config import Settings
+from hdcs_tasks.errors import Cancelled, ClaimLost, HdcsError, Unreachable
+from hdcs_tasks.hypervisor.connection import Host, HostPool
+from hdcs_tasks.logs import logger
+from hdcs_tasks.operations.sending import send
+from hdcs_tasks.operations.spool import Spool
+from hdcs_tasks.reservations import ClaimAnswer, Reservations
+from hdcs_tasks.routing import CONTROL, direct_queue
+
+log = logger(__name__)
+
+OUTCOME_TASK = "operations.outcome"
+
+Handler = Callable[["Run", dict[str, Any]], dict[str, Any]]
+
+
+class HandOver(Exception):
+    """Raised by a handler: another server node is to do this step. ``spec`` replaces the message's spec."""
+
+    def __init__(self, server_node: str, spec: dict[str, Any]) -> None:
+        super().__init__(server_node)
+        self.server_node = server_node
+        self.spec = spec
+
+
+@dataclass
+class NodeContext:
+    """What the work of one server node process leans on."""
+
+    settings: Settings
+    celery: Celery
+    reservations: Reservations
+    hosts: HostPool
+    spool: Spool
+    pid: int = field(default_factory=os.getpid)
+
+    @classmethod
+    def from_settings(cls, settings: Settings, celery: Celery) -> NodeContext:
+        spool = Spool(settings.state_dir / "spool")
+        return cls(settings, celery, Reservations.from_settings(settings), HostPool(settings.libvirt_uri), spool)
+
+    @property
+    def server_node(self) -> str:
+        return self.settings.server_node
+
+    @property
+    def domain_node(self) -> str:
+        return self.settings.domain_node
+
+    def host(self) -> Host:
+        """The process's living connection to libvirt."""
+        return self.hosts.get()
+
+
+@dataclass
+class Run:
+    """One attempt of one step, in the hands of its executor."""
+
+    ctx: NodeContext
+    step: str
+    attempt: int
+    operation: str
+    holder: str
+    on_progress: Callable[[str], None]
+    deadline: float
+    _stopped: threading.Event = field(default_factory=threading.Event)
+    _lost: bool = False
+    _cancel: bool = False
+    _sent: tuple[float, float, str] = (0.0, -1.0, "")
+
+    def check(self) -> None:
+        """The fence, asked before each side effect: raise ClaimLost or Cancelled unless this attempt is ours now."""
+        try:
+            answer = self.ctx.reservations.steps.check(self.step, self.attempt, self.holder)
+        except Unreachable as error:
+            raise ClaimLost(f"the claim of step {self.step} cannot be checked: {error}") from error
+        if answer == "cancel":
+            self._cancel = True
+            raise Cancelled("cancelled by request")
+        if answer != "ok" or time.monotonic() > self.deadline:
+            self._lost = True
+            raise ClaimLost(f"step {self.step} attempt {self.attempt} is no longer ours")
+
+    def cancelled(self) -> bool:
+        """Whether long work should stop: cancelled, or the claim was lost. For callbacks; cheap."""
+        return self._cancel or self._lost
+
+    def progress(self, percent: float, phase: str, eta_s: float | None = None) -> None:
+        """Tell how far the step is; at most about twice a second reaches Redis and Flower."""
+        at, last, old_phase = self._sent
+        if phase == old_phase and (time.monotonic() - at < 0.5 or abs(percent - last) < 0.5):
+            return
+        self._sent = (time.monotonic(), percent, phase)
+        try:
+            self.ctx.reservations.steps.progress(self.step, self.attempt, self.holder, percent, phase, eta_s)
+        except Unreachable as error:
+            log.debug("progress not written", error=str(error))
+        self.on_progress(f"{percent:.0f}% {phase}" + (f" (about {eta_s:.0f} s left)" if eta_s else ""))
+
+    def renew_forever(self) -> None:
+        """The lease thread: renew until stopped, lost, or past the deadline (a hung call must not renew for ever)."""
+        ttl = self.ctx.settings.lease_ttl_s
+        last = time.monotonic()
+        while not self._stopped.wait(min(1.0, ttl / 6)) and time.monotonic() < self.deadline:
+            try:
+                if time.monotonic() - last > ttl / 3:
+                    self._lost = not self.ctx.reservations.steps.renew(self.step, self.attempt, self.holder, ttl)
+                    last = time.monotonic()
+                else:
+                    self._watch()
+            except Unreachable:
+                self._lost = time.monotonic() - last > ttl
+            if self._lost:
+                return
+
+    def _watch(self) -> None:
+        answer = self.ctx.reservations.steps.check(self.step, self.attempt, self.holder)
+        self._cancel = self._cancel or answer == "cancel"
+        self._lost = self._lost or answer == "lost"
+
+    def stop_renewing(self) -> None:
+        self._stopped.set()
+
+
+def execute(
+    ctx: NodeContext, name: str, handler: Handler, on_progress: Callable[[str], None],
+    *, step: str, attempt: int, operation: str, spec: dict[str, Any],
+) -> str:  # fmt: skip
+    """Run one message. Returns what became of it, for the log: claimed work ends as done, failed, handed or lost."""
+    holder = f"{ctx.server_node}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+    ttl = ctx.settings.lease_ttl_s
+    answer = ctx.reservations.steps.claim(step, attempt, holder, ctx.server_node, ttl)
+    if answer is ClaimAnswer.CANCELLED:
+        now_s = time.time()
+        report = _report(ctx, step, attempt, now_s) | {"error": Cancelled("cancelled before it began").to_dict()}
+        deliver(ctx, report)
+        return "cancelled"
+    if answer is not ClaimAnswer.CLAIMED:
+        log.info("message without a claim: nothing to do", step=step, attempt=attempt, answer=str(answer))
+        return str(answer)
+    run = Run(ctx, step, attempt, operation, holder, on_progress, time.monotonic() + ctx.settings.step_deadline_s)
+    renewer = threading.Thread(target=run.renew_forever, name=f"lease-{step[:8]}", daemon=True)
+    renewer.start()
+    try:
+        return _work(run, name, handler, spec)
+    finally:
+        run.stop_renewing()
+
+
+def _work(run: Run, name: str, handler: Handler, spec: dict[str, Any]) -> str:
+    started = time.time()
+    report = _report(run.ctx, run.step, run.attempt, started)
+    try:
+        report["result"] = handler(run, spec)
+    except HandOver as to:
+        return _hand_over(run, name, to)
+    except ClaimLost as error:
+        log.warning("claim lost: stopped without an outcome", step=run.step, error=str(error))
+        return "lost"
+    except HdcsError as error:
+        if run._lost:
+            return "lost"
+        report["error"] = (Cancelled("cancelled by request") if run._cancel else error).to_dict()
+        log.info("step failed", step=run.step, name=name, error=str(error))
+    except Exception as error:  # the last line: an unforeseen error must end the step visibly
+        log.exception("step failed unexpectedly", step=run.step, name=name)
+        unforeseen = HdcsError(f"{name} failed unexpectedly: {error!r}", next="See the server node's log")
+        report["error"] = unforeseen.to_dict()
+    report["ended_at"] = time.time()
+    deliver(run.ctx, report, holder=run.holder)
+    return "failed" if "error" in report else "done"
+
+
+def _report(ctx: NodeContext, step: str, attempt: int, started: float) -> dict[str, Any]:
+    return {
+        "step": step, "attempt": attempt, "node": ctx.server_node, "started_at": started, "ended_at": time.time()
+    }  # fmt: skip
+
+
+def deliver(ctx: NodeContext, report: dict[str, Any], holder: str | None = None) -> None:
+    """Outcome to disk, claim closed, outcome sent. What fails after the first is repeated by the spool's thread."""
+    ctx.spool.write(report)
+    try:
+        if holder is not None:
+            ctx.reservations.steps.finish(report["step"], report["attempt"], holder)
+        send(ctx.celery, OUTCOME_TASK, {"report": report}, CONTROL)
+    except Exception as error:  # noqa: BLE001 - broker errors come in many classes, and the spool sends again
+        log.warning("outcome kept in the spool", step=report["step"], error=str(error))
+
+
+def _hand_over(run: Run, name: str, to: HandOver) -> str:
+    ctx = run.ctx
+    if not ctx.reservations.steps.hand_over(run.step, run.attempt, run.holder):
+        return "lost"
+    message = {"step": run.step, "attempt": run.attempt, "operation": run.operation, "spec": to.spec}
+    send(ctx.celery, name, message, direct_queue(ctx.domain_node, to.server_node), task_id=f"{run.step}.{run.attempt}")
+    return f"handed to {to.server_node}"
+
+
+def resend_spooled(ctx: NodeContext) -> int:
+    """Send every outcome that control has not acknowledged; drop those it has. Returns how many are left."""
+    reports = ctx.spool.pending()
+    if not reports:
+        return 0
+    acked = ctx.reservations.steps.acked([(r["step"], r["attempt"]) for r in reports])
+    for report, is_acked in zip(reports, acked, strict=True):
+        if is_acked:
+            ctx.spool.drop(report)
+        elif time.time() - report["ended_at"] > 3:
+            send(ctx.celery, OUTCOME_TASK, {"report": report}, CONTROL)
+    return len(reports) - sum(acked)

@@ -1,0 +1,36 @@
+"""Sending one task message: both sides of the house do it the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from celery import Celery
+
+from hdcs_tasks.app import describe
+from hdcs_tasks.errors import from_dict
+from hdcs_tasks.routing import queue_for
+
+
+def send(
+    celery: Celery, name: str, message: dict[str, Any], queue: str, *, task_id: str | None = None,
+    expires_s: float | None = None, producer: Any = None,
+) -> None:  # fmt: skip
+    """Send one task message to a queue of ``routing``, described for Flower. Raises kombu's OperationalError."""
+    celery.send_task(
+        name, kwargs=message, queue=queue_for(queue), task_id=task_id, expires=expires_s, ignore_result=True,
+        argsrepr="", kwargsrepr=describe(message), producer=producer, retry=False,
+    )  # fmt: skip
+
+
+def broadcast(celery: Celery, name: str, message: dict[str, Any], queues: Iterable[str], expires_s: float) -> None:
+    """The same short-lived message to several queues."""
+    for queue in queues:
+        send(celery, name, message, queue, expires_s=expires_s)
+
+
+def unwrap(answer: dict[str, Any]) -> dict[str, Any]:
+    """The answer of a request task, or the error it carries, raised."""
+    if "error" in answer and isinstance(answer["error"], dict) and "code" in answer["error"] and len(answer) == 1:
+        raise from_dict(answer["error"])
+    return answer

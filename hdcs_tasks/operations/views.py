@@ -1,0 +1,91 @@
+"""Operations as callers see them: plain JSON-able dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import select
+
+from hdcs_tasks.operations.control import Control, get_operation
+from hdcs_tasks.states import OPERATION_LIVE, OperationState
+from hdcs_tasks.store.models import Operation, Step
+
+
+def _iso(at: datetime | None) -> str | None:
+    return at.isoformat() if at else None
+
+
+def view(operation: Operation) -> dict[str, Any]:
+    """An operation without its steps. ``percent`` 0 to 100, ``seconds`` from request to end (or None)."""
+    ended = operation.ended_at
+    return {
+        "id": operation.id, "kind": operation.kind, "state": operation.state.value, "subject": operation.subject,
+        "vm_id": operation.vm_id, "parent_id": operation.parent_id, "waits_for": operation.waits_for,
+        "requested_by": operation.requested_by, "reason": operation.reason, "percent": round(operation.percent, 1),
+        "phase": operation.phase, "error": operation.error, "needs_operator": operation.needs_operator,
+        "cancel_asked": operation.cancel_asked, "result": operation.result, "created_at": _iso(operation.created_at),
+        "started_at": _iso(operation.started_at), "ended_at": _iso(ended),
+        "seconds": round((ended - operation.created_at).total_seconds(), 3) if ended else None,
+    }  # fmt: skip
+
+
+def step_view(step: Step) -> dict[str, Any]:
+    """A step with its history: what was tried, where and when."""
+    return {
+        "id": step.id, "seq": step.seq, "name": step.name, "queue": step.queue, "state": step.state.value,
+        "attempt": step.attempt, "node": step.node, "outcome": step.outcome, "error": step.error,
+        "history": step.history, "published_at": _iso(step.published_at), "started_at": _iso(step.started_at),
+        "ended_at": _iso(step.ended_at), "not_before": _iso(step.not_before),
+    }  # fmt: skip
+
+
+def show(control: Control, operation_id: str) -> dict[str, Any]:
+    """One operation whole: its steps, and its children without theirs."""
+    with control.store.read() as session:
+        operation = get_operation(session, operation_id)
+        children = session.scalars(
+            select(Operation).where(Operation.parent_id == operation.id).order_by(Operation.subject)
+        ).all()
+        return _live(control, view(operation), operation.steps) | {
+            "steps": [step_view(step) for step in operation.steps], "children": [view(child) for child in children],
+        }  # fmt: skip
+
+
+def _live(control: Control, shown: dict[str, Any], steps: Sequence[Step]) -> dict[str, Any]:
+    """Progress as its executor tells it right now; the record follows with the next sweep."""
+    shown["eta_s"] = None
+    if shown["state"] != OperationState.RUNNING or not steps:
+        return shown
+    last = steps[-1]
+    status = control.reservations.steps.status(last.id)
+    if status is not None and status.attempt == last.attempt and status.percent is not None:
+        shown["percent"] = round(min(99.0, (100.0 * (last.seq - 1) + status.percent) / len(steps)), 1)
+        shown["phase"] = status.phase or shown["phase"]
+        shown["eta_s"] = status.eta_s
+    return shown
+
+
+def list_operations(
+    control: Control, *, live: bool = False, vm: str | None = None, kind: str | None = None, limit: int = 50
+) -> list[dict[str, Any]]:
+    """The newest operations first; ``live`` only those that have not ended, ``vm`` by subject name."""
+    with control.store.read() as session:
+        query = select(Operation).order_by(Operation.created_at.desc()).limit(limit)
+        if live:
+            query = query.where(Operation.state.in_(OPERATION_LIVE))
+        if vm is not None:
+            query = query.where(Operation.subject == vm)
+        if kind is not None:
+            query = query.where(Operation.kind == kind)
+        return [view(operation) for operation in session.scalars(query)]
+
+
+def cancel(control: Control, operation_id: str) -> dict[str, Any]:
+    """Ask an operation (and its children) to stop; an operation that has ended stays as it is."""
+    with control.transaction() as tx:
+        operation = get_operation(tx.session, operation_id)
+        tx.ask_cancel(operation)
+        tx.session.flush()
+        return view(operation)

@@ -1,0 +1,111 @@
+"""Rebuilding the reservations after Redis lost them: from the record, and from what each server node observes.
+
+    epoch closed → ask every living server node what runs on it → all answered, or waited long enough
+                 → write everything anew → epoch open. Until then allocation fails closed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from sqlalchemy import select
+
+from hdcs_tasks.logs import logger
+from hdcs_tasks.operations.control import Control
+from hdcs_tasks.operations.sending import broadcast
+from hdcs_tasks.pool.control import IN_POOL, pool_node_of
+from hdcs_tasks.pool.rules import memory_need_mib
+from hdcs_tasks.reservations import Claim, PoolSnapshot, Snapshot
+from hdcs_tasks.routing import quick_queue
+from hdcs_tasks.states import VM_HOLDS_GUEST, ServerNodeState
+from hdcs_tasks.store.models import DomainNode, ServerNode, Vm
+
+log = logger(__name__)
+
+WAIT_FOR_REPORTS_S = 20.0
+REPORT_TASK = "pool.report_on_node"
+
+
+def reservation_sweep(control: Control) -> str:
+    """Return cooled ports, or rebuild if Redis is not the one the reservations were written to."""
+    reservations = control.reservations
+    if reservations.epoch.is_open():
+        with control.store.read() as session:
+            names = list(session.scalars(select(DomainNode.name)))
+        for name in names:
+            reservations.ports.reclaim(name)
+        return "open"
+    run_id = reservations.epoch.run_id()
+    with control.store.read() as session:
+        nodes = list(session.scalars(select(ServerNode).where(ServerNode.state.in_(IN_POOL))))
+    reports, waited_s = _reports(control, run_id, nodes)
+    if len(reports) < len(nodes) and waited_s < WAIT_FOR_REPORTS_S:
+        return "waiting"
+    reservations.rebuild(snapshot(control, reports))
+    for node in nodes:
+        # A lease missing after Redis was lost is not a lost node: each gets one term to renew.
+        reservations.leases.grant("node", node.name, node.instance, control.settings.lease_ttl_s)
+    log.warning("reservations rebuilt", run_id=run_id, reports=sorted(reports), silent=len(nodes) - len(reports))
+    return "rebuilt"
+
+
+def _reports(control: Control, run_id: str, nodes: list[ServerNode]) -> tuple[dict[str, dict[str, Any]], float]:
+    """Reports of this Redis's life so far, asking anew each time, and how long we have waited (s)."""
+    kept = control.reservations.notes.read(f"rebuild:{run_id}")
+    if "asked_at" not in kept:
+        control.reservations.notes.write(f"rebuild:{run_id}", "asked_at", str(time.time()), ttl_s=600)
+        kept["asked_at"] = str(time.time())
+    reports = {name: json.loads(text) for name, text in kept.items() if name != "asked_at"}
+    silent = [quick_queue(node.domain_node, node.name) for node in nodes if node.name not in reports]
+    broadcast(control.celery, REPORT_TASK, {"run_id": run_id}, silent, expires_s=5)
+    return reports, time.time() - float(kept["asked_at"])
+
+
+def take_report(control: Control, report: dict[str, Any]) -> None:
+    """Keep what a server node observed: ``{run_id, node, guests: [{vm_id, state, …}]}``."""
+    control.reservations.notes.write(f"rebuild:{report['run_id']}", report["node"], json.dumps(report), ttl_s=600)
+
+
+def snapshot(control: Control, reports: dict[str, dict[str, Any]]) -> Snapshot:
+    """Everything that is owned: the record says who, the reports say which guests really run where."""
+    with control.store.read() as session:
+        rows = list(session.scalars(select(DomainNode)))
+        nodes = list(session.scalars(select(ServerNode)))
+        vms = list(session.scalars(select(Vm).where(Vm.deleted_at.is_(None))))
+    pools = {row.name: _pool_snapshot(control, row, nodes, vms, reports) for row in rows}
+    subnets = {node.name: node.subnet for node in nodes}
+    return Snapshot(macs={vm.id: vm.mac for vm in vms}, subnets=subnets, pools=pools)
+
+
+def _pool_snapshot(
+    control: Control, row: DomainNode, nodes: list[ServerNode], vms: list[Vm], reports: dict[str, dict[str, Any]]
+) -> PoolSnapshot:
+    here = [node for node in nodes if node.domain_node == row.name]
+    homed = {vm.id: vm for vm in vms if vm.home == row.name}
+    claims: list[Claim] = []
+    ports: dict[str, int] = {vm.id: vm.port for vm in homed.values() if vm.port is not None}
+    for node in here:
+        for vm_id, seen in _held(node, homed, reports).items():
+            vm = homed[vm_id]
+            port = ports.setdefault(vm_id, seen.get("console_port") or 0) or vm.port or 0
+            need = memory_need_mib(vm.memory_mib, vm.vcpus, 1, control.settings.capacity)
+            claims.append(Claim(row.name, vm_id, node.name, vm.vcpus, need, port, seen.get("ip") or "", ""))
+    return PoolSnapshot(
+        row.port_first, row.port_last, tuple(pool_node_of(n) for n in here if n.state in IN_POOL), tuple(claims),
+        {vm: port for vm, port in ports.items() if port}, {vm.id: vm.disk_bytes for vm in homed.values()},
+    )  # fmt: skip
+
+
+def _held(node: ServerNode, homed: dict[str, Vm], reports: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What this server node holds: what it reported, or for a silent node what the record says."""
+    report = reports.get(node.name)
+    if report is not None:
+        return {g["vm_id"]: g for g in report["guests"] if g["vm_id"] in homed}
+    if node.state is ServerNodeState.LEFT:
+        return {}
+    return {
+        vm.id: {"ip": vm.ip, "console_port": vm.port}
+        for vm in homed.values() if vm.server_node == node.name and vm.state in VM_HOLDS_GUEST
+    }  # fmt: skip

@@ -1,0 +1,170 @@
+"""Values the reservations take and give. Plain data: no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal, NamedTuple
+
+
+class ClaimAnswer(StrEnum):
+    """Answer to ``Steps.claim``. Only ``claimed`` allows work."""
+
+    CLAIMED = "claimed"
+    TAKEN = "taken"
+    STALE = "stale"
+    MISSING = "missing"
+    DONE = "done"
+    CANCELLED = "cancelled"
+
+
+Check = Literal["ok", "lost", "cancel"]
+
+
+class StepStatus(NamedTuple):
+    """What Redis knows of a step. ``leased``: the holder's lease lives. ``percent`` 0 to 100."""
+
+    attempt: int
+    holder: str | None
+    node: str | None
+    leased: bool
+    done: bool
+    cancel: bool
+    percent: float | None
+    phase: str
+    eta_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class PoolNode:
+    """A server node as its pool counts it: what may be promised to guests (after overcommit and host reserve).
+
+    ``subnet`` in CIDR text, '' for none; ``max_starts`` 0 for no limit; ``tags`` lower-case words.
+    """
+
+    name: str
+    vcpus: int
+    memory_mib: int
+    subnet: str = ""
+    max_starts: int = 0
+    schedulable: bool = True
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PoolNodeView:
+    """A server node with what is claimed on it and what is free. ``starts``: starts under way (0 where unlimited)."""
+
+    name: str
+    vcpus: int
+    memory_mib: int
+    free_vcpus: int
+    free_memory_mib: int
+    free_ips: int
+    subnet: str
+    max_starts: int
+    starts: int
+    schedulable: bool
+    tags: tuple[str, ...]
+
+
+class MixEntry(NamedTuple):
+    """One profile of the expected mix of VMs, with its share (any positive weight)."""
+
+    vcpus: int
+    memory_mib: int
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceRequest:
+    """What a VM needs of a server node. ``memory_mib`` counts the per-VM overhead in.
+
+    ``step`` names the request: asked again, the same placement. ``pin``: this server node or none.
+    ``order``: ``pack`` fills nodes (room stays for big VMs), ``spread`` takes the emptiest.
+    ``mix``: the VMs expected next; with it ``pack`` takes the node where the fewest of them are lost.
+    ``tags``: a node must have them all. ``mac``: take the VM's MAC too.
+    ``start_s``: how long a start counts against ``max_starts`` unless ``Pool.started`` says it ended.
+    """
+
+    domain_node: str
+    vm: str
+    step: str
+    vcpus: int
+    memory_mib: int
+    pin: str | None = None
+    exclude: tuple[str, ...] = ()
+    console_port: bool = True
+    ip: bool = True
+    mac: bool = False
+    order: Literal["pack", "spread"] = "pack"
+    mix: tuple[MixEntry, ...] = ()
+    tags: tuple[str, ...] = ()
+    start_s: float = 120.0
+
+
+class Placed(NamedTuple):
+    """Where a VM goes. ``port`` 0, ``ip`` '' and ``mac`` '' where not asked for."""
+
+    node: str
+    port: int
+    ip: str
+    mac: str
+
+
+class Claim(NamedTuple):
+    """What a VM holds on a server node. ``ip`` '' and ``port`` 0 where none."""
+
+    domain_node: str
+    vm: str
+    node: str
+    vcpus: int
+    memory_mib: int
+    port: int
+    ip: str
+    step: str
+
+
+class PortUsage(NamedTuple):
+    used: int
+    cooling: int
+    free: int
+
+
+class NodeCapacity(NamedTuple):
+    """How many more VMs of a shape fit, and what limits them: memory | vcpus | ips | draining | ports."""
+
+    vms: int
+    limit: str
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSnapshot:
+    """One domain node's reservations. ``ports``: VM -> port; ``disks``: VM -> bytes."""
+
+    port_first: int
+    port_last: int
+    nodes: tuple[PoolNode, ...] = ()
+    claims: tuple[Claim, ...] = ()
+    ports: Mapping[str, int] = field(default_factory=dict)
+    disks: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Every reservation, as record and world have it. ``macs``: VM -> MAC; ``subnets``: server node -> CIDR;
+    ``pools``: by domain node."""
+
+    macs: Mapping[str, str] = field(default_factory=dict)
+    subnets: Mapping[str, str] = field(default_factory=dict)
+    pools: Mapping[str, PoolSnapshot] = field(default_factory=dict)
+
+
+class Orphans(NamedTuple):
+    """Reservations whose owner is unknown to the asker: VMs, by kind; claims in full."""
+
+    macs: tuple[str, ...]
+    ports: tuple[tuple[str, str], ...]
+    disks: tuple[tuple[str, str], ...]
+    claims: tuple[Claim, ...]

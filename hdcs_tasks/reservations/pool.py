@@ -1,0 +1,309 @@
+"""Layer two: which server node of a resource pool a VM starts on, and what it claims there. One script call each."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from hdcs_tasks.errors import Conflict, HdcsError, Invalid, NoCapacity
+from hdcs_tasks.reservations.link import Link, Value, check_token
+from hdcs_tasks.reservations.model import Claim, NodeCapacity, Placed, PlaceRequest, PoolNode, PoolNodeView
+
+_NODE_FIELDS = (
+    "vcpus", "memory_mib", "used_vcpus", "used_memory_mib", "schedulable", "max_starts", "tags", "subnet", "ip_first",
+    "ip_last",
+)  # fmt: skip
+_NAMED = 5  # server nodes named in a refusal's message; details has them all
+
+
+def ip_text(number: int) -> str:
+    """Dotted text of an address as a number; '' for 0."""
+    if not number:
+        return ""
+    return f"{number >> 24}.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}"
+
+
+def ip_number(text: str) -> int:
+    return int(ipaddress.IPv4Address(text)) if text else 0
+
+
+def guest_span(subnet: str) -> tuple[int, int]:
+    """First and last address a guest may have, as numbers: .1 is the gateway, the highest is for broadcast."""
+    if not subnet:
+        return 0, 0
+    try:
+        network = ipaddress.IPv4Network(subnet)
+    except ValueError as e:
+        raise Invalid(f"{subnet!r} is no IPv4 subnet: {e}", next="Take one: reservations.subnets.take") from e
+    first = int(network.network_address)
+    return first + 2, first + network.num_addresses - 2
+
+
+def _wrapped(words: Sequence[str]) -> str:
+    return f",{','.join(words)}," if words else ""
+
+
+def read_claims(domain_node: str, vm: str, text: str | None) -> list[Claim]:
+    """The packed claims of a VM (claims.lua)."""
+    claims = []
+    for part in text.split(";") if text else []:
+        node, vcpus, memory, port, ip, step = part.split(",")
+        claims.append(Claim(domain_node, vm, node, int(vcpus), int(memory), int(port), ip_text(int(ip)), step))
+    return claims
+
+
+def write_claims(claims: Iterable[Claim]) -> str:
+    return ";".join(f"{c.node},{c.vcpus},{c.memory_mib},{c.port},{ip_number(c.ip)},{c.step}" for c in claims)
+
+
+def node_fields(domain_node: str, node: PoolNode) -> dict[str, Value]:
+    """The hash of a server node without its used amounts (pool_put.lua)."""
+    ip_first, ip_last = guest_span(node.subnet)
+    return {
+        "domain_node": domain_node, "vcpus": node.vcpus, "memory_mib": node.memory_mib,
+        "schedulable": int(node.schedulable), "max_starts": node.max_starts, "tags": _wrapped(node.tags),
+        "subnet": node.subnet, "ip_first": ip_first, "ip_last": ip_last,
+    }  # fmt: skip
+
+
+class Pool:
+    """The resource pools of all domain nodes."""
+
+    def __init__(self, link: Link, propose_mac: Callable[[], str]) -> None:
+        self._link = link
+        self._propose_mac = propose_mac
+
+    # ---- server nodes
+
+    def put_node(self, domain_node: str, node: PoolNode) -> None:
+        """Register a server node, or change its totals and flags; claims on it stay accounted (free may go below 0,
+        then it takes nothing more). Conflict: it is in another pool, or addresses of its old subnet are owned."""
+        check_token("domain node", domain_node)
+        check_token("server node", node.name)
+        for tag in node.tags:
+            check_token("tag", tag)
+        key = self._link.key
+        f = node_fields(domain_node, node)
+        keys = [key("pool", domain_node), key("nodes", domain_node), key("claims", domain_node), key("node", node.name),
+                key("ips", node.name), key("pools", "all")]  # fmt: skip
+        answer = self._link.call(
+            "pool_put", keys, domain_node, node.name, f["vcpus"], f["memory_mib"], f["schedulable"], f["max_starts"],
+            f["tags"], f["subnet"], f["ip_first"], f["ip_last"],
+        )  # fmt: skip
+        if answer == "subnet":
+            raise Conflict(
+                f"server node {node.name} cannot change its subnet to {node.subnet or 'none'}: VMs own addresses of it",
+                next="Drain it first, then change the subnet",
+            )
+        if answer != "ok":
+            raise Conflict(
+                f"server node {node.name} belongs to domain node {answer.split()[1]}, not {domain_node}",
+                next="Remove it there first: hdcs node remove",
+            )
+
+    def remove_node(self, domain_node: str, name: str, force: bool = False) -> None:
+        """Take a server node out. Conflict while VMs hold claims on it; ``force`` leaves those to be released."""
+        key = self._link.key
+        keys = [key("pool", domain_node), key("nodes", domain_node), key("claims", domain_node), key("node", name),
+                key("starts", name)]  # fmt: skip
+        holders = self._link.call("pool_remove", keys, name, int(force))
+        if holders and not force:
+            raise Conflict(
+                f"server node {name} still holds {len(holders)} VMs: {', '.join(sorted(holders)[:_NAMED])}",
+                next="Drain it first: hdcs node drain",
+                details={"vms": sorted(holders)},
+            )
+
+    def nodes(self, domain_node: str) -> list[PoolNodeView]:
+        """All server nodes of the pool by name, with what is free."""
+        link = self._link
+        now = link.do("TIME")
+        now_ms = int(now[0]) * 1000 + int(now[1]) // 1000
+        names = sorted(link.do("SMEMBERS", link.key("nodes", domain_node)))
+        commands: list[Sequence[Value]] = []
+        for name in names:
+            ips = link.key("ips", name)
+            commands += [
+                ("HMGET", link.key("node", name), *_NODE_FIELDS), ("GET", f"{ips}:next"), ("LLEN", f"{ips}:free"),
+                ("ZCOUNT", f"{ips}:cooling", "-inf", now_ms), ("ZCOUNT", link.key("starts", name), now_ms, "+inf"),
+            ]  # fmt: skip
+        answers = link.commands(commands)
+        rows = (answers[i : i + 5] for i in range(0, len(answers), 5))
+        return [_view(name, row) for name, row in zip(names, rows, strict=True) if row[0][0] is not None]
+
+    def domain_nodes(self) -> list[str]:
+        """Domain nodes that ever had a server node."""
+        return sorted(self._link.do("SMEMBERS", self._link.key("pools", "all")))
+
+    # ---- placement
+
+    def place(self, request: PlaceRequest) -> Placed:
+        """Pick the server node and claim vCPU, memory, console port, IP (and MAC) there: all or nothing, in one call.
+
+        A VM that already holds a fitting claim (not on an excluded node, on the pinned one if any) gets that one again.
+        NoCapacity tells, for every server node, why not; Conflict: the VM holds two claims, or one of another size.
+        """
+        placed = self.place_many([request])[0]
+        if isinstance(placed, HdcsError):
+            raise placed
+        return placed
+
+    def place_many(self, requests: Sequence[PlaceRequest]) -> list[Placed | HdcsError]:
+        """``place`` for each, in order and pipelined; a refusal stands in its place. RebuildPending and Unreachable
+        are raised: ask again for all, placements already made are found again."""
+        answers: list[Placed | HdcsError | None] = [None] * len(requests)
+        open_ = list(range(len(requests)))
+        for _ in range(64):
+            raw = self._run([requests[i] for i in open_])
+            again = []
+            for i, answer in zip(open_, raw, strict=True):
+                if answer[0] == "mac":
+                    again.append(i)
+                else:
+                    answers[i] = _placed(requests[i], answer)
+            open_ = again
+            if not open_:
+                break
+        return [a or NoCapacity("no free MAC found", next="Set HDCS_MAC_PREFIX to another prefix") for a in answers]
+
+    def _run(self, requests: Sequence[PlaceRequest]) -> list[Any]:
+        if len(requests) == 1:
+            keys, args = self._place_call(requests[0])
+            return [self._link.call("pool_place", keys, *args)]
+        return self._link.call_many("pool_place", map(self._place_call, requests))
+
+    def _place_call(self, r: PlaceRequest) -> tuple[Sequence[str], Sequence[Value]]:
+        if r.vcpus < 1 or r.memory_mib < 1:
+            raise Invalid(f"VM {r.vm}: {r.vcpus} vCPU and {r.memory_mib} MiB", next="Ask for at least 1 of each")
+        p = self._link.prefix
+        keys = (
+            f"{p}epoch:run_id", f"{p}pool:{r.domain_node}", f"{p}nodes:{r.domain_node}", f"{p}claims:{r.domain_node}",
+            f"{p}ports:{r.domain_node}", f"{p}port_ranges:all", f"{p}mac:of_vm", f"{p}mac:owner",
+        )  # fmt: skip
+        args = (
+            p, r.domain_node, check_token("VM", r.vm), check_token("step", r.step), r.vcpus, r.memory_mib, r.pin or "",
+            _wrapped(r.exclude), int(r.console_port), int(r.ip), self._propose_mac() if r.mac else "", r.order,
+            _wrapped(r.tags), round(r.start_s * 1000), ";".join(f"{m.vcpus},{m.memory_mib},{m.weight}" for m in r.mix),
+        )  # fmt: skip
+        return keys, args
+
+    def started(self, node: str, vm: str) -> None:
+        """The VM's start on this node ended: it no longer counts against ``max_starts``."""
+        self._link.do("ZREM", self._link.key("starts", node), vm)
+
+    def release(
+        self, domain_node: str, vm: str, node: str, ip_cooling_s: float, port_cooling_s: float | None = None
+    ) -> bool:
+        """The VM was observed stopped on this node: capacity is free at once, the IP after ``ip_cooling_s``. With
+        ``port_cooling_s`` and no other claim left, its port cools too. False: it held nothing there."""
+        key = self._link.key
+        keys = [key("pool", domain_node), key("claims", domain_node), key("node", node), key("ips", node),
+                key("starts", node), key("ports", domain_node)]  # fmt: skip
+        port_ms: Value = "" if port_cooling_s is None else round(port_cooling_s * 1000)
+        return bool(self._link.call("pool_release", keys, vm, node, round(ip_cooling_s * 1000), port_ms))
+
+    # ---- reading
+
+    def claims(self, domain_node: str) -> list[Claim]:
+        """Every claim in the domain node."""
+        pairs = self._link.pairs(self._link.do("HGETALL", self._link.key("claims", domain_node)))
+        return [claim for vm, text in sorted(pairs.items()) for claim in read_claims(domain_node, vm, text)]
+
+    def claim_of(self, vm: str) -> list[Claim]:
+        """What the VM holds, in whatever domain node: none, one, or two while it migrates."""
+        pools = self.domain_nodes()
+        texts = self._link.commands([("HGET", self._link.key("claims", d), vm) for d in pools])
+        return [claim for d, text in zip(pools, texts, strict=True) for claim in read_claims(d, vm, text)]
+
+    def capacity(
+        self, domain_node: str, vcpus: int, memory_mib: int, free_ports: int | None = None
+    ) -> dict[str, NodeCapacity]:
+        """How many more VMs of this shape (memory with overhead) each server node takes; key '' is the pool's sum,
+        cut to ``free_ports`` where given."""
+        found = {n.name: _node_capacity(n, vcpus, memory_mib) for n in self.nodes(domain_node)}
+        total = sum(c.vms for c in found.values())
+        if free_ports is not None and free_ports < total:
+            return found | {"": NodeCapacity(free_ports, "ports")}
+        return found | {"": NodeCapacity(total, "server nodes")}
+
+
+def _view(name: str, row: Sequence[Any]) -> PoolNodeView:
+    facts, highest, listed, ripe, starts = row
+    vcpus, memory, used_vcpus, used_memory, schedulable, max_starts, tags, subnet, first, last = facts
+    unused = int(last) - max(int(highest or 0), int(first) - 1) if subnet else 0
+    return PoolNodeView(
+        name=name, vcpus=int(vcpus), memory_mib=int(memory), free_vcpus=int(vcpus) - int(used_vcpus),
+        free_memory_mib=int(memory) - int(used_memory), free_ips=max(0, unused) + int(listed) + int(ripe),
+        subnet=subnet, max_starts=int(max_starts), starts=int(starts), schedulable=schedulable == "1",
+        tags=tuple(t for t in tags.split(",") if t),
+    )  # fmt: skip
+
+
+def _node_capacity(node: PoolNodeView, vcpus: int, memory_mib: int) -> NodeCapacity:
+    if not node.schedulable:
+        return NodeCapacity(0, "draining")
+    limits = [(node.free_memory_mib // memory_mib, "memory"), (node.free_vcpus // vcpus, "vcpus")]
+    if node.subnet:
+        limits.append((node.free_ips, "ips"))
+    vms, limit = min(limits)
+    return NodeCapacity(max(0, vms), limit)
+
+
+def _placed(request: PlaceRequest, answer: Sequence[Any]) -> Placed | HdcsError:
+    if answer[0] == "ok":
+        return Placed(answer[1], int(answer[2]), ip_text(int(answer[3])), answer[4])
+    if answer[0] == "two":
+        return Conflict(
+            f"VM {request.vm} holds claims on {answer[1]} and {answer[2]} already",
+            next="Wait for its migration to end, or release the claim of the node it is not on",
+        )
+    if answer[0] == "amounts":
+        return Conflict(
+            f"VM {request.vm} holds a claim of another size on {answer[1]}",
+            next="Stop it first; the claim ends with it",
+        )
+    return _refused(request, answer)
+
+
+def _refused(request: PlaceRequest, answer: Sequence[Any]) -> NoCapacity:
+    rows: list[dict[str, Any]] = [
+        {"node": node, "free_vcpus": int(vcpus), "free_memory_mib": int(memory), "why": why}
+        for node, vcpus, memory, why in zip(*(answer[i::4] for i in range(2, 6)), strict=True)
+    ]
+    rows.sort(key=lambda row: str(row["node"]))
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[row["why"]] = counts.get(row["why"], 0) + 1
+    details = {"vm": request.vm, "domain_node": request.domain_node, "vcpus": request.vcpus,
+               "memory_mib": request.memory_mib, "nodes": rows, "counts": counts, "ports": answer[1]}  # fmt: skip
+    shape = f"VM {request.vm} ({request.vcpus} vCPU, {request.memory_mib} MiB)"
+    if answer[1]:
+        why = "all console ports are in use or cooling" if answer[1] == "port" else "it has no range of console ports"
+        return NoCapacity(f"domain node {request.domain_node} cannot take {shape}: {why}",
+                          next="Wait for ports to cool, or widen the range", details=details)  # fmt: skip
+    said = [_words(row) for row in rows[:_NAMED]]
+    if len(rows) > _NAMED:
+        said.append(f"and {len(rows) - _NAMED} more")
+    return NoCapacity(
+        f"no server node of {request.domain_node} fits {shape}: {', '.join(said) or 'it has none'}",
+        next="See: hdcs pool capacity",
+        details=details,
+    )
+
+
+def _words(row: dict[str, Any]) -> str:
+    why, name = row["why"], row["node"]
+    if why == "memory":
+        return f"{name} {row['free_memory_mib']} MiB free"
+    if why == "vcpus":
+        return f"{name} {row['free_vcpus']} vCPU free"
+    if why.startswith("tag "):
+        return f"{name} lacks tag {why[4:]}"
+    words = {
+        "ip": "has no free IP",
+        "no subnet": "has no subnet",
+        "unpinned": "is not the pinned node",
+        "starts": "has as many starts under way as it may",
+    }
+    return f"{name} {words.get(why, why)}"

@@ -1,0 +1,265 @@
+"""The record: what exists, what was asked, what became of it. SQLite or PostgreSQL, the same schema.
+
+State columns are written by ``store.transitions.move`` and by nothing else.
+"""
+
+from __future__ import annotations
+
+import uuid
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import JSON, DateTime, Dialect, Float, ForeignKey, Index, Integer, String, Text, TypeDecorator, text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+
+from hdcs_tasks.states import BackupState, ImageState, OperationState, ServerNodeState, StepState, VmState
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An aware UTC datetime on both databases (SQLite keeps no zone)."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return value.astimezone(UTC) if value is not None else None
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+class StateColumn(TypeDecorator[StrEnum]):
+    """A state machine's enum kept as its text."""
+
+    impl = String(20)
+    cache_ok = True
+
+    def __init__(self, machine: type[StrEnum]) -> None:
+        super().__init__()
+        self.machine = machine
+
+    def process_bind_param(self, value: StrEnum | None, dialect: Dialect) -> str | None:
+        return None if value is None else str(value)
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> StrEnum | None:
+        return None if value is None else self.machine(value)
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+def new_id() -> str:
+    return str(uuid.uuid4())
+
+
+class Base(DeclarativeBase):
+    type_annotation_map = {datetime: UtcDateTime, dict[str, Any]: JSON, list[Any]: JSON}
+
+
+class DomainNode(Base):
+    """A resource pool: server nodes that share one storage. ``token_key`` proves join requests, never the token."""
+
+    __tablename__ = "domain_node"
+
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    token_key: Mapped[str] = mapped_column(String(64))
+    port_first: Mapped[int]
+    port_last: Mapped[int]
+    storage_primary: Mapped[str | None] = mapped_column(String(63))
+    storage_total_bytes: Mapped[int | None]
+    storage_free_bytes: Mapped[int | None]
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class ServerNode(Base):
+    """One host. ``instance`` is the worker process that joined last; ``draining`` survives its restarts."""
+
+    __tablename__ = "server_node"
+
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    domain_node: Mapped[str] = mapped_column(ForeignKey("domain_node.name"), index=True)
+    state: Mapped[ServerNodeState] = mapped_column(StateColumn(ServerNodeState))
+    draining: Mapped[bool] = mapped_column(default=False)
+    ip: Mapped[str] = mapped_column(String(45))
+    subnet: Mapped[str] = mapped_column(String(43))
+    instance: Mapped[str] = mapped_column(String(64))
+    facts: Mapped[dict[str, Any]]
+    vcpus: Mapped[int]
+    memory_mib: Mapped[int]
+    joined_at: Mapped[datetime] = mapped_column(default=now)
+    state_at: Mapped[datetime] = mapped_column(default=now)
+    observed_at: Mapped[datetime | None]
+
+
+class Profile(Base):
+    """The hardware shape of a VM."""
+
+    __tablename__ = "profile"
+
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    vcpus: Mapped[int]
+    memory_mib: Mapped[int]
+    disk_bytes: Mapped[int | None]
+    usb: Mapped[str] = mapped_column(String(255), default="off")
+
+
+class Image(Base):
+    """One version of a disk to clone from."""
+
+    __tablename__ = "image"
+    __table_args__ = (
+        Index("image_living", "name", "version", unique=True, sqlite_where=text("deleted_at IS NULL"),
+              postgresql_where=text("deleted_at IS NULL")),
+    )  # fmt: skip
+
+    id: Mapped[str] = mapped_column(String(36), primary_key=True, default=new_id)
+    name: Mapped[str] = mapped_column(String(63), index=True)
+    version: Mapped[int]
+    virtual_size_bytes: Mapped[int | None]
+    sha256: Mapped[str | None] = mapped_column(String(64))
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    deleted_at: Mapped[datetime | None]
+    copies: Mapped[list[ImageCopy]] = relationship(back_populates="image", cascade="all, delete-orphan")
+
+
+class ImageCopy(Base):
+    """An image as one domain node's storage holds it."""
+
+    __tablename__ = "image_copy"
+
+    image_id: Mapped[str] = mapped_column(ForeignKey("image.id"), primary_key=True)
+    domain_node: Mapped[str] = mapped_column(ForeignKey("domain_node.name"), primary_key=True)
+    state: Mapped[ImageState] = mapped_column(StateColumn(ImageState))
+    file_bytes: Mapped[int | None]
+    image: Mapped[Image] = relationship(back_populates="copies")
+
+
+class Vm(Base):
+    """The durable record of a desktop. ``state`` is the record; ``observed_*`` is what libvirt last showed."""
+
+    __tablename__ = "vm"
+    __table_args__ = (
+        Index("vm_living_name", "name", unique=True, sqlite_where=text("deleted_at IS NULL"),
+              postgresql_where=text("deleted_at IS NULL")),
+        Index("vm_living_mac", "mac", unique=True, sqlite_where=text("deleted_at IS NULL"),
+              postgresql_where=text("deleted_at IS NULL")),
+    )  # fmt: skip
+
+    id: Mapped[str] = mapped_column(String(36), primary_key=True, default=new_id)
+    name: Mapped[str] = mapped_column(String(63), index=True)
+    state: Mapped[VmState] = mapped_column(StateColumn(VmState), index=True)
+    home: Mapped[str] = mapped_column(ForeignKey("domain_node.name"), index=True)
+    server_node: Mapped[str | None] = mapped_column(String(63), index=True)
+    image_id: Mapped[str | None] = mapped_column(ForeignKey("image.id"))
+    profile: Mapped[str] = mapped_column(String(63))
+    vcpus: Mapped[int]
+    memory_mib: Mapped[int]
+    disk_bytes: Mapped[int]
+    usb: Mapped[str] = mapped_column(String(255), default="off")
+    mac: Mapped[str] = mapped_column(String(17))
+    port: Mapped[int | None]
+    ip: Mapped[str | None] = mapped_column(String(45))
+    owner: Mapped[str] = mapped_column(String(255), default="")
+    tags: Mapped[list[Any]] = mapped_column(default=list)
+    idle_after_s: Mapped[float | None]
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    state_at: Mapped[datetime] = mapped_column(default=now)
+    started_at: Mapped[datetime | None]
+    active_at: Mapped[datetime | None]
+    ready_at: Mapped[datetime | None]
+    observed_state: Mapped[str | None] = mapped_column(String(20))
+    observed_at: Mapped[datetime | None]
+    deleted_at: Mapped[datetime | None]
+
+
+class Operation(Base):
+    """One asked-for change. ``live_vm`` is the VM's id while the operation lives: one live operation per VM."""
+
+    __tablename__ = "operation"
+
+    id: Mapped[str] = mapped_column(String(36), primary_key=True, default=new_id)
+    kind: Mapped[str] = mapped_column(String(40), index=True)
+    state: Mapped[OperationState] = mapped_column(StateColumn(OperationState), index=True)
+    subject: Mapped[str] = mapped_column(String(255), default="")
+    vm_id: Mapped[str | None] = mapped_column(ForeignKey("vm.id"), index=True)
+    live_vm: Mapped[str | None] = mapped_column(String(36), unique=True)
+    parent_id: Mapped[str | None] = mapped_column(ForeignKey("operation.id"), index=True)
+    waits_for: Mapped[str | None] = mapped_column(ForeignKey("operation.id"), index=True)
+    idempotency_key: Mapped[str | None] = mapped_column(String(255), unique=True)
+    requested_by: Mapped[str] = mapped_column(String(255), default="")
+    reason: Mapped[str] = mapped_column(Text, default="")
+    request: Mapped[dict[str, Any]]
+    result: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    error: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    needs_operator: Mapped[bool] = mapped_column(default=False)
+    cancel_asked: Mapped[bool] = mapped_column(default=False)
+    percent: Mapped[float] = mapped_column(Float, default=0.0)
+    phase: Mapped[str] = mapped_column(String(255), default="queued")
+    created_at: Mapped[datetime] = mapped_column(default=now, index=True)
+    started_at: Mapped[datetime | None]
+    ended_at: Mapped[datetime | None]
+    steps: Mapped[list[Step]] = relationship(order_by="Step.seq", back_populates="operation")
+
+
+class Step(Base):
+    """One message's worth of work of an operation. ``node`` is where an attempt may have touched something."""
+
+    __tablename__ = "step"
+
+    id: Mapped[str] = mapped_column(String(36), primary_key=True, default=new_id)
+    operation_id: Mapped[str] = mapped_column(ForeignKey("operation.id"), index=True)
+    seq: Mapped[int]
+    name: Mapped[str] = mapped_column(String(60))
+    queue: Mapped[str] = mapped_column(String(160))
+    spec: Mapped[dict[str, Any]]
+    state: Mapped[StepState] = mapped_column(StateColumn(StepState), index=True)
+    attempt: Mapped[int] = mapped_column(Integer, default=0)
+    node: Mapped[str | None] = mapped_column(String(63))
+    history: Mapped[list[Any]] = mapped_column(default=list)
+    outcome: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    error: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    not_before: Mapped[datetime | None]
+    deadline_at: Mapped[datetime]
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    published_at: Mapped[datetime | None]
+    started_at: Mapped[datetime | None]
+    ended_at: Mapped[datetime | None]
+    operation: Mapped[Operation] = relationship(back_populates="steps")
+
+
+class Backup(Base):
+    """One point of a backup chain: a plain qcow2 file and its manifest in a domain node's storage."""
+
+    __tablename__ = "backup"
+
+    id: Mapped[str] = mapped_column(String(36), primary_key=True, default=new_id)
+    vm_id: Mapped[str] = mapped_column(String(36), index=True)
+    vm_name: Mapped[str] = mapped_column(String(63))
+    domain_node: Mapped[str] = mapped_column(ForeignKey("domain_node.name"))
+    chain: Mapped[str] = mapped_column(String(36), index=True)
+    seq: Mapped[int]
+    kind: Mapped[str] = mapped_column(String(12))
+    parent_id: Mapped[str | None] = mapped_column(String(36))
+    state: Mapped[BackupState] = mapped_column(StateColumn(BackupState))
+    checkpoint: Mapped[str | None] = mapped_column(String(80))
+    manifest: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    file_bytes: Mapped[int | None]
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    proven_at: Mapped[datetime | None]
+
+
+class Event(Base):
+    """What happened that nobody asked for: a node lost, a guest gone, an idle desktop taken back."""
+
+    __tablename__ = "event"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
+    at: Mapped[datetime] = mapped_column(default=now, index=True)
+    kind: Mapped[str] = mapped_column(String(60), index=True)
+    subject: Mapped[str] = mapped_column(String(255), index=True)
+    message: Mapped[str] = mapped_column(Text)
+    data: Mapped[dict[str, Any]] = mapped_column(default=dict)

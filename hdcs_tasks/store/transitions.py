@@ -1,0 +1,56 @@
+"""The one place that writes a state column."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any, TypeAlias
+
+from sqlalchemy import inspect, update
+from sqlalchemy.orm import Mapper, Session, object_session
+
+from hdcs_tasks.errors import Conflict
+from hdcs_tasks.states import MACHINES, check
+from hdcs_tasks.store.models import Backup, ImageCopy, Operation, ServerNode, Step, Vm, now
+
+Stateful: TypeAlias = Vm | Operation | Step | ServerNode | ImageCopy | Backup
+
+
+def move(record: Stateful, new: StrEnum) -> None:
+    """Move ``record`` to state ``new`` by compare-and-set in the running transaction.
+
+    Raises WrongState for an illegal move and Conflict when the row changed underneath.
+    """
+    old: StrEnum = record.state
+    if old is new and new not in MACHINES[type(new)][new]:
+        return
+    check(old, new, subject_of(record))
+    session = object_session(record)
+    if session is None or record in session.new:
+        setattr(record, "state", new)  # noqa: B010 - a plain assignment would ask for each machine's own enum
+        return
+    _compare_and_set(session, record, old, new)
+
+
+def _compare_and_set(session: Session, record: Stateful, old: StrEnum, new: StrEnum) -> None:
+    session.flush()
+    mapper: Mapper[Any] = inspect(type(record))
+    identity = zip(mapper.primary_key, mapper.primary_key_from_instance(record), strict=True)
+    values: dict[str, object] = {"state": new}
+    if "state_at" in mapper.columns:
+        values["state_at"] = now()
+    statement = update(type(record)).where(*(column == value for column, value in identity))
+    statement = statement.where(mapper.columns["state"] == old).values(values)
+    done = session.execute(statement.execution_options(synchronize_session=False))
+    if getattr(done, "rowcount", 0) != 1:
+        raise Conflict(f"{subject_of(record)} changed while it was moved from {old} to {new}", next="Try again")
+    session.refresh(record, list(values))
+
+
+def subject_of(record: object) -> str:
+    """What to call a record in a message: ``VM desk-01``, ``server node node1``."""
+    words = {"Vm": "VM", "ServerNode": "server node", "Operation": "operation", "Step": "step", "Backup": "backup"}
+    word = words.get(type(record).__name__, type(record).__name__.lower())
+    if isinstance(record, ImageCopy):
+        return f"image copy {record.image_id} on {record.domain_node}"
+    name = getattr(record, "name", None) if type(record).__name__ != "Step" else None
+    return f"{word} {name or getattr(record, 'id', '?')}"

@@ -1,0 +1,322 @@
+"""VMs on the control plane: looking them up, starting, stopping, the short commands, deleting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from hdcs_tasks.errors import HdcsError, Invalid, NotFound, Unreachable, WrongState
+from hdcs_tasks.operations.control import Asked, Control, Tx, on_done, on_failed, on_start
+from hdcs_tasks.operations.recovery import wake_parked
+from hdcs_tasks.pool import rules as pool_rules
+from hdcs_tasks.pool.control import IN_POOL, get_server_node
+from hdcs_tasks.routing import direct_queue, quick_queue
+from hdcs_tasks.states import VmState
+from hdcs_tasks.store.models import Operation, Step, Vm, now
+from hdcs_tasks.store.transitions import move
+from hdcs_tasks.vm.rules import COMMANDS, Command, check_usb, wrong_state_hint
+
+
+def get_vm(session: Session, name: str) -> Vm:
+    """The living VM of this name or id; else NotFound."""
+    query = select(Vm).where((Vm.name == name) | (Vm.id == name), Vm.deleted_at.is_(None))
+    vm = session.scalar(query)
+    if vm is None:
+        raise NotFound(f"there is no VM {name!r}", next="See: hdcs vm list")
+    return vm
+
+
+def vm_of(tx: Tx, operation: Operation) -> Vm:
+    vm = tx.session.get(Vm, operation.vm_id) if operation.vm_id else None
+    if vm is None:
+        raise NotFound(f"operation {operation.id} has no VM")
+    return vm
+
+
+def list_vms(control: Control, *, names: Sequence[str] = (), **filters: Any) -> list[dict[str, Any]]:
+    """Views of living VMs; ``filters`` are equalities on state, home, server_node, owner, profile, or a ``tag``."""
+    tag = filters.pop("tag", None)
+    with control.store.read() as session:
+        query = select(Vm).where(Vm.deleted_at.is_(None)).order_by(Vm.name)
+        if names:
+            query = query.where(Vm.name.in_(names))
+        for key, value in filters.items():
+            if value is not None:
+                query = query.where(getattr(Vm, key) == value)
+        return [view(vm) for vm in session.scalars(query) if tag is None or tag in vm.tags]
+
+
+def view(vm: Vm) -> dict[str, Any]:
+    """The VM as callers see it."""
+    moments = ("created_at", "started_at", "active_at", "ready_at", "observed_at")
+    keys = (
+        "idle_after_s", "id", "name", "home", "server_node", "image_id", "profile", "vcpus", "memory_mib", "disk_bytes", "usb", "mac",
+        "port", "ip", "owner", "tags", "observed_state",
+    )  # fmt: skip
+    return (
+        {key: getattr(vm, key) for key in keys}
+        | {"state": vm.state.value}
+        | {key: at.isoformat() if (at := getattr(vm, key)) else None for key in moments}
+    )
+
+
+def show(control: Control, name: str) -> dict[str, Any]:
+    with control.store.read() as session:
+        return view(get_vm(session, name))
+
+
+def set_usb(control: Control, name: str, policy: str) -> dict[str, Any]:
+    """Record the USB policy (on, off or a SPICE filter); it takes effect at the next start."""
+    check_usb(policy)
+    with control.transaction() as tx:
+        vm = get_vm(tx.session, name)
+        vm.usb = policy
+        return view(vm)
+
+
+def set_idle(control: Control, name: str, after_s: float | None) -> dict[str, Any]:
+    """Stop this VM once nobody used it for ``after_s``; 0 never, None as ``HDCS_IDLE_AFTER_S`` says."""
+    if after_s is not None and not 0 <= after_s <= 366 * 86_400:
+        raise Invalid(f"an idle time of {after_s} s is not between 0 and a year")
+    with control.transaction() as tx:
+        vm = get_vm(tx.session, name)
+        vm.idle_after_s = after_s
+        return view(vm)
+
+
+# --- start
+
+
+def guest_fields(vm: Vm) -> dict[str, Any]:
+    """What every start needs to build the guest, whatever the server node."""
+    return {
+        "vm_id": vm.id, "name": vm.name, "vcpus": vm.vcpus, "memory_mib": vm.memory_mib, "mac": vm.mac, "usb": vm.usb,
+    }  # fmt: skip
+
+
+def need_of(control: Control, vm: Vm) -> dict[str, int]:
+    """What layer two claims for this VM: vCPUs, and guest memory with the host's overhead in MiB."""
+    memory = pool_rules.memory_need_mib(vm.memory_mib, vm.vcpus, 1, control.settings.capacity)
+    return {"vcpus": vm.vcpus, "memory_mib": memory}
+
+
+def start(control: Control, name: str, asked: Asked, *, pin: str | None = None) -> Operation:
+    """Ask for a VM's start. Layer two picks the server node when the step runs."""
+    with control.transaction() as tx:
+        if (same := tx.same_request(asked)) is not None:
+            return same
+        vm = get_vm(tx.session, name)
+        _check_given(vm, "start", frozenset({VmState.STOPPED, VmState.SAVED}))
+        if pin is not None and get_server_node(tx.session, pin).domain_node != vm.home:
+            raise WrongState(
+                f"server node {pin} is not of {vm.home}, where VM {vm.name} lives",
+                next=f"Migrate it first: hdcs vm migrate {vm.name} …",
+            )
+        operation = tx.open("vm.start", asked=asked, vm=vm, request={"was": vm.state.value, "pin": pin})
+        add_start_step(tx, operation, vm, pin=pin)
+        return operation
+
+
+def start_many(control: Control, names: Sequence[str], asked: Asked) -> Operation:
+    """One parent operation that starts every named VM; a VM in a wrong state or busy fails alone."""
+    with control.transaction() as tx:
+        if (same := tx.same_request(asked)) is not None:
+            return same
+        parent = tx.open("vm.start_many", asked=asked, subject=f"{len(names)} VMs", request={"vms": list(names)})
+        vms = [get_vm(tx.session, name) for name in names]
+        for vm in vms:
+            _check_given(vm, "start", frozenset({VmState.STOPPED, VmState.SAVED}))
+            child = tx.open("vm.start", asked=asked, vm=vm, parent=parent, request={"was": vm.state.value})
+            add_start_step(tx, child, vm)
+        return parent
+
+
+def add_start_step(tx: Tx, operation: Operation, vm: Vm, *, pin: str | None = None) -> Step:
+    saved = vm.state is VmState.SAVED
+    move(vm, VmState.STARTING)
+    spec = {
+        "shown": {"vm": vm.name, "pool": vm.home}, "guest": guest_fields(vm), "need": need_of(tx.control, vm),
+        "pin": pin, "saved": saved,
+    }  # fmt: skip
+    return tx.step(operation, "vm.start_on_node", vm.home, spec)
+
+
+@on_done("vm.start_on_node")
+def _started(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
+    vm = vm_of(tx, operation)
+    vm.server_node, vm.port, vm.ip = result["node"], result["port"], result["ip"]
+    vm.started_at = vm.active_at = now()
+    vm.ready_at = None
+    vm.observed_state, vm.observed_at = "running", now()
+    leave_via(vm, VmState.STARTING, VmState.RUNNING)
+
+
+@on_failed("vm.start_on_node")
+def _not_started(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
+    vm = vm_of(tx, operation)
+    saved = bool(step.spec.get("saved"))
+    leave_via(vm, VmState.STARTING, VmState.SAVED if saved else VmState.STOPPED)
+    cool_port(tx, vm)
+
+
+def leave_via(vm: Vm, via: VmState, to: VmState) -> None:
+    """Move on from an ``-ing`` state, unless a superseding operation has moved the VM meanwhile."""
+    if vm.state is via:
+        move(vm, to)
+
+
+def cool_port(tx: Tx, vm: Vm) -> None:
+    """Give the console port back: it can be given again after its cooling time."""
+    vm.port = None
+    control, vm_id, home = tx.control, vm.id, vm.home
+    tx.after(lambda: control.reservations.ports.cool(home, vm_id, control.settings.port_cooling_s))
+
+
+# --- the short commands
+
+
+def command(
+    control: Control, verb: str, name: str, asked: Asked, *, force: bool = False, timeout_s: float = 60.0
+) -> Operation:
+    """suspend, resume, reboot, save or stop a VM on the server node that holds it.
+
+    A forced stop supersedes what is in its way.
+    """
+    what = COMMANDS[verb]
+    with control.transaction() as tx:
+        if (same := tx.same_request(asked)) is not None:
+            return same
+        vm = get_vm(tx.session, name)
+        _check_given(vm, verb, what.given_in)
+        if vm.server_node is not None:
+            _check_reachable(tx.session, vm)
+        supersede = verb == "stop" and force
+        request = {"was": vm.state.value, "force": force, "timeout_s": timeout_s}
+        return tx.open(f"vm.{verb}", asked=asked, vm=vm, request=request, supersede=supersede)
+
+
+def _check_given(vm: Vm, verb: str, given_in: frozenset[VmState]) -> None:
+    if vm.state not in given_in:
+        raise WrongState(f"VM {vm.name} is {vm.state}: it cannot {verb}", next=wrong_state_hint(verb, vm.state))
+
+
+def _check_reachable(session: Session, vm: Vm) -> None:
+    node = get_server_node(session, vm.server_node or "")
+    if node.state not in IN_POOL:
+        raise Unreachable(
+            f"VM {vm.name} is on server node {node.name}, which is {node.state}",
+            next=f"Bring {node.name} back (see: hdcs node list); its guests may still run there",
+        )
+
+
+def _begin_command(verb: str, what: Command) -> None:
+    @on_start(f"vm.{verb}")
+    def begin(tx: Tx, operation: Operation) -> None:
+        vm = vm_of(tx, operation)
+        if vm.server_node is None:
+            # What was superseded has ended without a guest.
+            tx.finish(operation)
+            return
+        if vm.state is not what.via:
+            move(vm, what.via)
+        node = get_server_node(tx.session, vm.server_node)
+        queue = direct_queue if verb == "save" else quick_queue
+        tx.step(operation, what.step, queue(node.domain_node, node.name), _command_spec(vm, operation), node=node.name)
+
+    @on_done(what.step)
+    def done(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
+        vm = vm_of(tx, operation)
+        if what.to in (VmState.STOPPED, VmState.SAVED):
+            released(tx, vm)
+        vm.observed_state, vm.observed_at = what.to.value, now()
+        vm.active_at = now()
+        leave_via(vm, what.via, what.to)
+        if operation.kind == "vm.delete":
+            add_delete_step(tx, operation, vm)
+
+    @on_failed(what.step)
+    def failed(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
+        vm = vm_of(tx, operation)
+        was = VmState(operation.request.get("was", VmState.RUNNING))
+        resting = was if was in (VmState.RUNNING, VmState.SUSPENDED) else VmState.FAILED
+        leave_via(vm, VmState.DELETING if operation.kind == "vm.delete" else what.via, resting)
+
+
+def _command_spec(vm: Vm, operation: Operation) -> dict[str, Any]:
+    return {
+        "shown": {"vm": vm.name, "node": vm.server_node}, "vm_id": vm.id, "name": vm.name, "mac": vm.mac,
+        "force": bool(operation.request.get("force")), "timeout_s": operation.request.get("timeout_s", 60.0),
+    }  # fmt: skip
+
+
+for _verb, _what in COMMANDS.items():
+    _begin_command(_verb, _what)
+
+
+def released(tx: Tx, vm: Vm) -> None:
+    """The guest was observed gone: record it, cool the port, and wake who waits for room."""
+    control, home = tx.control, vm.home
+    vm.server_node = vm.ip = vm.ready_at = None
+    cool_port(tx, vm)
+    tx.after(lambda: wake_parked(control, home))
+
+
+# --- delete
+
+
+def delete(control: Control, name: str, asked: Asked) -> Operation:
+    """Delete a VM: its guest is stopped at once, its disk removed. Its backups stay. Supersedes what is in its way."""
+    with control.transaction() as tx:
+        if (same := tx.same_request(asked)) is not None:
+            return same
+        vm = get_vm(tx.session, name)
+        if vm.server_node is not None:
+            _check_reachable(tx.session, vm)
+        request = {"was": vm.state.value, "force": True}
+        return tx.open("vm.delete", asked=asked, vm=vm, request=request, supersede=True)
+
+
+@on_start("vm.delete")
+def _begin_delete(tx: Tx, operation: Operation) -> None:
+    vm = vm_of(tx, operation)
+    if vm.state is VmState.DELETED:
+        tx.finish(operation)
+        return
+    if vm.state is not VmState.DELETING:
+        move(vm, VmState.DELETING)
+    if vm.server_node is None:
+        add_delete_step(tx, operation, vm)
+        return
+    node = get_server_node(tx.session, vm.server_node)
+    spec = _command_spec(vm, operation)
+    tx.step(operation, "vm.stop_on_node", quick_queue(node.domain_node, node.name), spec, node=node.name)
+
+
+def add_delete_step(tx: Tx, operation: Operation, vm: Vm) -> Step:
+    spec = {"shown": {"vm": vm.name, "pool": vm.home}, "vm_id": vm.id, "name": vm.name}
+    return tx.step(operation, "vm.delete_on_node", vm.home, spec)
+
+
+@on_done("vm.delete_on_node")
+def _deleted(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
+    forget(tx, vm_of(tx, operation))
+
+
+@on_failed("vm.delete_on_node")
+def _not_deleted(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
+    leave_via(vm_of(tx, operation), VmState.DELETING, VmState.FAILED)
+
+
+def forget(tx: Tx, vm: Vm) -> None:
+    """The VM is gone: its name, MAC, port and disk promise are free."""
+    control, vm_id, home = tx.control, vm.id, vm.home
+    if vm.state is not VmState.DELETED:
+        move(vm, VmState.DELETED)
+    vm.deleted_at = now()
+    cool_port(tx, vm)
+    tx.after(lambda: control.reservations.macs.release(vm_id))
+    tx.after(lambda: control.reservations.disks.release(home, vm_id))
+

@@ -1,0 +1,146 @@
+"""Migration inside a domain node on the control plane: named steps, each of which can be repeated or undone.
+
+    prepare (target: claim, DHCP host) → perform (source) → finish (target: network, checkpoints) → clean (source)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hdcs_tasks.errors import HdcsError, Invalid, Rejected, WrongState
+from hdcs_tasks.operations.control import Asked, Control, Tx, on_done, on_failed, on_start
+from hdcs_tasks.pool.control import IN_POOL, get_server_node
+from hdcs_tasks.routing import direct_queue
+from hdcs_tasks.states import VmState
+from hdcs_tasks.store.models import DomainNode, Operation, ServerNode, Step, Vm, now
+from hdcs_tasks.store.transitions import move
+from hdcs_tasks.vm.control import get_vm, leave_via, need_of, vm_of
+from hdcs_tasks.vm.rules import wrong_state_hint
+
+
+def migrate(control: Control, name: str, asked: Asked, *, to: str | None = None, live: bool = True) -> Operation:
+    """Move a running VM to another server node of its domain node; without ``to``, layer two chooses it."""
+    with control.transaction() as tx:
+        if (same := tx.same_request(asked)) is not None:
+            return same
+        vm = get_vm(tx.session, name)
+        if vm.state is not VmState.RUNNING or vm.server_node is None:
+            raise WrongState(
+                f"VM {vm.name} is {vm.state}: it cannot migrate", next=wrong_state_hint("migrate", vm.state)
+            )
+        if to is not None:
+            _check_target(tx, vm, to)
+        return tx.open("vm.migrate", asked=asked, vm=vm, request={"to": to, "live": live, "source": vm.server_node})
+
+
+def _check_target(tx: Tx, vm: Vm, to: str) -> None:
+    if tx.session.get(DomainNode, to) is not None:
+        raise Rejected(
+            f"VM {vm.name} cannot move to domain node {to}: only moves inside a domain node are built so far",
+            next=f"Name a server node of {vm.home}: hdcs node list",
+        )
+    node = get_server_node(tx.session, to)
+    if node.domain_node != vm.home:
+        raise Invalid(f"server node {to} is of {node.domain_node}, VM {vm.name} of {vm.home}", next="hdcs node list")
+    if node.name == vm.server_node:
+        raise WrongState(f"VM {vm.name} is on {to} already", next="There is nothing to move")
+    if node.state not in IN_POOL:
+        raise WrongState(f"server node {to} is {node.state}", next="Choose another: hdcs node list")
+
+
+@on_start("vm.migrate")
+def _begin(tx: Tx, operation: Operation) -> None:
+    vm = vm_of(tx, operation)
+    source = get_server_node(tx.session, operation.request["source"])
+    move(vm, VmState.MIGRATING)
+    to = operation.request.get("to")
+    spec = _spec(vm, source) | {"need": need_of(tx.control, vm), "pin": to, "exclude": [source.name]}
+    spec["shown"] = {"vm": vm.name, "from": source.name, "to": to or "?"}
+    tx.step(operation, "vm.migrate_prepare_on_node", vm.home, spec)
+
+
+def _spec(vm: Vm, source: ServerNode) -> dict[str, Any]:
+    return {
+        "vm_id": vm.id, "name": vm.name, "mac": vm.mac, "home": vm.home,
+        "source": {"name": source.name, "ip": source.ip},
+    }  # fmt: skip
+
+
+@on_done("vm.migrate_prepare_on_node")
+def _prepared(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
+    vm = vm_of(tx, operation)
+    target = {key: result[key] for key in ("node", "address", "ip", "port")}
+    operation.request = operation.request | {"target": target}
+    if operation.cancel_asked:
+        _undo_target(tx, operation, vm)
+        return
+    source = get_server_node(tx.session, operation.request["source"])
+    spec = _spec(vm, source) | {"target": target, "live": operation.request.get("live", True)}
+    spec["shown"] = {"vm": vm.name, "from": source.name, "to": target["node"]}
+    tx.step(operation, "vm.migrate_on_node", vm.home, spec)
+
+
+@on_done("vm.migrate_on_node")
+def _performed(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
+    vm = vm_of(tx, operation)
+    target = operation.request["target"]
+    operation.request = operation.request | {"measured": result}
+    vm.server_node, vm.ip, vm.observed_at = target["node"], target["ip"], now()
+    spec = _spec(vm, get_server_node(tx.session, operation.request["source"])) | {
+        "target": target, "checkpoints": result.get("checkpoints", []),
+    }  # fmt: skip
+    spec["shown"] = {"vm": vm.name, "at": target["node"]}
+    tx.step(operation, "vm.migrate_finish_on_node", direct_queue(vm.home, target["node"]), spec, node=target["node"])
+
+
+@on_done("vm.migrate_finish_on_node")
+def _finished(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
+    vm = vm_of(tx, operation)
+    source = get_server_node(tx.session, operation.request["source"])
+    spec = _spec(vm, source)
+    spec["shown"] = {"vm": vm.name, "at": source.name}
+    operation.request = operation.request | {"finish": result}
+    tx.step(operation, "vm.migrate_clean_on_node", direct_queue(vm.home, source.name), spec, node=source.name)
+
+
+@on_done("vm.migrate_clean_on_node")
+def _cleaned(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
+    vm = vm_of(tx, operation)
+    leave_via(vm, VmState.MIGRATING, VmState.RUNNING)
+    measured = {key: value for key, value in operation.request["measured"].items() if key != "checkpoints"}
+    tx.finish(operation, measured | operation.request.get("finish", {}) | {
+        "from": operation.request["source"], "to": operation.request["target"]["node"], "ip": vm.ip,
+    })  # fmt: skip
+
+
+@on_failed("vm.migrate_prepare_on_node")
+def _not_prepared(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
+    leave_via(vm_of(tx, operation), VmState.MIGRATING, VmState.RUNNING)
+
+
+@on_failed("vm.migrate_on_node")
+def _not_performed(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
+    operation.error = error.to_dict()
+    _undo_target(tx, operation, vm_of(tx, operation))
+
+
+def _undo_target(tx: Tx, operation: Operation, vm: Vm) -> None:
+    """The VM runs on at its source: give back what was prepared on the target, then the operation has ended."""
+    target = operation.request["target"]
+    spec = {"vm_id": vm.id, "name": vm.name, "mac": vm.mac, "shown": {"vm": vm.name, "at": target["node"]}}
+    tx.step(operation, "vm.migrate_undo_on_node", direct_queue(vm.home, target["node"]), spec, node=target["node"])
+
+
+@on_done("vm.migrate_undo_on_node")
+def _undone(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
+    leave_via(vm_of(tx, operation), VmState.MIGRATING, VmState.RUNNING)
+    from hdcs_tasks.errors import from_dict
+
+    tx.fail(operation, from_dict(operation.error or {"code": "cancelled", "message": "cancelled; it runs on"}))
+
+
+@on_failed("vm.migrate_undo_on_node", "vm.migrate_finish_on_node", "vm.migrate_clean_on_node")
+def _left_half(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
+    """The guest runs; what could not be tidied is an operator's business."""
+    leave_via(vm_of(tx, operation), VmState.MIGRATING, VmState.RUNNING)
+    tx.fail(operation, error, needs_operator=True)
