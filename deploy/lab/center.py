@@ -131,7 +131,7 @@ class Center:
         self.pids[node] = self.lab.spawn(node, argv, self.env, self.lab.log(f"{node}-worker"))
 
     def stop(self, name: str, number: int = signal.SIGTERM, timeout_s: float = 45.0) -> None:
-        """Signal a process by its name here (``control``, ``beat``, ``flower`` or a server node) and wait for its end."""
+        """Signal a process by its name here (control, beat, flower or a server node) and wait for its end."""
         pid = self.pids.pop(name)
         os.kill(pid, number)
         wait_for(f"{name} (pid {pid}) to end", lambda: not _alive(pid), timeout_s)

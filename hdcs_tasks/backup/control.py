@@ -236,4 +236,3 @@ def view(backup: Backup) -> dict[str, Any]:
         "state": backup.state.value, "created_at": backup.created_at.isoformat(),
         "proven_at": backup.proven_at.isoformat() if backup.proven_at else None,
     }  # fmt: skip
-

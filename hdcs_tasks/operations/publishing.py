@@ -40,4 +40,3 @@ class Publisher:
     def _send(self, step: Step, producer: Any) -> None:
         message = {"step": step.id, "attempt": step.attempt, "operation": step.operation_id, "spec": step.spec}
         send(self.celery, step.name, message, step.queue, task_id=f"{step.id}.{step.attempt}", producer=producer)
-

@@ -319,4 +319,3 @@ def forget(tx: Tx, vm: Vm) -> None:
     cool_port(tx, vm)
     tx.after(lambda: control.reservations.macs.release(vm_id))
     tx.after(lambda: control.reservations.disks.release(home, vm_id))
-
