@@ -308,6 +308,9 @@ def test_current_host_is_one_per_process(node: HypervisorNode) -> None:
 
 
 def test_refusals_keep_libvirts_words(node: HypervisorNode) -> None:
-    with pytest.raises(HypervisorRefused, match=r"cannot define nonsense: .*Premature end") as caught, libvirt_errors("define nonsense"):
+    with (
+        pytest.raises(HypervisorRefused, match=r"cannot define nonsense: .*Premature end") as caught,
+        libvirt_errors("define nonsense"),
+    ):
         node.host.conn.defineXML("<domain>")
     assert caught.value.details["libvirt_code"] > 0
