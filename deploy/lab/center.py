@@ -38,7 +38,7 @@ QUICK = {
 """Settings of a lab: everything happens within seconds, and 4 GiB of pretended memory per server node."""
 
 
-def wait_for(what: str, look: Callable[[], T], timeout_s: float = 60.0, every_s: float = 0.2) -> T:
+def wait_for(what: str, look: Callable[[], T | None], timeout_s: float = 60.0, every_s: float = 0.2) -> T:
     """The first true value of ``look``; WaitTimedOut naming ``what`` otherwise."""
     end = time.monotonic() + timeout_s
     while True:

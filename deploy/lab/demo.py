@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ class Demo:
         """Wait for an operation; its steps' queues and server nodes become the line's ``where``."""
         result = operation.result(timeout_s=OPERATION_S)
         steps = operation.show()["steps"]
-        step.where = " → ".join(f"{s['name']} [{s['queue']}] on {s['node']}" for s in steps)
+        step.where = " → ".join(f"{s['name']} ({s['queue']}) on {s['node']}" for s in steps)
         step.evidence["steps"] = [{key: s[key] for key in ("name", "queue", "node", "attempt")} for s in steps]
         return result
 
@@ -138,7 +139,7 @@ class Demo:
             vms = self.cloud.vms.list()
             keys = ("name", "home", "server_node", "port", "mac", "ip")
             step.evidence["vms"] = [{key: vm[key] for key in keys} for vm in vms]
-            step.where = ", ".join(sorted({f"[{vm['home']}] {vm['server_node']}" for vm in vms}))
+            step.where = ", ".join(sorted({f"({vm['home']}) {vm['server_node']}" for vm in vms}))
             _check(len({vm["mac"] for vm in vms}) == DESKS, "every desktop has a MAC of its own")
             _check(len({(vm["home"], vm["port"]) for vm in vms}) == DESKS, "every desktop has a port of its own")
             _check(len({vm["home"] for vm in vms}) == 2, "both domain nodes take part")
@@ -148,7 +149,7 @@ class Demo:
             for vm in self.cloud.vms.list():
                 self.cloud.vms[vm["name"]].wait_ready(timeout_s=READY_S)
             for vm in self.cloud.vms.list():
-                seen = wait_for(f"the address of {vm['name']}", lambda name=vm["name"]: self._addresses(name), READY_S)
+                seen = wait_for(f"the address of {vm['name']}", partial(self._addresses, vm["name"]), READY_S)
                 _check(vm["ip"] in seen, f"{vm['name']} has {vm['ip']} inside (seen: {seen})")
                 step.evidence[vm["name"]] = vm["ip"]
 
@@ -212,7 +213,7 @@ class Demo:
             event = next(e for e in self.cloud.events() if e["kind"] == "vm.reclaimed")
             step.evidence = {"vm": name, "port": vm["port"], "why": event["message"], "ports_used":
                              f"{before['ports_used']} → {self._ports(home)['ports_used']}"}  # fmt: skip
-            step.where = f"beat: monitor.idle_sweep [control], vm.stop_on_node on {vm['server_node']}"
+            step.where = f"beat: monitor.idle_sweep (control), vm.stop_on_node on {vm['server_node']}"
 
     def _ports(self, domain_node: str) -> dict[str, Any]:
         return next(dict(d) for d in self.cloud.domain_nodes.list() if d["name"] == domain_node)
