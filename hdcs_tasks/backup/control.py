@@ -17,9 +17,7 @@ from hdcs_tasks.store.models import Backup, Image, Operation, Step, Vm, new_id
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import add_start_step, forget, get_vm, guest_fields, vm_of
 from hdcs_tasks.vm.control_clone import Shape, choose_homes, new_vm
-from hdcs_tasks.vm.rules import expand_names
-
-BACKUP_IN = frozenset({VmState.RUNNING, VmState.SUSPENDED, VmState.STOPPED})
+from hdcs_tasks.vm.rules import expand_names, given_in
 
 
 def create(control: Control, name: str, asked: Asked, *, full: bool = False) -> Operation:
@@ -28,7 +26,7 @@ def create(control: Control, name: str, asked: Asked, *, full: bool = False) -> 
         if (same := tx.same_request(asked)) is not None:
             return same
         vm = get_vm(tx.session, name)
-        if vm.state not in BACKUP_IN:
+        if vm.state not in given_in("backup"):
             raise WrongState(f"VM {vm.name} is {vm.state}: it cannot be backed up", next="Wait until it rests")
         return tx.open("backup.create", asked=asked, vm=vm, request={"full": full})
 
@@ -228,6 +226,11 @@ def list_backups(control: Control, vm: str | None = None) -> list[dict[str, Any]
         if vm is not None:
             query = query.where((Backup.vm_name == vm) | (Backup.vm_id == vm))
         return [view(backup) for backup in session.scalars(query.order_by(Backup.created_at))]
+
+
+def show(control: Control, backup_id: str) -> dict[str, Any]:
+    with control.store.read() as session:
+        return view(get_backup(session, backup_id))
 
 
 def view(backup: Backup) -> dict[str, Any]:

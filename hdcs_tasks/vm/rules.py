@@ -72,6 +72,23 @@ COMMANDS = {
 }  # fmt: skip
 
 
+_OTHERS = {
+    "start": frozenset({_S.STOPPED, _S.SAVED}),
+    "restore": frozenset({_S.SAVED}),
+    "migrate": frozenset({_S.RUNNING}),
+    "backup": frozenset({_S.RUNNING, _S.SUSPENDED, _S.STOPPED}),
+    "delete": frozenset(_S) - {_S.DELETED, _S.DELETING},
+}
+
+
+def given_in(verb: str) -> frozenset[VmState]:
+    """The states of a VM in which ``verb`` may be given; Invalid for a verb there is not."""
+    found = COMMANDS[verb].given_in if verb in COMMANDS else _OTHERS.get(verb)
+    if found is None:
+        raise Invalid(f"{verb!r} is not done to VMs", next=f"Known: {', '.join(sorted([*COMMANDS, *_OTHERS]))}")
+    return found
+
+
 def wrong_state_hint(verb: str, state: VmState) -> str:
     """What to do instead, for a command given in the wrong state."""
     hints = {
