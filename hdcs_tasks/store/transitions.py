@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 from sqlalchemy import update
 from sqlalchemy.orm import Session, object_session
+from sqlalchemy.orm.attributes import set_committed_value
 
 from hdcs_tasks.errors import Conflict
-from hdcs_tasks.states import check
+from hdcs_tasks.states import allowed, check
 from hdcs_tasks.store.models import ImageCopy, now
 
 
 class Stateful(Protocol):
-    state: StrEnum
+    """A record with a state column."""
+
+    @property
+    def state(self) -> StrEnum: ...
 
 
 def move(record: Stateful, new: StrEnum) -> None:
@@ -23,36 +27,32 @@ def move(record: Stateful, new: StrEnum) -> None:
     Raises WrongState for an illegal move and Conflict when the row changed underneath.
     """
     old = record.state
-    if old is new and not _reentrant(record, new):
+    if old is new and not allowed(old, new):
         return
     check(old, new, subject_of(record))
     session = object_session(record)
     if session is None or record in session.new:
-        record.state = new
+        record.state = new  # type: ignore[misc]
         return
     _compare_and_set(session, record, old, new)
 
 
-def _reentrant(record: Stateful, new: StrEnum) -> bool:
-    from hdcs_tasks.states import MACHINES
-
-    return new in MACHINES[type(new)][new]
-
-
 def _compare_and_set(session: Session, record: Stateful, old: StrEnum, new: StrEnum) -> None:
     session.flush()
-    cls = type(record)
-    mapper = cls.__mapper__  # type: ignore[attr-defined]
-    key = [col == value for col, value in zip(mapper.primary_key, mapper.primary_key_from_instance(record), strict=True)]
-    values = {"state": new}
+    cls: Any = type(record)
+    mapper = cls.__mapper__
+    identity = mapper.primary_key_from_instance(record)
+    key = [column == value for column, value in zip(mapper.primary_key, identity, strict=True)]
+    values: dict[str, Any] = {"state": new}
     if "state_at" in mapper.columns:
         values["state_at"] = now()
-    done = session.execute(
-        update(cls).where(*key, cls.state == old).values(values).execution_options(synchronize_session=False)  # type: ignore[arg-type]
-    )
-    if done.rowcount != 1:  # type: ignore[attr-defined]
+    statement = update(cls).where(*key, cls.state == old).values(values)
+    done: Any = session.execute(statement, execution_options={"synchronize_session": False})
+    if done.rowcount != 1:
         raise Conflict(f"{subject_of(record)} changed while it was moved from {old} to {new}", next="Try again")
-    session.refresh(record, ["state", *(["state_at"] if "state_at" in mapper.columns else [])])
+    for name, value in values.items():
+        # The row holds it already: the object shall neither write nor read it again.
+        set_committed_value(record, name, value)
 
 
 def subject_of(record: object) -> str:
