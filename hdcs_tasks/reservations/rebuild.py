@@ -17,7 +17,7 @@ _FAMILIES = ("mac:*", "subnet:*", "port_ranges:*", "ports:*", "pools:*", "pool:*
 _CHUNK = 1000
 
 
-def rebuild(link: Link, epoch: Epoch, present: Snapshot, snapshot: Snapshot) -> None:
+def rebuild(link: Link, epoch: Epoch, present: Snapshot, snapshot: Snapshot, port_cooling_s: float) -> None:
     """See ``Reservations.rebuild``. ``present``: what Redis holds, for server nodes only it knows."""
     _check(snapshot)
     run_id = epoch.run_id()
@@ -26,6 +26,8 @@ def rebuild(link: Link, epoch: Epoch, present: Snapshot, snapshot: Snapshot) -> 
     old = [key for family in _FAMILIES for key in link.scan(family)]
     commands: list[Sequence[Value]] = [("UNLINK", *old[at : at + _CHUNK]) for at in range(0, len(old), _CHUNK)]
     commands += _commands(link, merged)
+    now = link.do("TIME")
+    commands += _cooling_ports(link, merged, int(now[0]) * 1000 + int(now[1]) // 1000 + round(port_cooling_s * 1000))
     # Last, and with the run_id of before: a Redis that restarted in between stays closed.
     link.transaction([*commands, ("SET", link.key("epoch", "run_id"), run_id)])
 
@@ -90,6 +92,14 @@ def _pool_commands(link: Link, name: str, pool: PoolSnapshot) -> Iterator[Sequen
         yield from _node_commands(link, name, node, by_node.get(node.name, []))
     yield from _hash(link.key("disk", name), pool.disks)
     yield ("SET", link.key("disk", name, "used"), sum(pool.disks.values()))
+
+
+def _cooling_ports(link: Link, snapshot: Snapshot, ripe_ms: int) -> Iterator[Sequence[Value]]:
+    """Whoever owns a port without a claim stopped, and when is forgotten: its port cools from now on."""
+    for name, pool in snapshot.pools.items():
+        running = {claim.vm for claim in pool.claims}
+        for vm in pool.ports.keys() - running:
+            yield ("ZADD", link.key("ports", name) + ":cooling", ripe_ms, vm)
 
 
 def _node_commands(link: Link, domain_node: str, node: PoolNode, claims: Sequence[Claim]) -> Iterator[Sequence[Value]]:

@@ -475,6 +475,16 @@ def test_rebuild_after_everything_was_lost(own_redis: RedisServer) -> None:
     reservations.pool.release("east", "vm3", "n1", 0)
 
 
+def test_rebuild_lets_ports_of_stopped_vms_cool(reservations: Reservations) -> None:
+    fill(reservations)
+    reservations.pool.release("east", "vm5", "n1", 0, port_cooling_s=60)
+    before = reservations.dump()
+    reservations.rebuild(before, port_cooling_s=0)
+    assert reservations.ports.usage("east") == (19, 1, 80)
+    time.sleep(0.01)
+    assert reservations.ports.reclaim("east") == 1
+
+
 def test_rebuild_over_a_restart_stays_closed(own_redis: RedisServer) -> None:
     reservations = Reservations.from_settings(Settings(redis_url=own_redis.url))
     old = reservations.epoch.run_id()
