@@ -16,10 +16,10 @@ from hdcs_tasks.app import app
 from hdcs_tasks.errors import HdcsError, Unreachable, from_dict
 
 
-def request_task(name: str) -> Callable[[Callable[..., dict[str, Any]]], Task]:
+def request_task(name: str) -> Callable[[Callable[..., dict[str, Any]]], Task[Any, Any]]:
     """Register a request task. Its function returns a JSON-able dict and may raise HdcsError."""
 
-    def register(function: Callable[..., dict[str, Any]]) -> Task:
+    def register(function: Callable[..., dict[str, Any]]) -> Task[Any, Any]:
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> dict[str, Any]:
             try:
@@ -29,7 +29,7 @@ def request_task(name: str) -> Callable[[Callable[..., dict[str, Any]]], Task]:
             except HdcsError as error:
                 return {"error": error.to_dict()}
 
-        task: Task = app.task(name=name, ignore_result=False)(run)
+        task: Task[Any, Any] = app.task(name=name, ignore_result=False)(run)
         return task
 
     return register
