@@ -15,7 +15,7 @@ from hdcs_tasks.config import Settings, settings
 from hdcs_tasks.logs import configure_logging
 
 
-class HdcsTask(Task):
+class HdcsTask(Task):  # type: ignore[type-arg]  # generic only in the type stubs
     """Base of every HDCS task: what Flower shows is set by ``describe``; work keeps no result, requests do.
 
     ``reads`` names the keyword arguments shown in Flower, key facts first.
@@ -87,7 +87,7 @@ def celery_config(config: Settings) -> dict[str, Any]:
 
 def make_app(config: Settings) -> Celery:
     """A Celery app for these settings; feature tasks are registered by the worker that imports them."""
-    app = Celery("hdcs", task_cls=HdcsTask)
+    app: Celery = Celery("hdcs", task_cls=HdcsTask)
     app.conf.update(celery_config(config))
     from beat_schedule import schedule
 

@@ -76,9 +76,7 @@ class Operation:
 
     def result(self, *, timeout_s: float | None = 600.0) -> View:
         """Wait for the end and return the result. Raises what made it fail, Cancelled, or WaitTimedOut."""
-        seen: View = {}
-        for seen in self.watch(timeout_s=timeout_s):
-            pass
+        *_, seen = self.watch(timeout_s=timeout_s)
         if seen["state"] == "done":
             return dict(seen["result"] or {})
         error = seen["error"] or {"code": OperationFailed.code, "message": f"operation {self.id} {seen['state']}"}
@@ -159,6 +157,10 @@ class Vm(_Part):
     def set_usb(self, policy: str) -> View:
         """``on``, ``off`` or a SPICE filter; takes effect at the next start."""
         return vm_control.set_usb(self._control, self.name, policy)
+
+    def set_idle(self, after_s: float | None) -> View:
+        """Stop it once unused for ``after_s`` seconds; 0 never, None as ``HDCS_IDLE_AFTER_S`` says."""
+        return vm_control.set_idle(self._control, self.name, after_s)
 
     def console(self, *, ttl_s: float = 60.0) -> str:
         """A virt-viewer ``.vv`` text whose ticket expires after ``ttl_s`` seconds."""

@@ -68,10 +68,18 @@ class Settings(BaseSettings):
     storage_root: Path = Field(Path("/srv/hdcs"), description="Mount point of the domain node's shared storage")
     state_dir: Path = Field(Path("/var/lib/hdcs"), description="Local: outcome spool, locks")
     virt_type: Literal["auto", "kvm", "qemu"] = Field("auto", description="auto probes KVM by booting on it")
-    migrate_unsafe: bool = Field(False, description="The storage is one file system libvirt takes for local (bind mount)")
+    console_listen: str = Field("0.0.0.0", description="Address the guests' consoles listen on")
+    migrate_unsafe: bool = Field(
+        False, description="The storage is one file system that libvirt takes for local (bind mount)"
+    )
     node_concurrency: int = Field(2, ge=1, description="Long steps at once on one server node")
     quick_concurrency: int = Field(4, ge=1, description="Short commands at once on one server node")
-    host_memory_mib: int = Field(0, ge=0, description="Overrides the memory libvirt reports (several nodes on one host)")
+    host_memory_mib: int = Field(0, ge=0, description="Overrides the memory libvirt reports (many nodes on one host)")
+
+    # placement
+    placement: Literal["spread", "pack"] = Field(
+        "spread", description="Layer two: spread for even load and fast starts, pack to keep room for big VMs"
+    )
 
     # idle reclamation
     idle_after_s: float = Field(0, ge=0, description="Stop a VM idle this long; 0 turns reclamation off")

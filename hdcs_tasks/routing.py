@@ -11,8 +11,9 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
-from kombu import Queue
+from celery.utils.nodenames import worker_direct
 
 from hdcs_tasks.errors import Invalid
 
@@ -51,10 +52,8 @@ def quick_queue(domain_node: str, server_node: str) -> str:
     return f"{quick_worker_name(domain_node, server_node)}.dq2"
 
 
-def queue_for(name: str) -> str | Queue:
+def queue_for(name: str) -> Any:
     """What to hand to ``apply_async(queue=…)``: a direct queue needs its exchange and routing key said."""
     if name.endswith(".dq2"):
-        from celery.utils import worker_direct
-
         return worker_direct(name.removesuffix(".dq2"))
     return name

@@ -12,7 +12,6 @@ from hdcs_tasks.errors import HdcsError, NotFound, WrongState
 from hdcs_tasks.image.control import get_image
 from hdcs_tasks.operations.control import Asked, Control, Tx, on_done, on_failed, on_start
 from hdcs_tasks.pool.control import get_domain_node
-from hdcs_tasks.pool.rules import memory_need_mib
 from hdcs_tasks.states import BackupState, ImageState, VmState
 from hdcs_tasks.store.models import Backup, Image, Operation, Step, Vm, new_id
 from hdcs_tasks.store.transitions import move
@@ -128,9 +127,8 @@ def _vm_for(tx: Tx, backup: Backup, name: str) -> Vm:
     definition = manifest.get("definition") or {}
     image_id = _image_id(tx, backup, manifest)
     shape = Shape(
-        definition["profile"], definition["vcpus"], definition["memory_mib"],
-        memory_need_mib(definition["memory_mib"], definition["vcpus"], 1, tx.control.settings.capacity),
-        definition["disk_bytes"], definition.get("usb", "off"),
+        definition["profile"], definition["vcpus"], definition["memory_mib"], definition["disk_bytes"],
+        definition.get("usb", "off"),
     )  # fmt: skip
     row = get_domain_node(tx.session, backup.domain_node)
     home = choose_homes(tx.control, [row], shape, 1)[0]

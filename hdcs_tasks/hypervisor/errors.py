@@ -62,6 +62,7 @@ _BY_WORDS: tuple[tuple[str, type[HdcsError], str], ...] = (
     ("already exists", Conflict, "Something with this name or id is there already; look before asking again"),
     ("already defined", Conflict, "Something with this name or id is there already; look before asking again"),
     ("already in use", Conflict, "Something else holds it; look before asking again"),
+    ("Failed to reserve port", Conflict, "Another guest of this server node has the console port"),
     ("binding socket to", Conflict, "Another process listens on the console port"),
     ("failed to initialize spice server", Conflict, "Most likely another process listens on the console port"),
     ("Cannot allocate memory", NoCapacity, "The server node is out of memory; see: hdcs pool capacity"),

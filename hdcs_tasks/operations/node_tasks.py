@@ -22,15 +22,15 @@ def node_context() -> NodeContext:
     return _contexts[pid]
 
 
-def step_task(name: str, handler: Handler) -> Task[Any, Any]:
+def step_task(name: str, handler: Handler) -> Task[..., None]:
     """Register the Celery task of step ``name``; ``handler(run, spec) -> result`` does the work."""
 
-    def run(self: Task[Any, Any], step: str, attempt: int, operation: str, spec: dict[str, Any]) -> None:
+    def run(self: Task[..., None], step: str, attempt: int, operation: str, spec: dict[str, Any]) -> None:
         def on_progress(text: str) -> None:
             self.send_event("task-progress", result=text)
 
         execute(node_context(), name, handler, on_progress, step=step, attempt=attempt, operation=operation, spec=spec)
 
     run.__name__ = name.replace(".", "_")
-    task: Task[Any, Any] = app.task(name=name, bind=True)(run)
+    task: Task[..., None] = app.task(name=name, bind=True)(run)
     return task

@@ -1,4 +1,4 @@
-"""Sending steps: first the attempt into Redis, then the message. One that cannot be sent is the sweep's business."""
+"""Sending steps: first the attempt into Redis, then the message. What cannot be sent is the sweep's business."""
 
 from __future__ import annotations
 

@@ -10,16 +10,17 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from celery import Task
+from celery import Task, current_task
 
 from hdcs_tasks.app import app
-from hdcs_tasks.errors import HdcsError, Unreachable, from_dict
+from hdcs_tasks.errors import HdcsError, Unreachable
+from hdcs_tasks.operations.control import Asked
 
 
-def request_task(name: str) -> Callable[[Callable[..., dict[str, Any]]], Task[Any, Any]]:
+def request_task(name: str) -> Callable[[Callable[..., dict[str, Any]]], Task[..., Any]]:
     """Register a request task. Its function returns a JSON-able dict and may raise HdcsError."""
 
-    def register(function: Callable[..., dict[str, Any]]) -> Task[Any, Any]:
+    def register(function: Callable[..., dict[str, Any]]) -> Task[..., Any]:
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> dict[str, Any]:
             try:
@@ -29,14 +30,12 @@ def request_task(name: str) -> Callable[[Callable[..., dict[str, Any]]], Task[An
             except HdcsError as error:
                 return {"error": error.to_dict()}
 
-        task: Task[Any, Any] = app.task(name=name, ignore_result=False)(run)
+        task: Task[..., Any] = app.task(name=name, ignore_result=False)(run)
         return task
 
     return register
 
 
-def unwrap(answer: dict[str, Any]) -> dict[str, Any]:
-    """The answer of a request task, or the error it carries, raised."""
-    if "error" in answer and isinstance(answer["error"], dict) and "code" in answer["error"] and len(answer) == 1:
-        raise from_dict(answer["error"])
-    return answer
+def asked_by_task(by: str, reason: str) -> Asked:
+    """Who asks, with the running task's id as idempotency key: sent again with the same id, done once."""
+    return Asked(by=by, reason=reason, idempotency_key=f"task:{current_task.request.id}")

@@ -8,6 +8,7 @@ from typing import Any
 from celery import Celery
 
 from hdcs_tasks.app import describe
+from hdcs_tasks.errors import from_dict
 from hdcs_tasks.routing import queue_for
 
 
@@ -27,3 +28,10 @@ def broadcast(celery: Celery, name: str, message: dict[str, Any], queues: Iterab
     """The same short-lived message to several queues."""
     for queue in queues:
         send(celery, name, message, queue, expires_s=expires_s)
+
+
+def unwrap(answer: dict[str, Any]) -> dict[str, Any]:
+    """The answer of a request task, or the error it carries, raised."""
+    if "error" in answer and isinstance(answer["error"], dict) and "code" in answer["error"] and len(answer) == 1:
+        raise from_dict(answer["error"])
+    return answer

@@ -96,6 +96,8 @@ def join(control: Control, request: JoinRequest) -> dict[str, Any]:
             request.server_node, control.settings.supernet, control.settings.subnet_prefix
         )
         node = _record(tx, request, subnet)
+        domain_node.storage_total_bytes = request.storage["total_bytes"]
+        domain_node.storage_free_bytes = request.storage["free_bytes"]
         _elect_primary(tx.session, domain_node)
         tx.event("server_node.joined", node.name, f"joined {domain_node.name} with {node.memory_mib} MiB")
         put_in_pool(control, tx, node)
@@ -136,7 +138,7 @@ def _take_lease(control: Control, request: JoinRequest) -> None:
 
 def _record(tx: Tx, request: JoinRequest, subnet: str) -> ServerNode:
     config = tx.control.settings.capacity
-    facts = rules.HostShape(**request.facts)
+    facts = rules.NodeFacts(**request.facts)
     vcpus = rules.schedulable_vcpus(facts, config)
     memory_mib = rules.schedulable_memory_mib(facts, config)
     node = tx.session.get(ServerNode, request.server_node)
@@ -223,7 +225,7 @@ def _take_out(control: Control, tx: Tx, node: ServerNode, state: ServerNodeState
     _elect_primary(tx.session, get_domain_node(tx.session, node.domain_node))
     tx.event(f"server_node.{state.value}", node.name, f"{node.name} {words}", domain_node=node.domain_node)
     name, domain_node = node.name, node.domain_node
-    tx.after(lambda: control.reservations.pool.remove_node(domain_node, name))
+    tx.after(lambda: control.reservations.pool.remove_node(domain_node, name, force=True))
 
 
 def drain(control: Control, server_node: str) -> dict[str, Any]:

@@ -14,13 +14,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class JoinRequest:
-    """What a server node sends to join. ``at`` is Unix time in seconds, ``facts`` the fields of ``HostShape``."""
+    """What a server node sends to join.
+
+    ``facts``: the fields of ``rules.NodeFacts``; ``storage``: ``total_bytes`` and ``free_bytes`` of the domain node's
+    storage as mounted there; ``at``: Unix time in seconds.
+    """
 
     domain_node: str
     server_node: str
     ip: str
     instance: str
     facts: dict[str, Any]
+    storage: dict[str, int]
     at: float
     proof: str = ""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from hdcs_tasks.config import CapacitySettings
@@ -270,6 +270,23 @@ def split_over_pools(
             plan[verdict.domain_node] = take
             left -= take
     return plan, left
+
+
+def with_one_more(candidate: Candidate, shape: Shape, settings: CapacitySettings) -> Candidate:
+    """The domain node after one more VM of ``shape``, on the fitting server node with most memory left (as ``spread``
+    places it): what layer one plans the next VM of a bulk request with."""
+    need = memory_need_mib(shape.memory_mib, shape.vcpus, shape.graphics, settings)
+    fitting = [n for n in candidate.nodes if n.schedulable and capacity_left(shape, settings, n.free).vms]
+    if not fitting:
+        return candidate
+    best = max(fitting, key=lambda n: (n.free.memory_mib, n.free.vcpus))
+    ips = None if best.free.ips is None else best.free.ips - 1
+    free = replace(best.free, memory_mib=best.free.memory_mib - need, vcpus=best.free.vcpus - shape.vcpus, ips=ips)
+    return replace(
+        candidate, nodes=tuple(replace(n, free=free) if n is best else n for n in candidate.nodes),
+        free_ports=None if candidate.free_ports is None else candidate.free_ports - 1,
+        free_disk_bytes=None if candidate.free_disk_bytes is None else candidate.free_disk_bytes - shape.disk_bytes,
+    )  # fmt: skip
 
 
 def explain(choice: Choice, shape: Shape, profile: str = "") -> str:

@@ -32,6 +32,7 @@ from hdcs_tasks.reservations.model import (
     StepStatus,
 )
 from hdcs_tasks.reservations.names import Disks, Macs, Ports, Subnets
+from hdcs_tasks.reservations.notes import Notes
 from hdcs_tasks.reservations.pool import Pool
 from hdcs_tasks.reservations.steps import Steps
 
@@ -57,6 +58,7 @@ class Reservations:
         self.subnets = Subnets(self._link)
         self.ports = Ports(self._link)
         self.disks = Disks(self._link)
+        self.notes = Notes(self._link)
         self.pool = Pool(self._link, self.macs.propose)
 
     @classmethod

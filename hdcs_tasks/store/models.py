@@ -193,6 +193,7 @@ class Vm(Base):
     ip: Mapped[str | None] = mapped_column(String(45))
     owner: Mapped[str] = mapped_column(String(255), default="")
     tags: Mapped[list[Any]] = mapped_column(default=list)
+    idle_after_s: Mapped[float | None]
     created_at: Mapped[datetime] = mapped_column(default=now)
     state_at: Mapped[datetime] = mapped_column(default=now)
     started_at: Mapped[datetime | None]

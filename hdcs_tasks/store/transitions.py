@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
-from sqlalchemy import update
-from sqlalchemy.orm import Session, object_session
+from sqlalchemy import inspect, update
+from sqlalchemy.orm import Mapper, Session, object_session
 from sqlalchemy.orm.attributes import set_committed_value
 
 from hdcs_tasks.errors import Conflict
-from hdcs_tasks.states import allowed, check
-from hdcs_tasks.store.models import ImageCopy, now
+from hdcs_tasks.states import MACHINES, check
+from hdcs_tasks.store.models import Backup, ImageCopy, Operation, ServerNode, Step, Vm, now
 
-
-class Stateful(Protocol):
-    """A record with a state column."""
-
-    @property
-    def state(self) -> StrEnum: ...
+Stateful: TypeAlias = Vm | Operation | Step | ServerNode | ImageCopy | Backup
 
 
 def move(record: Stateful, new: StrEnum) -> None:
@@ -26,32 +21,31 @@ def move(record: Stateful, new: StrEnum) -> None:
 
     Raises WrongState for an illegal move and Conflict when the row changed underneath.
     """
-    old = record.state
-    if old is new and not allowed(old, new):
+    old: StrEnum = record.state
+    if old is new and new not in MACHINES[type(new)][new]:
         return
     check(old, new, subject_of(record))
     session = object_session(record)
     if session is None or record in session.new:
-        record.state = new  # type: ignore[misc]
+        setattr(record, "state", new)  # noqa: B010 - a plain assignment would ask for each machine's own enum
         return
     _compare_and_set(session, record, old, new)
 
 
 def _compare_and_set(session: Session, record: Stateful, old: StrEnum, new: StrEnum) -> None:
     session.flush()
-    cls: Any = type(record)
-    mapper = cls.__mapper__
-    identity = mapper.primary_key_from_instance(record)
-    key = [column == value for column, value in zip(mapper.primary_key, identity, strict=True)]
-    values: dict[str, Any] = {"state": new}
+    mapper: Mapper[Any] = inspect(type(record))
+    identity = zip(mapper.primary_key, mapper.primary_key_from_instance(record), strict=True)
+    values: dict[str, object] = {"state": new}
     if "state_at" in mapper.columns:
         values["state_at"] = now()
-    statement = update(cls).where(*key, cls.state == old).values(values)
-    done: Any = session.execute(statement, execution_options={"synchronize_session": False})
-    if done.rowcount != 1:
+    statement = update(type(record)).where(*(column == value for column, value in identity))
+    statement = statement.where(mapper.columns["state"] == old).values(values)
+    done = session.execute(statement.execution_options(synchronize_session=False))
+    if getattr(done, "rowcount", 0) != 1:
         raise Conflict(f"{subject_of(record)} changed while it was moved from {old} to {new}", next="Try again")
     for name, value in values.items():
-        # The row holds it already: the object shall neither write nor read it again.
+        # The row holds it already: the object shall neither write it nor read it again.
         set_committed_value(record, name, value)
 
 

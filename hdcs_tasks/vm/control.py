@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from hdcs_tasks.errors import HdcsError, NotFound, Unreachable, WrongState
+from hdcs_tasks.errors import HdcsError, Invalid, NotFound, Unreachable, WrongState
 from hdcs_tasks.operations.control import Asked, Control, Tx, on_done, on_failed, on_start
 from hdcs_tasks.operations.recovery import wake_parked
 from hdcs_tasks.pool import rules as pool_rules
@@ -53,8 +53,8 @@ def view(vm: Vm) -> dict[str, Any]:
     """The VM as callers see it."""
     moments = ("created_at", "started_at", "active_at", "ready_at", "observed_at")
     keys = (
-        "id", "name", "home", "server_node", "image_id", "profile", "vcpus", "memory_mib", "disk_bytes", "usb", "mac",
-        "port", "ip", "owner", "tags", "observed_state",
+        "idle_after_s", "id", "name", "home", "server_node", "image_id", "profile", "vcpus", "memory_mib",
+        "disk_bytes", "usb", "mac", "port", "ip", "owner", "tags", "observed_state",
     )  # fmt: skip
     return (
         {key: getattr(vm, key) for key in keys}
@@ -74,6 +74,16 @@ def set_usb(control: Control, name: str, policy: str) -> dict[str, Any]:
     with control.transaction() as tx:
         vm = get_vm(tx.session, name)
         vm.usb = policy
+        return view(vm)
+
+
+def set_idle(control: Control, name: str, after_s: float | None) -> dict[str, Any]:
+    """Stop this VM once nobody used it for ``after_s``; 0 never, None as ``HDCS_IDLE_AFTER_S`` says."""
+    if after_s is not None and not 0 <= after_s <= 366 * 86_400:
+        raise Invalid(f"an idle time of {after_s} s is not between 0 and a year")
+    with control.transaction() as tx:
+        vm = get_vm(tx.session, name)
+        vm.idle_after_s = after_s
         return view(vm)
 
 

@@ -15,7 +15,7 @@ from hdcs_tasks.operations.control import Asked, Control, Tx, on_done, on_failed
 from hdcs_tasks.pool import rules as pool_rules
 from hdcs_tasks.pool.control import get_domain_node
 from hdcs_tasks.states import ImageState, VmState
-from hdcs_tasks.store.models import DomainNode, Image, Operation, Profile, Step, Vm
+from hdcs_tasks.store.models import DomainNode, Image, Operation, Profile, Step, Vm, new_id
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import add_start_step, forget, vm_of
 from hdcs_tasks.vm.rules import expand_names
@@ -37,12 +37,11 @@ class CloneRequest:
 
 @dataclass(frozen=True)
 class Shape:
-    """A profile as this clone needs it. ``need_mib`` counts the host's overhead."""
+    """A profile as this clone needs it."""
 
     profile: str
     vcpus: int
     memory_mib: int
-    need_mib: int
     disk_bytes: int
     usb: str
 
@@ -72,8 +71,6 @@ def clone(control: Control, request: CloneRequest, asked: Asked) -> Operation:
         parent = tx.open("vm.clone_many", asked=asked, subject=f"{names[0]} … {names[-1]}", request=wanted)
         for name, home in zip(names, homes, strict=True):
             _clone_one(tx, request, name, shape, image, home, asked, parent)
-        tx.session.flush()
-        move_running(parent)
         return parent
 
 
@@ -90,13 +87,6 @@ def plan_clone(control: Control, request: CloneRequest) -> dict[str, Any]:
     return {"fits": True, "vms": [{"name": n, "domain_node": h} for n, h in zip(names, homes, strict=True)]}
 
 
-def move_running(parent: Operation) -> None:
-    from hdcs_tasks.states import OperationState
-
-    move(parent, OperationState.RUNNING)
-    parent.phase = "children at work"
-
-
 def _check(tx: Tx, request: CloneRequest) -> tuple[list[str], Shape, Image]:
     if not isinstance(request.count, int):
         raise Invalid(f"count {request.count!r} is not a number")
@@ -107,8 +97,7 @@ def _check(tx: Tx, request: CloneRequest) -> tuple[list[str], Shape, Image]:
     if request.domain_node is not None:
         get_domain_node(tx.session, request.domain_node)
     disk = max(profile.disk_bytes or 0, image.virtual_size_bytes or 0)
-    need = pool_rules.memory_need_mib(profile.memory_mib, profile.vcpus, 1, tx.control.settings.capacity)
-    return names, Shape(profile.name, profile.vcpus, profile.memory_mib, need, disk, profile.usb), image
+    return names, Shape(profile.name, profile.vcpus, profile.memory_mib, disk, profile.usb), image
 
 
 def _candidates(tx: Tx, request: CloneRequest, image: Image) -> list[DomainNode]:
@@ -129,19 +118,41 @@ def choose_homes(control: Control, candidates: Sequence[DomainNode], shape: Shap
 
     Raises NoCapacity naming every server node and why it was refused.
     """
-    pools = [_pool_view(control, row) for row in candidates]
-    request = pool_rules.LayerOneRequest(vcpus=shape.vcpus, memory_mib=shape.need_mib, disk_bytes=shape.disk_bytes)
-    return pool_rules.choose_homes(pools, request, count, profile=shape.profile)
+    settings = control.settings.capacity
+    rooms = [_room(control, row) for row in candidates]
+    wanted = pool_rules.Shape(shape.vcpus, shape.memory_mib, disk_bytes=shape.disk_bytes)
+    homes: list[str] = []
+    while len(homes) < count:
+        choice = pool_rules.choose_domain_node(rooms, pool_rules.HomeRequest(wanted), settings)
+        if choice.domain_node is None:
+            raise _refused(choice, wanted, shape.profile, len(homes), count)
+        homes.append(choice.domain_node)
+        rooms = [pool_rules.with_one_more(room, wanted, settings) if room.domain_node == choice.domain_node else room
+                 for room in rooms]  # fmt: skip
+    return homes
 
 
-def _pool_view(control: Control, row: DomainNode) -> pool_rules.PoolView:
-    overcommit = control.settings.capacity.disk_overcommit
-    limit = None if row.storage_total_bytes is None else int(row.storage_total_bytes * overcommit)
+def _refused(choice: pool_rules.Choice, wanted: pool_rules.Shape, profile: str, placed: int, count: int) -> NoCapacity:
+    some = f" for all of {count} VMs ({placed} would fit)" if placed else ""
+    return NoCapacity(
+        pool_rules.explain(choice, wanted, profile) + some, next=f"See: hdcs pool capacity {profile}",
+        details={"fit": placed, "asked": count, "domain_nodes": {v.domain_node: v.why for v in choice.verdicts}},
+    )  # fmt: skip
+
+
+def _room(control: Control, row: DomainNode) -> pool_rules.Candidate:
+    """A domain node as layer one sees it now: what is free on its server nodes, of its ports and its storage."""
+    limit = int((row.storage_total_bytes or 0) * control.settings.capacity.disk_overcommit)
     nodes = tuple(
-        pool_rules.NodeView(v.name, v.free_vcpus, v.free_memory_mib, v.vcpus, v.memory_mib, v.schedulable)
+        pool_rules.NodeRoom(
+            v.name, pool_rules.Free(v.free_vcpus, v.free_memory_mib, ips=v.free_ips), v.vcpus, v.memory_mib,
+            schedulable=v.schedulable, tags=v.tags,
+        )
         for v in control.reservations.pool.nodes(row.name)
-    )
-    return pool_rules.PoolView(row.name, nodes, control.reservations.disks.used(row.name), limit)
+    )  # fmt: skip
+    usage = control.reservations.ports.usage(row.name)
+    free_disk = limit - control.reservations.disks.used(row.name)
+    return pool_rules.Candidate(row.name, nodes, usage.free + usage.cooling, free_disk, has_image=True)
 
 
 def _clone_one(
@@ -168,17 +179,12 @@ def new_vm(
         name=name, state=VmState.CREATING, home=home, image_id=image_id, profile=shape.profile, vcpus=shape.vcpus,
         memory_mib=shape.memory_mib, disk_bytes=shape.disk_bytes, usb=shape.usb, mac="", owner=owner, tags=list(tags),
     )  # fmt: skip
-    from hdcs_tasks.store.models import new_id
-
-    vm.id = new_id()
-    vm_id = vm.id
+    vm.id = vm_id = new_id()
     vm.mac = control.reservations.macs.take(vm_id)
     tx.undo(lambda: control.reservations.macs.release(vm_id))
     row = get_domain_node(tx.session, home)
-    limit = None
-    if row.storage_total_bytes is not None:
-        limit = int(row.storage_total_bytes * control.settings.capacity.disk_overcommit)
-    control.reservations.disks.claim(home, vm_id, shape.disk_bytes, limit)
+    limit_bytes = int((row.storage_total_bytes or 0) * control.settings.capacity.disk_overcommit)
+    control.reservations.disks.claim(home, vm_id, shape.disk_bytes, limit_bytes)
     tx.undo(lambda: control.reservations.disks.release(home, vm_id))
     tx.session.add(vm)
     tx.session.flush()

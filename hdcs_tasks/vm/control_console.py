@@ -25,12 +25,12 @@ delete-this-file=1
 
 
 def console(control: Control, name: str, asked: Asked, *, ttl_s: float) -> tuple[str, str]:
-    """Ask for a fresh ticket on the running guest: the operation's id, and the viewer file's text for when it is done."""
+    """Ask for a fresh ticket on the running guest: the operation's id, and the viewer's text for when it is done."""
     password = secrets.token_urlsafe(18)
     with control.transaction() as tx:
         vm = get_vm(tx.session, name)
         if vm.state is not VmState.RUNNING or vm.server_node is None or vm.port is None:
-            raise WrongState(f"VM {vm.name} is {vm.state}: it has no console", next=f"Start it: hdcs vm start {vm.name}")
+            raise WrongState(f"VM {vm.name} is {vm.state}: no console", next=f"Start it: hdcs vm start {vm.name}")
         node = get_server_node(tx.session, vm.server_node)
         operation = tx.open("vm.console", asked=asked, subject=vm.name)
         control.reservations.notes.write(f"ticket:{operation.id}", "password", password, ttl_s=ttl_s)

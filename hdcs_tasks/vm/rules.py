@@ -91,6 +91,6 @@ _USB_RULE = re.compile(r"(0x[0-9a-fA-F]{1,2}|-1)(,(0x[0-9a-fA-F]{1,4}|-1)){2},-1
 
 
 def check_usb(policy: str) -> None:
-    """Raise Invalid unless ``policy`` is on, off, or a SPICE filter: ``class,vendor,product,-1,allow`` joined by '|'."""
+    """Raise Invalid unless it is on, off, or a SPICE filter: ``class,vendor,product,-1,allow`` joined by '|'."""
     if policy not in ("on", "off") and not all(_USB_RULE.fullmatch(rule.strip()) for rule in policy.split("|")):
         raise Invalid(f"{policy!r} is not a USB policy", next="Use on, off, or e.g. 0x08,-1,-1,-1,1|-1,-1,-1,-1,0")

@@ -1,0 +1,1 @@
+"""Deployment: set-up scripts, the lab, units. Nothing in the product imports it."""

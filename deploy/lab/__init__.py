@@ -1,0 +1,5 @@
+"""The lab: a real data center of namespaces on one machine, for the demo and the tests."""
+
+from deploy.lab.lab import LOCAL, SRV, Lab, default_root
+
+__all__ = ["LOCAL", "SRV", "Lab", "default_root"]

@@ -1,0 +1,383 @@
+"""Backups of a VM's own disk layer: full ones since the seed bitmap, increments from checkpoint to checkpoint.
+
+A running guest is backed up by a libvirt push job, which copies the disk of one moment while the guest goes on; its
+file systems are frozen around that moment when its agent answers. A stopped VM gets a guest that never runs, just to
+let QEMU read the bitmaps. The file written is a qcow2 whose backing file is the previous point, or the base image.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import libvirt
+
+from hdcs_tasks.errors import BackupBroken, Conflict, HypervisorRefused, OutcomeUnknown, WrongState
+from hdcs_tasks.hypervisor import agent
+from hdcs_tasks.hypervisor.checkpoints import (
+    DISK_TARGET,
+    SEED,
+    checkpoint_names,
+    checkpoint_xml,
+    define_seed,
+    delete_all_checkpoints,
+    delete_checkpoint,
+    redefine_checkpoints,
+)
+from hdcs_tasks.hypervisor.connection import Host
+from hdcs_tasks.hypervisor.errors import libvirt_errors
+from hdcs_tasks.hypervisor.jobs import (
+    POLL_S,
+    IsCancelled,
+    OnProgress,
+    abort,
+    completed_job,
+    job_of,
+    stop_reason,
+)
+from hdcs_tasks.hypervisor.processes import run
+
+_FIRST_POLL_S = 0.01
+_STATS_WAIT_S = 5.0
+
+
+@dataclass(frozen=True)
+class Backing:
+    """What a backup file stands on. ``path``: absolute, or relative to the backup file's folder."""
+
+    path: str
+    format: str = "qcow2"
+
+
+@dataclass(frozen=True)
+class BackupResult:
+    """``bytes``: size of the file. ``consistency``: "filesystem" (frozen by the agent) or "crash".
+
+    ``kind``: "full" or "inc". ``checkpoint_xml``: libvirt's record of the new checkpoint, to be kept with the point
+    and given to ``redefine_checkpoints`` at the next start.
+    """
+
+    kind: str
+    bytes: int
+    seconds: float
+    consistency: str
+    checkpoint_xml: str
+
+
+def backup_running(
+    host: Host,
+    vm_id: str,
+    *,
+    target: Path,
+    checkpoint: str,
+    backing: Backing | None,
+    incremental_from: str | None = None,
+    disk_target: str = DISK_TARGET,
+    freeze: bool = True,
+    on_progress: OnProgress | None = None,
+    cancelled: IsCancelled | None = None,
+    deadline_s: float = 3600,
+) -> BackupResult:
+    """Write the disk of the running (or paused) guest, as of now, to the new file ``target``.
+
+    With ``incremental_from`` (a checkpoint's name) what changed since then, on ``backing`` = the previous
+    point's file; without it the VM's own layer, on ``backing`` = the base image (None: the VM has no base image). A new
+    checkpoint named ``checkpoint`` marks the moment. ``checkpoints.keep_checkpoints`` afterwards drops older ones.
+
+    Raises BackupBroken (a bitmap is missing or broken: all checkpoints are deleted, the next backup is a full one),
+    Cancelled, HypervisorRefused (libvirt said no, or ``deadline_s`` passed), WrongState, Conflict (another job, or
+    ``target`` exists), OutcomeUnknown. After any but the last, neither ``target`` nor ``checkpoint`` is left.
+    """
+    if target.exists():
+        raise Conflict(f"{target.name} exists", next="Name each attempt's partial file anew, or delete it")
+    guest = host.guest(vm_id)
+    started = time.monotonic()
+    job = _Push(host, vm_id, guest, disk_target, on_progress, cancelled, started + deadline_s)
+    try:
+        since = incremental_from or job.seed(backing)
+        # Without a seed only the whole disk can be had; the base is taken out of it afterwards.
+        whole = target.with_name(target.name + ".whole") if since is None and backing is not None else target
+        consistency = job.push(whole, checkpoint, since, freeze)
+        job.settle(whole, target, backing, rebase_only=since is not None)
+        _fsync(target)
+        xml = job.record(checkpoint)
+    except OutcomeUnknown:
+        raise  # the job may go on: whoever observes it cleans up
+    except BaseException as error:
+        job.undo(target, checkpoint)
+        if isinstance(error, BackupBroken):
+            delete_all_checkpoints(host, vm_id)
+        raise
+    kind = "full" if incremental_from is None else "inc"
+    return BackupResult(kind, target.stat().st_size, time.monotonic() - started, consistency, xml)
+
+
+def backup_stopped(
+    host: Host,
+    vm_id: str,
+    *,
+    disk: Path,
+    target: Path,
+    checkpoint: str,
+    backing: Backing | None,
+    incremental_from: str | None = None,
+    checkpoints: tuple[str, ...] = (),
+    on_progress: OnProgress | None = None,
+    cancelled: IsCancelled | None = None,
+    deadline_s: float = 3600,
+) -> BackupResult:
+    """As ``backup_running`` for a VM that runs nowhere. ``checkpoints``: their XML (parents first) as kept.
+
+    A guest that never runs holds the disk meanwhile: QEMU's image lock keeps the VM from being started elsewhere.
+    It ends with this call, and with this process's connection. Consistency is "filesystem": nothing is in flight.
+    Raises also Conflict when the guest is on this host or its disk is open.
+    """
+    with _holder(host, vm_id, disk):
+        redefine_checkpoints(host, vm_id, checkpoints)
+        result = backup_running(
+            host, vm_id, target=target, checkpoint=checkpoint, backing=backing, incremental_from=incremental_from,
+            freeze=False, on_progress=on_progress, cancelled=cancelled, deadline_s=deadline_s,
+        )  # fmt: skip
+    return BackupResult(result.kind, result.bytes, result.seconds, "filesystem", result.checkpoint_xml)
+
+
+def discard_left_behind(host: Host, vm_id: str, target: Path, checkpoint: str) -> None:
+    """Undo what an attempt that died left: its job, frozen file systems, partial ``target`` and ``checkpoint``.
+
+    Raises OutcomeUnknown if its job does not end.
+    """
+    guest = host.lookup(vm_id)
+    if guest is not None:
+        _thaw(host, vm_id, guest)  # first: until then the guest hangs
+        job = job_of(guest)
+        if job is not None and job.kind == "backup" and not abort(guest):
+            raise OutcomeUnknown(f"the backup of guest {vm_id} does not end", next="Look again")
+    _discard(host, vm_id, target, checkpoint)
+
+
+class _Push:
+    """One push job, and what has to be cleaned up or rewritten around it."""
+
+    def __init__(
+        self,
+        host: Host,
+        vm_id: str,
+        guest: Any,
+        disk_target: str,
+        on_progress: OnProgress | None,
+        cancelled: IsCancelled | None,
+        deadline: float,
+    ) -> None:
+        self.host = host
+        self.vm_id = vm_id
+        self.guest = guest
+        self.disk_target = disk_target
+        self.on_progress = on_progress
+        self.cancelled = cancelled
+        self.deadline = deadline
+        self.what = f"backup of guest {vm_id}"
+        self.begun = False
+
+    def undo(self, target: Path, checkpoint: str) -> None:
+        """Leave nothing of this attempt, and touch nothing of another's whose job or checkpoint was in the way."""
+        if self.begun and not abort(self.guest):
+            raise OutcomeUnknown(f"{self.what} was aborted but does not end", next="Look again")
+        _discard(self.host, self.vm_id, target, checkpoint if self.begun else None)
+
+    def seed(self, backing: Backing | None) -> str | None:
+        """The checkpoint a full backup starts from: the seed, or None to copy the whole disk."""
+        if backing is None:
+            return None
+        return SEED if define_seed(self.guest, self.disk_target) else None
+
+    def push(self, target: Path, checkpoint: str, since: str | None, freeze: bool) -> str:
+        """Run the job to its end; returns the consistency of the moment it was begun."""
+        others = [name for name in self._disks() if name != self.disk_target]
+        self._refuse_unknown(since)
+        with completed_job(self.host, self.guest) as wait_stats:
+            consistency = self._begin(
+                _backup_xml(target, since, self.disk_target, others),
+                checkpoint_xml(checkpoint, self.disk_target, others=others),
+                freeze,
+            )
+            self._watch()
+            stats = wait_stats(_STATS_WAIT_S)
+        if not stats.get("success", False):
+            why = stats.get("errmsg") or "libvirt did not say why"
+            raise HypervisorRefused(
+                f"{self.what} failed: {why}", next="Check the free space and health of the backup storage"
+            )
+        return consistency
+
+    def _disks(self) -> list[str]:
+        with libvirt_errors(self.what):
+            root = ElementTree.fromstring(self.guest.XMLDesc(0))
+        disks = [d for d in root.findall("./devices/disk") if d.get("device", "disk") == "disk"]
+        found = [t.get("dev", "") for d in disks for t in d.findall("target")]
+        if self.disk_target not in found:
+            raise WrongState(
+                f"guest {self.vm_id} has no disk {self.disk_target}", next="Its disks: " + ", ".join(found)
+            )
+        return found
+
+    def _refuse_unknown(self, since: str | None) -> None:
+        if since is not None and since not in checkpoint_names(self.guest):
+            raise BackupBroken(
+                f"guest {self.vm_id} has no checkpoint {since}", next="The next backup of this VM is a full one"
+            )
+
+    def _begin(self, backup_xml: str, point_xml: str, freeze: bool) -> str:
+        reason = stop_reason(self.what, self.cancelled, self.deadline)
+        if reason is not None:
+            raise reason
+        with libvirt_errors(self.what):
+            running = self.guest.state()[0] == libvirt.VIR_DOMAIN_RUNNING  # a paused one has no agent to wait for
+        with ExitStack() as stack:
+            held = freeze and running and stack.enter_context(agent.frozen(self.host, self.vm_id))
+            with libvirt_errors(f"begin the {self.what}", unsure=True):
+                self.guest.backupBegin(backup_xml, point_xml, 0)
+            self.begun = True
+        return "filesystem" if held else "crash"
+
+    def _watch(self) -> None:
+        pause = _FIRST_POLL_S
+        while (job := job_of(self.guest)) is not None:
+            reason = stop_reason(self.what, self.cancelled, self.deadline)
+            if reason is not None:
+                raise reason
+            if self.on_progress is not None:
+                self.on_progress(job.percent, job.phase, job.eta_s)
+            time.sleep(pause)
+            pause = min(pause * 2, POLL_S)
+
+    def settle(self, whole: Path, target: Path, backing: Backing | None, *, rebase_only: bool) -> None:
+        """Make ``target`` stand on ``backing``: libvirt left the live disk as its backing file."""
+        if backing is None:
+            return
+        if rebase_only:
+            run(["qemu-img", "rebase", "-u", "-F", backing.format, "-b", backing.path, str(target)], timeout_s=60)
+            return
+        try:
+            extract_layer(whole, target, backing, self.on_progress, self.cancelled, self.deadline - time.monotonic())
+        finally:
+            whole.unlink(missing_ok=True)
+
+    def record(self, checkpoint: str) -> str:
+        with libvirt_errors(f"read checkpoint {checkpoint}"):
+            found = self.guest.checkpointLookupByName(checkpoint, 0)
+            return str(found.getXMLDesc(libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN))
+
+
+def extract_layer(
+    source: Path,
+    target: Path,
+    backing: Backing,
+    on_progress: OnProgress | None,
+    cancelled: IsCancelled | None,
+    timeout_s: float,
+) -> None:
+    """Write to ``target``, on ``backing``, exactly the clusters in which ``source`` (qcow2, any chain) differs from it.
+
+    An empty overlay is rebased safely, which compares. (``qemu-img convert -B`` would not do: of a chain it
+    copies the top layer only.) A ``target`` half written is deleted. Raises Cancelled, HypervisorRefused.
+    """
+
+    def on_percent(percent: float) -> None:
+        if on_progress is not None:
+            on_progress(percent, "compare", None)
+
+    try:
+        run(
+            ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", os.path.abspath(source), str(target)],
+            timeout_s=60,
+        )
+        run(
+            ["qemu-img", "rebase", "-p", "-F", backing.format, "-b", backing.path, str(target)],
+            timeout_s=timeout_s, on_percent=on_percent, cancelled=cancelled,
+        )  # fmt: skip
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _holder(host: Host, vm_id: str, disk: Path) -> Iterator[None]:
+    """A guest of ``vm_id`` that has ``disk`` open and never runs; gone at the end, or with the connection."""
+    if host.lookup(vm_id) is not None:
+        raise Conflict(f"guest {vm_id} is on this host", next="Back up the running guest instead")
+    flags = libvirt.VIR_DOMAIN_START_PAUSED | libvirt.VIR_DOMAIN_START_AUTODESTROY
+    with libvirt_errors(f"open the disk of VM {vm_id}", unsure=True):
+        guest = host.conn.createXML(_holder_xml(vm_id, disk), flags)
+    try:
+        yield
+    finally:
+        with libvirt_errors(f"close the disk of VM {vm_id}", unsure=True):
+            _end_gracefully(guest)
+
+
+def _end_gracefully(guest: Any) -> None:
+    """End QEMU by SIGTERM, never SIGKILL: killed, it would leave the bitmaps broken."""
+    for _ in range(10):
+        try:
+            guest.destroyFlags(libvirt.VIR_DOMAIN_DESTROY_GRACEFUL)
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+                return
+            if error.get_error_code() != libvirt.VIR_ERR_SYSTEM_ERROR:
+                raise
+            time.sleep(0.5)  # QEMU takes its time to write the bitmaps
+        else:
+            return
+    raise HypervisorRefused("the guest that holds the disk does not end", next="Destroy the paused guest backup-<id>")
+
+
+def _holder_xml(vm_id: str, disk: Path) -> str:
+    root = ElementTree.Element("domain", type="qemu")
+    ElementTree.SubElement(root, "name").text = f"backup-{vm_id}"
+    ElementTree.SubElement(root, "uuid").text = vm_id
+    ElementTree.SubElement(root, "memory", unit="MiB").text = "16"
+    ElementTree.SubElement(root, "vcpu").text = "1"
+    ElementTree.SubElement(ElementTree.SubElement(root, "os"), "type", machine="pc").text = "hvm"
+    devices = ElementTree.SubElement(root, "devices")
+    node = ElementTree.SubElement(devices, "disk", type="file", device="disk")
+    ElementTree.SubElement(node, "driver", name="qemu", type="qcow2")
+    ElementTree.SubElement(node, "source", file=str(disk))
+    ElementTree.SubElement(node, "target", dev=DISK_TARGET, bus="virtio")
+    ElementTree.SubElement(devices, "memballoon", model="none")
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _backup_xml(target: Path, since: str | None, disk_target: str, others: list[str]) -> str:
+    root = ElementTree.Element("domainbackup", mode="push")
+    if since is not None:
+        ElementTree.SubElement(root, "incremental").text = since
+    disks = ElementTree.SubElement(root, "disks")
+    disk = ElementTree.SubElement(disks, "disk", name=disk_target, type="file", backup="yes")
+    ElementTree.SubElement(disk, "target", file=os.path.abspath(target))
+    ElementTree.SubElement(disk, "driver", type="qcow2")
+    for other in others:
+        ElementTree.SubElement(disks, "disk", name=other, backup="no")
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _discard(host: Host, vm_id: str, target: Path, checkpoint: str | None) -> None:
+    target.unlink(missing_ok=True)
+    target.with_name(target.name + ".whole").unlink(missing_ok=True)
+    if checkpoint is not None and host.alive():
+        delete_checkpoint(host, vm_id, checkpoint)
+
+
+def _thaw(host: Host, vm_id: str, guest: Any) -> None:
+    if guest.state()[0] == libvirt.VIR_DOMAIN_RUNNING and agent.ping(host, vm_id):
+        agent.thaw(host, vm_id)
+
+
+def _fsync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

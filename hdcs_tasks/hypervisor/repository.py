@@ -1,0 +1,351 @@
+"""Backup chains as plain files, readable without HDCS:
+
+    <storage root>/backups/<vm_id>/<chain>/0001-full.qcow2   on the base image, by a relative backing path
+                                           0001-full.json    manifest, written last: without it there is no point
+                                           0002-inc.qcow2    on 0001-full.qcow2
+                                           0002-inc.json
+
+A file gets its name only when it is whole, on disk and hashed. Nothing read from here is trusted: manifests are
+sealed, and a backing file that leads anywhere but the chain's previous file is refused before QEMU opens it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hdcs_tasks.errors import BackupBroken, Cancelled, Conflict, NotFound
+from hdcs_tasks.hypervisor import manifests
+from hdcs_tasks.hypervisor.backup import Backing, extract_layer
+from hdcs_tasks.hypervisor.bitmaps import ensure_seed
+from hdcs_tasks.hypervisor.jobs import IsCancelled, OnProgress
+from hdcs_tasks.hypervisor.manifests import BaseImage, Kind, Point
+from hdcs_tasks.hypervisor.processes import run
+
+_CHUNK = 4 << 20
+_PARTIAL = ".partial"
+
+
+class Repository:
+    """The backups in one domain node's storage at ``root``. Holds nothing in memory; safe to make at any time."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.folder = root / "backups"
+
+    def chain_folder(self, vm_id: str, chain: str) -> Path:
+        """Where a chain's files lie; raises Invalid for names that are none, or are linked out of the storage."""
+        found = self.folder / manifests.check_vm_id(vm_id) / manifests.check_name("backup chain", chain)
+        if found.resolve() != self.folder.resolve() / vm_id / chain:
+            raise BackupBroken(f"{found} is linked elsewhere", next="The storage holds plain files: remove the link")
+        return found
+
+    def file(self, point: Point) -> Path:
+        return self.chain_folder(point.vm_id, point.chain) / point.file_name
+
+    def partial(self, vm_id: str, chain: str, seq: int, kind: Kind, attempt: str) -> Path:
+        """The name an ``attempt`` writes its file under before ``publish``; its folder is made."""
+        folder = self.chain_folder(vm_id, chain)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f".{seq:04d}-{kind}.{manifests.check_name('attempt', attempt)}{_PARTIAL}"
+
+    def backing(self, below: Point | BaseImage, vm_id: str, chain: str) -> Backing:
+        """What a new file of the chain must stand on: the previous ``Point``, or the ``BaseImage`` for a full one."""
+        if isinstance(below, Point):
+            return Backing(below.file_name)
+        folder = self.chain_folder(vm_id, chain)
+        return Backing(os.path.relpath(self.base_path(below), folder), below.format)
+
+    def base_path(self, base: BaseImage) -> Path:
+        """The base image's file; raises BackupBroken if it is linked out of the storage's images."""
+        path = self.root / base.path
+        if not path.resolve().is_relative_to((self.root / "images").resolve()):
+            raise BackupBroken(f"{path} leads out of the storage's images", next="Remove the link")
+        return path
+
+    def publish(
+        self,
+        partial: Path,
+        draft: Point,
+        *,
+        on_progress: OnProgress | None = None,
+        cancelled: IsCancelled | None = None,
+    ) -> Point:
+        """Make the whole file ``partial`` the point ``draft`` describes; returns it with sizes, hash and time.
+
+        Raises BackupBroken (it does not stand on what the draft says: nothing is published), Conflict (the point
+        exists), Cancelled. On an error ``partial`` is left to the caller.
+        """
+        final = self.chain_folder(draft.vm_id, draft.chain) / draft.file_name
+        manifest = final.with_name(draft.manifest_name)
+        if manifest.exists():
+            raise Conflict(f"backup point {final.name} exists", next="Take the next number; see: hdcs backup list")
+        info = _image_info(partial)
+        self._check_backing(partial, draft, info)
+        _fsync(partial)
+        sha256 = _sha256(partial, on_progress, cancelled)
+        point = manifests.stamped(
+            draft, disk_bytes=info["virtual-size"], file_bytes=partial.stat().st_size, sha256=sha256
+        )
+        content = manifests.dump(point)
+        os.replace(partial, final)
+        _fsync(final.parent)
+        _write_durably(manifest, content)
+        return point
+
+    def points(self, vm_id: str | None = None, damaged: list[str] | None = None) -> list[Point]:
+        """All points (of one VM), oldest chain first, in order. Unreadable manifests are named in ``damaged``."""
+        pattern = "*/*/*.json" if vm_id is None else f"{manifests.check_vm_id(vm_id)}/*/*.json"
+        found = []
+        for path in sorted(self.folder.glob(pattern)):
+            try:
+                found.append(self._read(path))
+            except BackupBroken as error:
+                if damaged is not None:
+                    damaged.append(str(error))
+        started: dict[tuple[str, str], str] = {}
+        for point in found:
+            key = (point.vm_id, point.chain)
+            started[key] = min(point.created_at, started.get(key, point.created_at))
+        return sorted(found, key=lambda p: (p.vm_id, started[p.vm_id, p.chain], p.chain, p.seq))
+
+    def get(self, vm_id: str, point_id: str) -> Point:
+        """The point with this id; raises NotFound (also when its manifest is damaged, and says so)."""
+        damaged: list[str] = []
+        for point in self.points(vm_id, damaged):
+            if point.id == point_id:
+                return point
+        why = f" (damaged: {'; '.join(damaged)})" if damaged else ""
+        raise NotFound(f"VM {vm_id} has no backup point {point_id}{why}", next="See: hdcs backup list")
+
+    def links(self, point: Point) -> list[Point]:
+        """The points ``point`` is made of, full one first; raises BackupBroken if one is missing or does not fit."""
+        by_seq = {p.seq: p for p in self._chain(point)}
+        found = [by_seq.get(seq) for seq in range(1, point.seq + 1)]
+        parent: str | None = None
+        chain: list[Point] = []
+        for seq, link in enumerate(found, start=1):
+            if link is None or link.parent != parent or link.base != point.base:
+                raise BackupBroken(
+                    f"link {seq} of backup chain {point.chain} is missing or does not fit the others",
+                    next="Restore an earlier point; the next backup is a full one",
+                )
+            parent = link.id
+            chain.append(link)
+        if chain[-1] != point:
+            raise BackupBroken(f"backup point {point.id} is not what its manifest says", next="Read it anew")
+        return chain
+
+    def verify(
+        self,
+        point: Point,
+        *,
+        base: bool = True,
+        on_progress: OnProgress | None = None,
+        cancelled: IsCancelled | None = None,
+    ) -> None:
+        """Read all that ``point`` is made of and compare with the manifests; raises BackupBroken saying what is wrong.
+
+        Per link: seal, size, hash, backing file, ``qemu-img check``. ``base``: hash the base image as well.
+        """
+        chain = self.links(point)
+        steps = len(chain) + (1 if base and point.base else 0)
+        for number, link in enumerate(chain):
+            tell = _share(on_progress, number, steps, "verify")
+            self._verify_file(link, tell, cancelled)
+        if base and point.base is not None:
+            path = self.base_path(point.base)
+            if not path.is_file():
+                raise BackupBroken(f"base image {point.base.path} is missing", next="Import that version again")
+            if _sha256(path, _share(on_progress, len(chain), steps, "verify"), cancelled) != point.base.sha256:
+                raise BackupBroken(f"base image {point.base.path} has changed", next="Import that version again")
+
+    def restore(
+        self,
+        point: Point,
+        target: Path,
+        *,
+        attempt: str = "restore",
+        on_progress: OnProgress | None = None,
+        cancelled: IsCancelled | None = None,
+        deadline_s: float = 3600,
+    ) -> None:
+        """Make ``target`` a disk with the content of ``point``: one overlay on the base image, ready to be cloned from.
+
+        It holds just what differs from the base image and a seed bitmap. ``verify`` first. Written to a partial
+        file of ``attempt`` beside ``target``. Raises Conflict (``target`` exists), BackupBroken, Cancelled.
+        """
+        if target.exists():
+            raise Conflict(f"{target.name} exists", next="Restore under another name, or delete that VM first")
+        for link in self.links(point):
+            self._check_backing(self.file(link), link, _image_info(self.file(link)))
+        partial = target.with_name(f".{target.name}.{manifests.check_name('attempt', attempt)}{_PARTIAL}")
+        partial.unlink(missing_ok=True)
+        try:
+            self._flatten(point, partial, on_progress, cancelled, deadline_s)
+            ensure_seed(partial)
+            _fsync(partial)
+            os.link(partial, target)  # fails, where a rename would overwrite, if somebody made it meanwhile
+        except FileExistsError:
+            raise Conflict(f"{target.name} exists", next="Restore under another name") from None
+        finally:
+            partial.unlink(missing_ok=True)
+        _fsync(target.parent)
+
+    def compare(self, point: Point, disk: Path, *, timeout_s: float = 3600) -> bool:
+        """Whether ``disk`` (of no running guest) has exactly the content of ``point``."""
+        argv = ["qemu-img", "compare", "-f", "qcow2", "-F", "qcow2", str(self.file(point)), str(disk)]
+        return run(argv, timeout_s=timeout_s, ok=(0, 1)).exit_code == 0
+
+    def delete(self, point: Point) -> bool:
+        """Delete the point; False if it was gone. Raises Conflict while later points of its chain stand on it."""
+        later = [p.id for p in self._chain(point) if p.seq > point.seq]
+        if later:
+            raise Conflict(
+                f"backup point {point.id} carries {', '.join(later)}", next="Delete the later points of its chain first"
+            )
+        file = self.file(point)
+        manifest = file.with_name(point.manifest_name)
+        was = manifest.exists() or file.exists()
+        manifest.unlink(missing_ok=True)  # first: a file without manifest is no point, the other way is a broken one
+        if file.parent.is_dir():
+            _fsync(file.parent)
+        file.unlink(missing_ok=True)
+        self._remove_empty(file.parent)
+        return was
+
+    def delete_chain(self, vm_id: str, chain: str) -> int:
+        """Delete all points of a chain, last first, and its leftovers; returns how many points there were."""
+        folder = self.chain_folder(vm_id, chain)
+        points = [p for p in self.points(vm_id) if p.chain == chain]
+        for point in sorted(points, key=lambda p: -p.seq):
+            self.delete(point)
+        for left in [*folder.glob("*.json"), *folder.glob("*.qcow2"), *folder.glob(f".*{_PARTIAL}*")]:
+            left.unlink(missing_ok=True)
+        self._remove_empty(folder)
+        return len(points)
+
+    def leftovers(self, vm_id: str | None = None) -> Iterator[Path]:
+        """Files that are no point (partial, or without manifest): of dead attempts, or just being made."""
+        pattern = "*/*/*" if vm_id is None else f"{manifests.check_vm_id(vm_id)}/*/*"
+        for path in self.folder.glob(pattern):
+            orphan = path.suffix == ".qcow2" and not path.with_suffix(".json").exists()
+            if orphan or (path.name.startswith(".") and _PARTIAL in path.name):
+                yield path
+
+    def _chain(self, point: Point) -> list[Point]:
+        return [p for p in self.points(point.vm_id) if p.chain == point.chain]
+
+    def _read(self, path: Path) -> Point:
+        where = str(path.relative_to(self.folder))
+        if path.is_symlink() or not path.is_file() or path.stat().st_size > manifests.MANIFEST_MAX_BYTES:
+            raise BackupBroken(f"{where} is not a plain manifest file", next="Remove it")
+        point = manifests.load(path.read_bytes(), where)
+        if self.file(point).with_name(point.manifest_name) != path:
+            raise BackupBroken(f"{where} describes another point ({point.id})", next="Put it back where it was")
+        return point
+
+    def _verify_file(self, link: Point, tell: OnProgress | None, cancelled: IsCancelled | None) -> None:
+        file = self.file(link)
+        if file.is_symlink() or not file.is_file():
+            raise BackupBroken(f"{link.file_name} of chain {link.chain} is missing", next="Restore an earlier point")
+        if file.stat().st_size != link.file_bytes or _sha256(file, tell, cancelled) != link.sha256:
+            raise BackupBroken(
+                f"{link.file_name} of chain {link.chain} is not the file that was written",
+                next="Check the storage; restore an earlier point",
+            )
+        self._check_backing(file, link, _image_info(file))
+        if run(["qemu-img", "check", "-q", "-f", "qcow2", str(file)], timeout_s=3600, ok=(0, 1, 2, 3)).exit_code != 0:
+            raise BackupBroken(f"qemu-img check fails on {link.file_name}", next="Restore an earlier point")
+
+    def _check_backing(self, file: Path, point: Point, info: dict[str, Any]) -> None:
+        """Refuse ``file`` unless its header names exactly what ``point`` stands on, and no file outside of it."""
+        want: Backing | None = None
+        if point.parent is not None:
+            previous = replace(point, seq=point.seq - 1, kind="full" if point.seq == 2 else "inc")
+            want = Backing(previous.file_name)
+        elif point.base is not None:
+            want = self.backing(point.base, point.vm_id, point.chain)
+        data = info.get("format-specific", {}).get("data", {})
+        seen = (info.get("backing-filename"), info.get("backing-filename-format"), data.get("data-file"))
+        if seen != (want.path if want else None, want.format if want else None, None):
+            raise BackupBroken(
+                f"{file.name} stands on {seen[0]!r} ({seen[1]}), not on {want.path if want else 'nothing'!r}",
+                next="It was not written by HDCS or was changed: restore an earlier point",
+            )
+
+    def _flatten(
+        self, point: Point, partial: Path, on_progress: OnProgress | None, cancelled: IsCancelled | None, left_s: float
+    ) -> None:
+        def tell(percent: float, _phase: str, eta_s: float | None) -> None:
+            if on_progress is not None:
+                on_progress(percent, "restore", eta_s)
+
+        file = self.file(point)
+        if point.base is None:
+            argv = ["qemu-img", "convert", "-p", "-f", "qcow2", "-O", "qcow2", str(file), str(partial)]
+            run(argv, timeout_s=left_s, on_percent=lambda percent: tell(percent, "", None), cancelled=cancelled)
+            return
+        base = Backing(os.path.abspath(self.base_path(point.base)), point.base.format)
+        extract_layer(file, partial, base, tell, cancelled, left_s)
+
+    def _remove_empty(self, folder: Path) -> None:
+        for each in (folder, folder.parent):
+            try:
+                each.rmdir()
+            except OSError:
+                return  # not empty, or gone
+
+
+def _image_info(file: Path) -> dict[str, Any]:
+    """The header of ``file`` alone: no backing file is opened. Bounded, as the header may be hostile."""
+    argv = ["qemu-img", "info", "--output=json", "-f", "qcow2", str(file)]
+    found: dict[str, Any] = json.loads(run(argv, timeout_s=60, memory_mib=2048, cpu_s=30).stdout)
+    return found
+
+
+def _sha256(file: Path, on_progress: OnProgress | None, cancelled: IsCancelled | None) -> str:
+    total, done, digest = file.stat().st_size, 0, hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            if cancelled is not None and cancelled():
+                raise Cancelled(f"reading {file.name} was cancelled")
+            digest.update(chunk)
+            done += len(chunk)
+            if on_progress is not None:
+                on_progress(100.0 * done / max(total, 1), "hash", None)
+    return digest.hexdigest()
+
+
+def _share(on_progress: OnProgress | None, number: int, steps: int, phase: str) -> OnProgress | None:
+    """Progress of one of several equal steps as progress of the whole."""
+    if on_progress is None:
+        return None
+
+    def tell(percent: float, _phase: str, _eta_s: float | None) -> None:
+        on_progress((number * 100.0 + percent) / steps, phase, None)
+
+    return tell
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}{_PARTIAL}")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    _fsync(path.parent)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,106 @@
+"""A server node joins its domain node's pool, keeps its lease, reports what runs on it, and leaves."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+from celery.exceptions import TimeoutError as CeleryTimeoutError
+
+from hdcs_tasks.errors import HdcsError, Invalid, Unreachable
+from hdcs_tasks.hypervisor import facts as host_facts
+from hdcs_tasks.hypervisor import guests, networks, storage
+from hdcs_tasks.logs import logger
+from hdcs_tasks.operations.node import NodeContext
+from hdcs_tasks.operations.sending import send, unwrap
+from hdcs_tasks.pool.identity import instance_id, remember
+from hdcs_tasks.pool.proof import JoinRequest
+from hdcs_tasks.routing import CONTROL, check_name
+
+log = logger(__name__)
+
+_SHAPE = ("cpu_mhz", "sockets", "cores_per_socket", "threads_per_core", "max_vcpus", "memory_mib")
+
+
+def join(ctx: NodeContext, *, answer_timeout_s: float = 15.0) -> dict[str, Any]:
+    """Join: measure this host, prove the token, take subnet and role, and make network and storage pools real.
+
+    Returns control's answer. Raises Rejected or Conflict with the reason when refused, Unreachable when no control
+    worker answers (ask again).
+    """
+    config = ctx.settings
+    check_name("domain node", config.domain_node)
+    check_name("server node", config.server_node)
+    layout = storage.check(config.storage_root, config.domain_node)
+    host = ctx.host()
+    facts = host_facts.facts(host, config)
+    answer = _ask(ctx, facts, answer_timeout_s)
+    remember(config, virt_type=facts.virt_type, **answer)
+    spec = networks.NetworkSpec(
+        answer["network_name"], answer["subnet"], answer["network_forward"], answer["dhcp_lease_s"]
+    )
+    networks.ensure_network(host, spec)
+    storage.ensure_pools(host, layout)
+    log.info("joined", domain_node=config.domain_node, subnet=answer["subnet"], primary=answer["storage_primary"])
+    return answer
+
+
+def _ask(ctx: NodeContext, facts: host_facts.HostFacts, timeout_s: float) -> dict[str, Any]:
+    config = ctx.settings
+    if config.join_token_file is None or not config.join_token_file.is_file():
+        raise Invalid(
+            f"server node {config.server_node} has no join token: HDCS_JOIN_TOKEN_FILE names no file",
+            next=f"Get one with: hdcs domain token {config.domain_node}",
+        )
+    total, free = storage.disk_usage(config.storage_root)
+    shape = {key: value for key, value in asdict(facts).items() if key in _SHAPE}
+    request = JoinRequest(
+        config.domain_node, config.server_node, config.server_node_ip, instance_id(config), shape,
+        {"total_bytes": total, "free_bytes": free}, time.time(),
+    ).signed(config.join_token_file.read_text())  # fmt: skip
+    try:
+        result = ctx.celery.send_task(
+            "pool.join", kwargs={"request": asdict(request)}, queue=CONTROL, expires=timeout_s, ignore_result=False,
+            argsrepr="", kwargsrepr=f"node={config.server_node}",
+        )  # fmt: skip
+        return unwrap(result.get(timeout=timeout_s, disable_sync_subtasks=False))
+    except (CeleryTimeoutError, ConnectionError, OSError) as error:
+        raise Unreachable(
+            f"no control worker answered the join of {config.server_node}: {error!r}",
+            next="Is a control worker running on the same Redis?",
+        ) from error
+
+
+def renew(ctx: NodeContext) -> bool:
+    """Renew this node's lease; False when it ran out, and the node must join again."""
+    config = ctx.settings
+    return ctx.reservations.leases.renew("node", config.server_node, instance_id(config), config.lease_ttl_s)
+
+
+def leave(ctx: NodeContext) -> None:
+    """Tell control that this worker stops; the guests go on running."""
+    config = ctx.settings
+    message = {"server_node": config.server_node, "instance": instance_id(config)}
+    send(ctx.celery, "pool.leave", message, CONTROL, expires_s=60)
+
+
+def report(ctx: NodeContext, run_id: str) -> None:
+    """Tell control what runs here, with the address and port each guest has: for a rebuild of the reservations."""
+    host = ctx.host()
+    hosts = {entry.mac: entry.ip for entry in networks.dhcp_hosts(host, ctx.settings.network_name)}
+    seen = [guest for guest in guests.list_guests(host) if guest.active]
+    found = [
+        {"vm_id": g.vm_id, "state": g.state, "console_port": g.console_port, "ip": hosts.get(g.mac, "")} for g in seen
+    ]
+    message = {"run_id": run_id, "node": ctx.server_node, "guests": found}
+    send(ctx.celery, "pool.node_report", {"report": message}, CONTROL, expires_s=60)
+
+
+def storage_facts(ctx: NodeContext) -> dict[str, int]:
+    """Total and free bytes of the domain node's storage, zeros where it cannot be read."""
+    try:
+        total, free = storage.disk_usage(ctx.settings.storage_root)
+    except (OSError, HdcsError):
+        return {"total_bytes": 0, "free_bytes": 0}
+    return {"total_bytes": total, "free_bytes": free}

@@ -1,0 +1,223 @@
+"""VMs on a server node: starting where layer two says, the short commands, cloning, deleting.
+
+Every function is the work of one step: ``(run, spec) -> result``. It may be repeated: each looks first at what is
+there, and asks ``run.check()`` right before it changes anything.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hdcs_tasks.errors import BackupBroken, ClaimLost, HdcsError, NotFound
+from hdcs_tasks.hypervisor import disks, guests, networks, storage
+from hdcs_tasks.hypervisor.checkpoints import SEED, redefine_checkpoints
+from hdcs_tasks.hypervisor.connection import Host
+from hdcs_tasks.hypervisor.locks import vm_lock
+from hdcs_tasks.hypervisor.spec import GuestSpec
+from hdcs_tasks.logs import logger
+from hdcs_tasks.operations.node import HandOver, NodeContext, Run
+from hdcs_tasks.pool.identity import virt_type
+from hdcs_tasks.reservations import Placed, PlaceRequest
+
+log = logger(__name__)
+
+LOCK_WAIT_S = 10.0
+CHECKPOINTS = "checkpoints.json"
+
+
+def layout(ctx: NodeContext) -> storage.StorageLayout:
+    """The domain node's storage as mounted here; Rejected if it is not ours (an empty mount point, say)."""
+    return storage.check(ctx.settings.storage_root, ctx.domain_node)
+
+
+def lock(ctx: NodeContext, vm_id: str) -> Any:
+    return vm_lock(ctx.settings.state_dir, vm_id, LOCK_WAIT_S)
+
+
+# --- clone and delete
+
+
+def clone(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
+    """Make the VM's derived image: an overlay on the base image, with a bitmap that records from the first write."""
+    place = layout(run.ctx)
+    base = image_path(place, spec["image"], spec["version"])
+    if not base.is_file():
+        raise NotFound(
+            f"image {spec['image']}:{spec['version']} is not in this storage",
+            next=f"Bring it here: hdcs image add {spec['image']} FILE --domain-node {run.ctx.domain_node}",
+        )
+    target = place.disk(spec["vm_id"])
+    run.check()
+    target.parent.mkdir(mode=0o711, exist_ok=True)
+    try:
+        disks.create_overlay(
+            base, target, size_bytes=spec["disk_bytes"] or None, bitmap=SEED, base_format="qcow2",
+            attempt=str(run.attempt),
+        )  # fmt: skip
+    except HdcsError:
+        remove_folder(target.parent)
+        raise
+    return {"node": run.ctx.server_node, "disk": str(target)}
+
+
+def image_path(place: storage.StorageLayout, name: str, version: int) -> Path:
+    return place.path("images", name, f"{version}.qcow2")
+
+
+def delete(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
+    """Remove the VM's folder and saved memory; the guest must be gone from this node."""
+    ctx = run.ctx
+    place = layout(ctx)
+    with lock(ctx, spec["vm_id"]):
+        run.check()
+        guests.stop(ctx.host(), spec["vm_id"], force=True)
+        remove_folder(place.vm_dir(spec["vm_id"]))
+        saved_memory(place, spec["vm_id"]).unlink(missing_ok=True)
+    return {"node": ctx.server_node}
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a VM's folder; one that is gone already is a success."""
+    shutil.rmtree(folder, ignore_errors=False, onerror=_unless_gone)
+
+
+def _unless_gone(_function: Callable[..., Any], _path: str, error: Any) -> None:
+    if not isinstance(error[1], FileNotFoundError):
+        raise error[1]
+
+
+def saved_memory(place: storage.StorageLayout, vm_id: str) -> Path:
+    return place.path("state", f"{vm_id}.memory")
+
+
+# --- start
+
+
+def start(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
+    """Layer two, then the start: claim the best server node of the pool; if that is another one, hand over."""
+    ctx = run.ctx
+    guest = spec["guest"]
+    run.progress(10, "choosing a server node")
+    placed = ctx.reservations.pool.place(
+        PlaceRequest(
+            ctx.domain_node, guest["vm_id"], run.step, spec["need"]["vcpus"], spec["need"]["memory_mib"],
+            pin=spec.get("pin"), order=ctx.settings.placement,
+        )
+    )  # fmt: skip
+    if placed.node != ctx.server_node:
+        raise HandOver(placed.node, spec)
+    run.progress(40, f"starting on {placed.node}")
+    try:
+        with lock(ctx, guest["vm_id"]):
+            _start_here(run, spec, placed)
+    except ClaimLost:
+        raise  # a newer attempt observes and settles; the claim on capacity stays with the VM
+    except HdcsError:
+        _give_back_if_absent(ctx, guest)
+        raise
+    ctx.reservations.pool.started(placed.node, guest["vm_id"])
+    return {"node": placed.node, "port": placed.port, "ip": placed.ip}
+
+
+def _start_here(run: Run, spec: dict[str, Any], placed: Placed) -> None:
+    ctx, guest = run.ctx, spec["guest"]
+    place, host = layout(ctx), ctx.host()
+    run.check()
+    networks.add_dhcp_host(host, ctx.settings.network_name, guest["mac"], placed.ip, guest["name"])
+    saved = saved_memory(place, guest["vm_id"]) if spec.get("saved") else None
+    wanted = _guest_spec(run, guest, place, placed)
+    run.check()
+    guests.start(host, wanted, saved=saved)
+    restore_checkpoints(host, place, guest["vm_id"])
+
+
+def _guest_spec(run: Run, guest: dict[str, Any], place: storage.StorageLayout, placed: Placed) -> GuestSpec:
+    config = run.ctx.settings
+    return GuestSpec.from_dict(guest | {
+        "disks": (str(place.disk(guest["vm_id"])),), "network": config.network_name, "console_port": placed.port,
+        "console_listen": config.console_listen, "virt_type": virt_type(config), "operation": run.operation,
+        "step": run.step, "attempt": run.attempt,
+    })  # fmt: skip
+
+
+def restore_checkpoints(host: Host, place: storage.StorageLayout, vm_id: str) -> None:
+    """Tell libvirt again which checkpoints the disk's bitmaps stand for; a broken chain makes the next backup full."""
+    kept = place.vm_dir(vm_id) / CHECKPOINTS
+    if not kept.exists():
+        return
+    try:
+        redefine_checkpoints(host, vm_id, json.loads(kept.read_text()))
+    except BackupBroken as error:
+        kept.unlink(missing_ok=True)
+        log.warning("backup chain broken; the next backup is a full one", vm=vm_id, error=str(error))
+
+
+def _give_back_if_absent(ctx: NodeContext, guest: dict[str, Any]) -> None:
+    """After a failed start: whatever was claimed is free again, once the guest is seen not to run here."""
+    seen = guests.info(ctx.host(), guest["vm_id"])
+    if seen is None or not seen.active:
+        release(ctx, guest["vm_id"], guest["mac"])
+
+
+def release(ctx: NodeContext, vm_id: str, mac: str) -> None:
+    """The guest was observed gone from this node: its DHCP host goes, its capacity is free, its IP cools."""
+    networks.remove_dhcp_host(ctx.host(), ctx.settings.network_name, mac)
+    ctx.reservations.pool.release(ctx.domain_node, vm_id, ctx.server_node, ctx.settings.dhcp_lease_s)
+
+
+# --- the short commands
+
+
+def stop(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
+    ctx = run.ctx
+    with lock(ctx, spec["vm_id"]):
+        run.check()
+        ran = guests.stop(ctx.host(), spec["vm_id"], force=spec["force"], timeout_s=spec["timeout_s"])
+        release(ctx, spec["vm_id"], spec["mac"])
+    return {"node": ctx.server_node, "ran": ran}
+
+
+def suspend(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
+    with lock(run.ctx, spec["vm_id"]):
+        run.check()
+        guests.suspend(run.ctx.host(), spec["vm_id"])
+    return {"node": run.ctx.server_node}
+
+
+def resume(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
+    with lock(run.ctx, spec["vm_id"]):
+        run.check()
+        guests.resume(run.ctx.host(), spec["vm_id"])
+    return {"node": run.ctx.server_node}
+
+
+def reboot(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
+    with lock(run.ctx, spec["vm_id"]):
+        run.check()
+        guests.reboot(run.ctx.host(), spec["vm_id"], force=spec["force"], timeout_s=spec["timeout_s"])
+    return {"node": run.ctx.server_node}
+
+
+def save(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
+    """Memory to the domain node's storage; the guest ends and gives back what it held."""
+    ctx = run.ctx
+    target = saved_memory(layout(ctx), spec["vm_id"])
+    with lock(ctx, spec["vm_id"]):
+        run.check()
+        guests.save(ctx.host(), spec["vm_id"], target)
+        release(ctx, spec["vm_id"], spec["mac"])
+    return {"node": ctx.server_node, "bytes": target.stat().st_size}
+
+
+def console(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
+    """Set the console ticket kept in a short-lived Redis note."""
+    note = run.ctx.reservations.notes.read(spec["note"])
+    if "password" not in note:
+        raise NotFound("the console ticket has expired", next="Ask again: hdcs vm console")
+    run.check()
+    guests.set_console_password(run.ctx.host(), spec["vm_id"], note["password"], spec["ttl_s"])
+    return {"node": run.ctx.server_node}

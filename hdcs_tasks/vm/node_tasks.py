@@ -1,0 +1,21 @@
+"""Celery edge of VMs on a server node: which step is whose work."""
+
+from __future__ import annotations
+
+from hdcs_tasks.operations.node_tasks import step_task
+from hdcs_tasks.vm import node, node_migrate
+
+clone = step_task("vm.clone_on_node", node.clone)
+start = step_task("vm.start_on_node", node.start)
+delete = step_task("vm.delete_on_node", node.delete)
+save = step_task("vm.save_on_node", node.save)
+stop = step_task("vm.stop_on_node", node.stop)
+suspend = step_task("vm.suspend_on_node", node.suspend)
+resume = step_task("vm.resume_on_node", node.resume)
+reboot = step_task("vm.reboot_on_node", node.reboot)
+console = step_task("vm.console_on_node", node.console)
+migrate_prepare = step_task("vm.migrate_prepare_on_node", node_migrate.prepare)
+migrate = step_task("vm.migrate_on_node", node_migrate.perform)
+migrate_finish = step_task("vm.migrate_finish_on_node", node_migrate.finish)
+migrate_clean = step_task("vm.migrate_clean_on_node", node_migrate.clean)
+migrate_undo = step_task("vm.migrate_undo_on_node", node_migrate.undo)
