@@ -36,8 +36,9 @@ def redefine_checkpoints(host: Host, vm_id: str, xmls: Sequence[str]) -> None:
     """Put libvirt's records back (parents first), after a start or at the target of a migration.
 
     Checkpoints it knows already are left alone. A parent that is neither known nor given before is left out: it was
-    dropped after the record was made, and increments need the checkpoint alone. Each is checked against the bitmap in the running guest's disk: if
-    one is missing or broken, all are deleted and BackupBroken is raised (the next backup is a full one).
+    dropped after the record was made, and increments need the checkpoint alone. Each is checked against the bitmap
+    in the running guest's disk: if one is missing or broken, all are deleted and BackupBroken is raised (the next
+    backup is a full one).
     """
     guest = host.guest(vm_id)
     known = set(checkpoint_names(guest))
