@@ -140,7 +140,7 @@ def _start_here(run: Run, spec: dict[str, Any], placed: Placed) -> None:
 
 
 def _mend_bitmaps(place: storage.StorageLayout, vm_id: str) -> None:
-    """A QEMU that was killed leaves its disk's bitmaps broken; ``OPEN`` tells that the last one did not end in order."""
+    """A killed QEMU leaves its disk's bitmaps broken; ``OPEN`` tells that the last one did not end in order."""
     mark = place.vm_dir(vm_id) / OPEN
     if mark.exists():
         ensure_seed(place.disk(vm_id))
