@@ -231,9 +231,7 @@ class Images(_Part):
 
 
 class Backups(_Part):
-    def create(
-        self, vm: str, *, full: bool = False, idempotency_key: str | None = None, reason: str = ""
-    ) -> Operation:
+    def create(self, vm: str, *, full: bool = False, idempotency_key: str | None = None, reason: str = "") -> Operation:
         asked = self._asked(idempotency_key, reason)
         return self._op(backup_control.create(self._control, vm, asked, full=full))
 

@@ -170,6 +170,8 @@ def _not_restored(tx: Tx, operation: Operation, step: Step, error: HdcsError) ->
 def verify(control: Control, backup_id: str, asked: Asked) -> Operation:
     """Check a point and every link below it against the hashes of their manifests."""
     with control.transaction() as tx:
+        if (same := tx.same_request(asked)) is not None:
+            return same
         backup = get_backup(tx.session, backup_id)
         operation = tx.open("backup.verify", asked=asked, subject=backup.id, request={"backup": backup.id})
         spec = {
@@ -190,6 +192,8 @@ def _not_verified(tx: Tx, operation: Operation, step: Step, error: HdcsError) ->
 def delete(control: Control, backup_id: str, asked: Asked) -> Operation:
     """Delete a point that no later point builds on."""
     with control.transaction() as tx:
+        if (same := tx.same_request(asked)) is not None:
+            return same
         backup = get_backup(tx.session, backup_id)
         living = (BackupState.READY, BackupState.BROKEN, BackupState.CREATING)
         later = tx.session.scalar(select(Backup.id).where(Backup.parent_id == backup.id, Backup.state.in_(living)))
@@ -239,4 +243,3 @@ def view(backup: Backup) -> dict[str, Any]:
         "state": backup.state.value, "created_at": backup.created_at.isoformat(),
         "proven_at": backup.proven_at.isoformat() if backup.proven_at else None,
     }  # fmt: skip
-

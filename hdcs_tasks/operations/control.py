@@ -13,15 +13,15 @@ from datetime import timedelta
 from typing import Any
 
 from celery import Celery
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from hdcs_tasks.config import Settings
-from hdcs_tasks.errors import Conflict, HdcsError, NotFound, from_dict
+from hdcs_tasks.errors import Cancelled, Conflict, HdcsError, NotFound, OutcomeUnknown, from_dict
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.publishing import Publisher
-from hdcs_tasks.operations.rules import bulk_percent
+from hdcs_tasks.operations.rules import bulk_percent, is_touched
 from hdcs_tasks.reservations import Reservations
 from hdcs_tasks.states import OPERATION_LIVE, STEP_LIVE, OperationState, StepState
 from hdcs_tasks.store.engine import Store
@@ -29,6 +29,10 @@ from hdcs_tasks.store.models import Event, Operation, Step, Vm, now
 from hdcs_tasks.store.transitions import move
 
 log = logger(__name__)
+
+# FOR NO KEY UPDATE on PostgreSQL: a row updated twice in a transaction takes a key-share lock on every row it refers
+# to, so two children that end at once would deadlock on a parent locked FOR UPDATE.
+ROW_LOCK = {"key_share": True}
 
 Done = Callable[["Tx", Operation, Step, dict[str, Any]], None]
 Failed = Callable[["Tx", Operation, Step, HdcsError], None]
@@ -108,7 +112,7 @@ class Control:
                 yield tx
         except BaseException as error:
             for action in reversed(undo):
-                action()
+                _guarded(action, "not given back; the next rebuild or hdcs doctor will")
             if not isinstance(error, IntegrityError):
                 raise
             raise Conflict(
@@ -116,6 +120,14 @@ class Control:
                 details={"database": str(error.orig)},
             ) from error  # fmt: skip
         tx.committed()
+
+
+def _guarded(action: Callable[[], object], if_it_fails: str) -> None:
+    """Run one action of several: that it fails must hide neither the first error nor stop the others."""
+    try:
+        action()
+    except Exception as error:  # noqa: BLE001 - whatever it was, the sweeps repair it
+        log.warning(if_it_fails, error=repr(error))
 
 
 class Tx:
@@ -131,9 +143,13 @@ class Tx:
     # --- opening
 
     def same_request(self, asked: Asked) -> Operation | None:
-        """The operation this idempotency key was already answered with."""
+        """The operation this idempotency key was already answered with; asked twice at once, the second waits."""
         if not asked.idempotency_key:
             return None
+        if self.session.get_bind().dialect.name == "postgresql":
+            # SQLite has one writer at a time anyway.
+            key = func.hashtextextended(asked.idempotency_key, 0)
+            self.session.execute(select(func.pg_advisory_xact_lock(key)))
         return self.session.scalar(select(Operation).where(Operation.idempotency_key == asked.idempotency_key))
 
     def open(
@@ -151,7 +167,7 @@ class Tx:
 
         ``supersede``: cancel what is in the way and start when it has ended.
         """
-        blocking = self.live_operation(vm) if vm is not None else None
+        blocking = self._in_the_way(vm, supersede) if vm is not None else None
         if blocking is not None and not supersede:
             raise Conflict(
                 f"VM {vm.name if vm else ''} is busy: operation {blocking.id} ({blocking.kind}, {blocking.phase})",
@@ -167,16 +183,42 @@ class Tx:
         )  # fmt: skip
         self.session.add(operation)
         self.session.flush()
+        if parent is not None and parent.state is OperationState.QUEUED:
+            move(parent, OperationState.RUNNING)
+            parent.started_at = now()
+            parent.phase = "children at work"
         if blocking is not None:
             operation.phase = f"waits for {blocking.kind} {blocking.id} to end"
+            self.session.flush()
             self.ask_cancel(blocking)
-            self.session.refresh(operation)
         elif kind in ON_START:
             ON_START[kind](self, operation)
         return operation
 
     def live_operation(self, vm: Vm) -> Operation | None:
         return self.session.scalar(select(Operation).where(Operation.live_vm == vm.id))
+
+    def _in_the_way(self, vm: Vm, lock: bool) -> Operation | None:
+        """The VM's live operation; locked, so that it cannot end before the one that waits for it is recorded."""
+        found = self.live_operation(vm)
+        if found is None or not lock:
+            return found
+        self.lock_operation(found)
+        return found if found.live_vm == vm.id else None
+
+    def lock_operation(self, operation: Operation) -> None:
+        """Lock parent, then operation: everybody in this order, else two that settle would deadlock on PostgreSQL."""
+        for key in (operation.parent_id, operation.id):
+            if key is not None:
+                self.session.get(Operation, key, with_for_update=ROW_LOCK)
+
+    def lock_step(self, step_id: str) -> Step | None:
+        """The step, locked with the operations above it and read anew; None where there is none."""
+        step = self.session.get(Step, step_id)
+        if step is None:
+            return None
+        self.lock_operation(step.operation)
+        return self.session.get(Step, step_id, with_for_update=ROW_LOCK)
 
     def step(
         self, operation: Operation, name: str, queue: str, spec: dict[str, Any], *, node: str | None = None
@@ -196,17 +238,18 @@ class Tx:
         return step
 
     def publish(self, step: Step, *, queue: str | None = None) -> None:
-        """Issue the step's next attempt and send it after the commit."""
+        """Issue the step's next attempt and send it after the commit, to its own queue or this time to another."""
         step.attempt += 1
         step.published_at = now()
-        step.not_before = None
-        step.queue = queue or step.queue
+        step.not_before = step.finished_seen_at = None
+        step.sent_to = queue
         move(step, StepState.PUBLISHED)
         operation = step.operation
         if operation.state is OperationState.QUEUED:
             move(operation, OperationState.RUNNING)
             operation.started_at = now()
-        operation.phase = step.name
+        if not operation.phase.startswith("cancelling"):
+            operation.phase = step.name
         self._to_publish.append(step)
 
     def send_again(self, step: Step) -> None:
@@ -240,19 +283,37 @@ class Tx:
         operation.ended_at = now()
         operation.live_vm = None
         self.session.flush()
-        for waiting in self.session.scalars(select(Operation).where(Operation.waits_for == operation.id)):
-            self._start_waiting(waiting)
+        self.start_waiting(operation.id)
         if operation.parent_id:
             self._child_ended(operation.parent_id)
 
-    def _start_waiting(self, operation: Operation) -> None:
+    def start_waiting(self, ended_id: str) -> None:
+        """Begin what waited for an operation that has ended: the oldest; the others wait for that one now."""
+        waiting = select(Operation).where(Operation.waits_for == ended_id).order_by(Operation.created_at)
+        first: Operation | None = None
+        for operation in self.session.scalars(waiting.with_for_update(key_share=True)).all():
+            if first is not None and first.state in OPERATION_LIVE:
+                operation.waits_for = first.id
+                operation.phase = f"waits for {first.kind} {first.id} to end"
+                continue
+            first = operation
+            self._begin(operation)
+
+    def _begin(self, operation: Operation) -> None:
         operation.waits_for = None
         operation.live_vm = operation.vm_id
         self.session.flush()
-        ON_START[operation.kind](self, operation)
+        if operation.cancel_asked:
+            self.fail(operation, Cancelled("cancelled before it began"))
+            return
+        try:
+            ON_START[operation.kind](self, operation)
+        except HdcsError as error:
+            # It ends, not the one whose end it waited for.
+            self.fail(operation, error)
 
     def _child_ended(self, parent_id: str) -> None:
-        parent = self.session.get(Operation, parent_id, with_for_update=True)
+        parent = self.session.get(Operation, parent_id, with_for_update=ROW_LOCK)
         if parent is None or parent.state not in OPERATION_LIVE:
             return
         children = list(self.session.scalars(select(Operation).where(Operation.parent_id == parent_id)))
@@ -269,7 +330,7 @@ class Tx:
         error = from_dict((failed[0].error or {}) | {
             "message": f"{len(failed)} of {len(children)} failed: {shown}",
             "details": {
-                "failed": [c.subject for c in failed], "done": [c.subject for c in children if c not in failed]
+                "failed": [c.subject for c in failed], "done": [c.subject for c in children if c not in failed],
             },
         })  # fmt: skip
         self.fail(parent, error)
@@ -280,22 +341,28 @@ class Tx:
         """Ask a live operation to stop: at once where nobody holds its step, else through its executor."""
         if operation.state not in OPERATION_LIVE:
             return
+        self.lock_operation(operation)
         operation.cancel_asked = True
-        for child in self.session.scalars(select(Operation).where(Operation.parent_id == operation.id)):
+        children = select(Operation).where(Operation.parent_id == operation.id, Operation.state.in_(OPERATION_LIVE))
+        for child in self.session.scalars(children.order_by(Operation.id)).all():
             self.ask_cancel(child)
-        steps = self.session.scalars(
-            select(Step).where(Step.operation_id == operation.id, Step.state.in_(STEP_LIVE))
-        ).all()
-        for step in steps:
+        if operation.waits_for is not None:
+            self.fail(operation, Cancelled("cancelled before it began"))
+            return
+        steps = select(Step).where(Step.operation_id == operation.id, Step.state.in_(STEP_LIVE))
+        for step in self.session.scalars(steps.with_for_update(key_share=True)).all():
             self._cancel_step(step)
 
     def _cancel_step(self, step: Step) -> None:
         if step.state is StepState.PUBLISHED:
-            step_id = step.id
-            # After the flag is set nobody can claim it any more; the sweep settles what nobody holds.
-            self._after.append(lambda: self.control.reservations.steps.request_cancel(step_id))
-            return
-        settle_failed(self, step, from_dict({"code": "cancelled", "message": "cancelled before it began"}))
+            step.operation.phase = f"cancelling {step.name}"
+            step_id, touched = step.id, is_touched(step.attempt, step.node)
+            self._after.append(lambda: request_cancel(self.control.reservations, step_id, touched))
+        elif step.error is not None and step.error.get("code") == OutcomeUnknown.code:
+            # Its outcome must be observed first; the next attempt does that at once.
+            step.not_before = now()
+        else:
+            settle_failed(self, step, Cancelled("cancelled before it began"))
 
     # --- after the commit
 
@@ -304,7 +371,7 @@ class Tx:
         self._undo.append(action)
 
     def after(self, action: Callable[[], object]) -> None:
-        """Run ``action`` after the commit, before the messages."""
+        """Run ``action`` after the commit, before the messages. It may fail: a sweep must be able to make up for it."""
         self._after.append(action)
 
     def event(self, kind: str, subject: str, message: str, **data: Any) -> None:
@@ -313,8 +380,19 @@ class Tx:
 
     def committed(self) -> None:
         for action in self._after:
-            action()
+            _guarded(action, "not done after the commit; the sweeps make up for it")
         self.control.publisher.publish(self._to_publish)
+
+
+def request_cancel(reservations: Reservations, step_id: str, touched: bool) -> None:
+    """Ask the executor to stop. An attempt nobody holds is thereby over, which must not happen to one that is to
+    observe what an earlier one left behind: there the sweep asks as soon as it has an executor."""
+    if touched:
+        status = reservations.steps.status(step_id)
+        if status is None or status.holder is None:
+            return
+    # Nobody can claim it once the flag is set; the sweep settles what nobody holds.
+    reservations.steps.request_cancel(step_id)
 
 
 def settle_failed(tx: Tx, step: Step, error: HdcsError, *, needs_operator: bool = False) -> None:

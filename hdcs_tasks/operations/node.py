@@ -1,13 +1,14 @@
 """Executing one attempt of a step on a server node: claim, lease, fence, outcome.
 
-    claim  → the attempt is ours, or we return            (Redis, one conditional write)
-    lease  → a thread renews it until the step's deadline
-    check  → before each side effect: still ours?          (a lost lease stops the executor)
-    spool  → the outcome is on disk before it is sent, and is sent until control acknowledged
+claim  → the attempt is ours, or we return            (Redis, one conditional write)
+lease  → a thread renews it until the step's deadline
+check  → before each side effect: still ours?          (a lost lease stops the executor)
+spool  → the outcome is on disk before it is sent, and is sent until control acknowledged
 """
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -19,7 +20,7 @@ from typing import Any
 from celery import Celery
 
 from hdcs_tasks.config import Settings
-from hdcs_tasks.errors import Cancelled, ClaimLost, HdcsError, Unreachable
+from hdcs_tasks.errors import Cancelled, ClaimLost, HdcsError, OutcomeUnknown, Unreachable
 from hdcs_tasks.hypervisor.connection import Host, HostPool
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.sending import send
@@ -89,7 +90,7 @@ class Run:
     _sent: tuple[float, float, str] = (0.0, -1.0, "")
 
     def check(self) -> None:
-        """The fence, asked before each side effect: raise ClaimLost or Cancelled unless this attempt is ours now."""
+        """The fence, asked before each side effect: ClaimLost or Cancelled unless this attempt is ours right now."""
         try:
             answer = self.ctx.reservations.steps.check(self.step, self.attempt, self.holder)
         except Unreachable as error:
@@ -118,7 +119,7 @@ class Run:
         self.on_progress(f"{percent:.0f}% {phase}" + (f" (about {eta_s:.0f} s left)" if eta_s else ""))
 
     def renew_forever(self) -> None:
-        """The lease thread: renew until stopped, lost, or past the deadline (a hung call must not renew for ever)."""
+        """Body of the lease thread: renew until stopped, lost, or past the deadline (a hung call must end somewhen)."""
         ttl = self.ctx.settings.lease_ttl_s
         last = time.monotonic()
         while not self._stopped.wait(min(1.0, ttl / 6)) and time.monotonic() < self.deadline:
@@ -172,6 +173,7 @@ def _work(run: Run, name: str, handler: Handler, spec: dict[str, Any]) -> str:
     report = _report(run.ctx, run.step, run.attempt, started)
     try:
         report["result"] = handler(run, spec)
+        json.dumps(report)  # what cannot travel is the handler's error, here and now
     except HandOver as to:
         return _hand_over(run, name, to)
     except ClaimLost as error:
@@ -180,10 +182,13 @@ def _work(run: Run, name: str, handler: Handler, spec: dict[str, Any]) -> str:
     except HdcsError as error:
         if run._lost:
             return "lost"
-        report["error"] = (Cancelled("cancelled by request") if run._cancel else error).to_dict()
+        # What a cancelled step fails with is its cancelling, unless nobody knows what it left behind.
+        cancelled = run._cancel and not isinstance(error, OutcomeUnknown)
+        report["error"] = (Cancelled("cancelled by request") if cancelled else error).to_dict()
         log.info("step failed", step=run.step, name=name, error=str(error))
     except Exception as error:  # the last line: an unforeseen error must end the step visibly
         log.exception("step failed unexpectedly", step=run.step, name=name)
+        report.pop("result", None)
         unforeseen = HdcsError(f"{name} failed unexpectedly: {error!r}", next="See the server node's log")
         report["error"] = unforeseen.to_dict()
     report["ended_at"] = time.time()
@@ -199,7 +204,10 @@ def _report(ctx: NodeContext, step: str, attempt: int, started: float) -> dict[s
 
 def deliver(ctx: NodeContext, report: dict[str, Any], holder: str | None = None) -> None:
     """Outcome to disk, claim closed, outcome sent. What fails after the first is repeated by the spool's thread."""
-    ctx.spool.write(report)
+    try:
+        ctx.spool.write(report)
+    except OSError as error:
+        log.error("outcome not kept: the spool takes no writes", step=report["step"], error=str(error))
     try:
         if holder is not None:
             ctx.reservations.steps.finish(report["step"], report["attempt"], holder)
@@ -213,12 +221,20 @@ def _hand_over(run: Run, name: str, to: HandOver) -> str:
     if not ctx.reservations.steps.hand_over(run.step, run.attempt, run.holder):
         return "lost"
     message = {"step": run.step, "attempt": run.attempt, "operation": run.operation, "spec": to.spec}
-    send(ctx.celery, name, message, direct_queue(ctx.domain_node, to.server_node), task_id=f"{run.step}.{run.attempt}")
+    queue = direct_queue(ctx.domain_node, to.server_node)
+    try:
+        send(ctx.celery, name, message, queue, task_id=f"{run.step}.{run.attempt}")
+    except Exception as error:  # noqa: BLE001 - as above; control sends the unclaimed attempt once more
+        log.warning("hand-over not sent", step=run.step, to=to.server_node, error=str(error))
     return f"handed to {to.server_node}"
 
 
 def resend_spooled(ctx: NodeContext) -> int:
-    """Send every outcome that control has not acknowledged; drop those it has. Returns how many are left."""
+    """Send outcomes that control has not acknowledged; drop those it has. Returns how many are left.
+
+    To be called every few seconds; each outcome is sent less and less often while control does not answer. Raises
+    Unreachable (Redis) or kombu's OperationalError.
+    """
     reports = ctx.spool.pending()
     if not reports:
         return 0
@@ -226,6 +242,6 @@ def resend_spooled(ctx: NodeContext) -> int:
     for report, is_acked in zip(reports, acked, strict=True):
         if is_acked:
             ctx.spool.drop(report)
-        elif time.time() - report["ended_at"] > 3:
+        elif ctx.spool.is_due(report):
             send(ctx.celery, OUTCOME_TASK, {"report": report}, CONTROL)
     return len(reports) - sum(acked)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from celery import Celery
-from kombu.exceptions import OperationalError
+from kombu.exceptions import KombuError
 
 from hdcs_tasks.errors import Unreachable
 from hdcs_tasks.logs import logger
@@ -34,10 +34,10 @@ class Publisher:
             with self.celery.producer_pool.acquire(block=True, timeout=10) as producer:
                 for step in steps:
                     self._send(step, producer)
-        except (Unreachable, OperationalError) as error:
+        except (Unreachable, KombuError) as error:
             log.warning("steps not sent; the recovery sweep will", steps=[s.id for s in steps], error=str(error))
 
     def _send(self, step: Step, producer: Any) -> None:
         message = {"step": step.id, "attempt": step.attempt, "operation": step.operation_id, "spec": step.spec}
-        send(self.celery, step.name, message, step.queue, task_id=f"{step.id}.{step.attempt}", producer=producer)
-
+        queue = step.sent_to or step.queue
+        send(self.celery, step.name, message, queue, task_id=f"{step.id}.{step.attempt}", producer=producer)

@@ -9,10 +9,19 @@ from typing import Any
 
 from sqlalchemy import select
 
-from hdcs_tasks.errors import HdcsError, from_dict
+from hdcs_tasks.errors import Cancelled, HdcsError, OutcomeUnknown, from_dict
 from hdcs_tasks.logs import logger
-from hdcs_tasks.operations.control import Control, Tx, settle_done, settle_failed
-from hdcs_tasks.operations.rules import StepFacts, Verdict, backoff_s, is_retryable, judge
+from hdcs_tasks.operations.control import Control, Tx, request_cancel, settle_done, settle_failed
+from hdcs_tasks.operations.rules import (
+    StepFacts,
+    Verdict,
+    attempts_spent,
+    backoff_s,
+    is_retryable,
+    is_touched,
+    is_waiting,
+    judge,
+)
 from hdcs_tasks.reservations import StepStatus
 from hdcs_tasks.routing import direct_queue, quick_queue
 from hdcs_tasks.states import OPERATION_LIVE, STEP_LIVE, OperationState, StepState
@@ -27,7 +36,7 @@ def settle(control: Control, report: dict[str, Any]) -> None:
     An outcome of an older attempt is kept in the step's history and changes nothing: a newer attempt observes.
     """
     with control.transaction() as tx:
-        step = tx.session.get(Step, report["step"], with_for_update=True)
+        step = tx.lock_step(report["step"])
         if step is None:
             log.warning("outcome of an unknown step", step=report["step"])
         else:
@@ -46,7 +55,9 @@ def _settle_known(tx: Tx, step: Step, report: dict[str, Any]) -> None:
         settle_done(tx, step, report.get("result") or {})
         return
     step.error = error
-    if step.operation.cancel_asked or not is_retryable(error):
+    # A cancelled operation may end before its next attempt, but never with an outcome nobody knows.
+    wanted = not step.operation.cancel_asked or error["code"] == OutcomeUnknown.code
+    if not wanted or not is_retryable(error):
         settle_failed(tx, step, from_dict(error))
     else:
         _retry_later(tx, step, error)
@@ -54,21 +65,26 @@ def _settle_known(tx: Tx, step: Step, report: dict[str, Any]) -> None:
 
 def _remember(step: Step, report: dict[str, Any]) -> None:
     entry = {key: report.get(key) for key in ("attempt", "node", "started_at", "ended_at", "error")}
-    if entry not in step.history:
-        step.history = [*step.history, entry]
+    if entry in step.history:
+        return
+    kept = list(step.history)
+    if is_waiting(entry["error"]) and kept and is_waiting(kept[-1].get("error")):
+        # A step may wait for an hour: the newest refusal says it all.
+        kept.pop()
+    step.history = [*kept, entry]
 
 
 def _retry_later(tx: Tx, step: Step, error: dict[str, Any]) -> None:
     """Back off. No capacity costs no attempt and ends at the deadline; anything else ends at the attempts' cap."""
-    waiting = error["code"] in ("no_capacity", "rebuild_pending")
+    waiting = is_waiting(error)
     if waiting and now() < step.deadline_at:
         # Nothing was touched: any server node may try next.
         step.node = None
         tx.park(step, 2.0 if error["code"] == "rebuild_pending" else 10.0, f"waits: {error['message']}")
-    elif waiting or len(step.history) >= tx.control.settings.attempts_max:
+    elif waiting or attempts_spent(step.history) >= tx.control.settings.attempts_max:
         settle_failed(tx, step, from_dict(error), needs_operator=not waiting)
     else:
-        tx.park(step, backoff_s(step.attempt), f"retries: {error['message']}")
+        tx.park(step, backoff_s(attempts_spent(step.history)), f"retries: {error['message']}")
 
 
 def recovery_sweep(control: Control) -> dict[str, int]:
@@ -76,6 +92,7 @@ def recovery_sweep(control: Control) -> dict[str, int]:
     counts = {verdict.value: 0 for verdict in Verdict} | {"woken": 0}
     if not control.reservations.epoch.is_open():
         return counts  # Nothing may be claimed before the rebuild; attempts would be spent for nothing.
+    _start_stranded(control)
     counts["woken"] = _each(control, _due_ids(control), _wake)
     ids = _published_ids(control)
     statuses = dict(zip(ids, control.reservations.steps.statuses(ids), strict=True))
@@ -105,11 +122,13 @@ def _each(control: Control, ids: list[str], action: Callable[[Tx, Step], None]) 
     for step_id in ids:
         try:
             with control.transaction() as tx:
-                step = tx.session.get(Step, step_id, with_for_update=True)
+                step = tx.lock_step(step_id)
                 if step is not None and step.state in STEP_LIVE:
                     action(tx, step)
         except HdcsError as error:
             log.warning("step not recovered this time", step=step_id, error=str(error))
+        except Exception:  # one step that cannot be recovered must not keep the sweep from the others
+            log.exception("step not recovered", step=step_id)
     return len(ids)
 
 
@@ -124,11 +143,23 @@ def _published_ids(control: Control) -> list[str]:
         return list(session.scalars(select(Step.id).where(Step.state == StepState.PUBLISHED)))
 
 
+def _start_stranded(control: Control) -> None:
+    """What waits for an operation that has ended already: nothing else would begin it."""
+    with control.store.read() as session:
+        ended = select(Operation.id).where(Operation.state.not_in(OPERATION_LIVE))
+        query = select(Operation.waits_for).where(Operation.waits_for.in_(ended)).distinct()
+        stranded = [found for found in session.scalars(query) if found is not None]
+    for ended_id in stranded:
+        with control.transaction() as tx:
+            tx.start_waiting(ended_id)
+
+
 def _wake(tx: Tx, step: Step) -> None:
     if step.state is not StepState.PARKED:
         return
-    if step.operation.cancel_asked:
-        settle_failed(tx, step, from_dict({"code": "cancelled", "message": "cancelled while it waited"}))
+    unknown = step.error is not None and step.error.get("code") == OutcomeUnknown.code
+    if step.operation.cancel_asked and not unknown:
+        settle_failed(tx, step, Cancelled("cancelled while it waited"))
         return
     _publish_where_touched(tx, step)
 
@@ -140,28 +171,37 @@ def _recover(tx: Tx, step: Step, status: StepStatus | None) -> Verdict:
     if status is not None and known:
         _observe(step, status)
         if status.cancel and status.holder is None and not status.done:
-            settle_failed(tx, step, from_dict({"code": "cancelled", "message": "cancelled before it began"}))
+            settle_failed(tx, step, Cancelled("cancelled before it began"))
             return Verdict.LEAVE
-    verdict = judge(
-        StepFacts(
-            attempt=step.attempt, attempts_max=tx.control.settings.attempts_max, known=known,
-            holder=bool(known and status and status.holder), leased=bool(known and status and status.leased),
-            done=bool(known and status and status.done), age_s=(now() - step.published_at).total_seconds(),
-            lease_ttl_s=tx.control.settings.lease_ttl_s,
-        )
-    )  # fmt: skip
+        if step.operation.cancel_asked and not status.cancel:
+            # The flag was set while Redis was away, or was lost with it or with the last attempt.
+            request_cancel(tx.control.reservations, step.id, is_touched(step.attempt, step.node))
+    verdict = judge(_facts(tx, step, status if known else None))
     if verdict is Verdict.SEND_AGAIN:
         tx.send_again(step)
     elif verdict is Verdict.NEW_ATTEMPT:
         _new_attempt(tx, step)
     elif verdict is Verdict.GIVE_UP:
         error = from_dict({
-            "code": "outcome_unknown",
-            "message": f"{step.name} was tried {step.attempt} times and its executor was lost each time",
+            "code": OutcomeUnknown.code,
+            "message": f"{step.name} was tried {attempts_spent(step.history) + 1} times; each ended without an outcome",
             "next": f"Look at server node {step.node or '?'} and its log, then: hdcs op show {step.operation_id}",
         })  # fmt: skip
         settle_failed(tx, step, error, needs_operator=True)
     return verdict
+
+
+def _facts(tx: Tx, step: Step, status: StepStatus | None) -> StepFacts:
+    at = now()
+    done = status is not None and status.done
+    if done and step.finished_seen_at is None:
+        step.finished_seen_at = at
+    return StepFacts(
+        spent=attempts_spent(step.history) + 1, attempts_max=tx.control.settings.attempts_max,
+        known=status is not None, holder=bool(status and status.holder), leased=bool(status and status.leased),
+        done=done, age_s=(at - (step.published_at or at)).total_seconds(),
+        done_s=(at - (step.finished_seen_at or at)).total_seconds(), lease_ttl_s=tx.control.settings.lease_ttl_s,
+    )  # fmt: skip
 
 
 def _observe(step: Step, status: StepStatus) -> None:
@@ -170,14 +210,15 @@ def _observe(step: Step, status: StepStatus) -> None:
     if step.operation.state is OperationState.RUNNING and status.percent is not None:
         steps = len(step.operation.steps)
         step.operation.percent = min(99.0, (100.0 * (step.seq - 1) + status.percent) / max(steps, 1))
-        step.operation.phase = status.phase or step.name
+        step.operation.phase = (status.phase or step.name)[:255]
 
 
 def _new_attempt(tx: Tx, step: Step) -> None:
-    error = {"code": "outcome_unknown", "message": "executor lost"}
+    error = {"code": OutcomeUnknown.code, "message": "executor lost"}
     step.history = [*step.history, {"attempt": step.attempt, "node": step.node, "error": error}]
     _publish_where_touched(tx, step)
-    log.info("step published again", step=step.id, name=step.name, attempt=step.attempt, queue=step.queue)
+    queue = step.sent_to or step.queue
+    log.info("step published again", step=step.id, name=step.name, attempt=step.attempt, queue=queue)
 
 
 def _publish_where_touched(tx: Tx, step: Step) -> None:

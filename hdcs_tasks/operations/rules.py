@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from hdcs_tasks.errors import BY_CODE, HdcsError
 
 REPUBLISH_AFTER_S = 60.0
 """A message nobody claimed for this long may have been lost by the broker; the same attempt is sent again."""
+
+UNKNOWN_AFTER_S = 2.0
+"""A message is claimable this soon after the commit, or its attempt was lost with Redis or with control itself."""
+
+WAITING = frozenset({"no_capacity", "rebuild_pending"})
+"""Codes that cost no attempt: nothing was touched, and the step waits until its deadline."""
 
 
 class Verdict(StrEnum):
@@ -22,15 +30,20 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class StepFacts:
-    """What is known of a published step; ages in seconds. ``known``: its Redis key exists and holds its attempt."""
+    """What is known of a published step. ``known``: its Redis key exists and holds its attempt.
 
-    attempt: int
+    ``spent``: attempts that count against ``attempts_max``, the present one included. ``age_s``: seconds since its
+    message was last sent; ``done_s``: seconds since control first saw its executor finished.
+    """
+
+    spent: int
     attempts_max: int
     known: bool
     holder: bool
     leased: bool
     done: bool
     age_s: float
+    done_s: float
     lease_ttl_s: float
 
 
@@ -41,17 +54,17 @@ def judge(facts: StepFacts) -> Verdict:
     a new attempt is safe once the message had time to arrive. An executor whose lease ran out has stopped by contract.
     """
     if not facts.known:
-        return _again(facts) if facts.age_s > 2.0 else Verdict.LEAVE
+        return _again(facts) if facts.age_s > UNKNOWN_AFTER_S else Verdict.LEAVE
     if facts.done:
-        # The outcome is in the node's spool; ask again only long after it should have come.
-        return _again(facts) if facts.age_s > 10 * facts.lease_ttl_s else Verdict.LEAVE
+        # The outcome is on its way or in the node's spool; ask again only long after it should have come.
+        return _again(facts) if facts.done_s > 10 * facts.lease_ttl_s else Verdict.LEAVE
     if facts.holder:
         return Verdict.LEAVE if facts.leased else _again(facts)
     return Verdict.SEND_AGAIN if facts.age_s > REPUBLISH_AFTER_S else Verdict.LEAVE
 
 
 def _again(facts: StepFacts) -> Verdict:
-    return Verdict.NEW_ATTEMPT if facts.attempt < facts.attempts_max else Verdict.GIVE_UP
+    return Verdict.NEW_ATTEMPT if facts.spent < facts.attempts_max else Verdict.GIVE_UP
 
 
 def backoff_s(attempt: int, base_s: float = 2.0, cap_s: float = 60.0) -> float:
@@ -67,3 +80,17 @@ def is_retryable(error: dict[str, object]) -> bool:
 def bulk_percent(children: list[float]) -> float:
     """A parent's progress: the mean of its children's, in percent."""
     return sum(children) / len(children) if children else 0.0
+
+
+def attempts_spent(history: Sequence[Mapping[str, Any]]) -> int:
+    """How many attempts in a step's history count: each once (it may be lost and report late), waits not at all."""
+    return len({entry.get("attempt") for entry in history if not is_waiting(entry.get("error"))})
+
+
+def is_waiting(error: Mapping[str, Any] | None) -> bool:
+    return error is not None and error.get("code") in WAITING
+
+
+def is_touched(attempt: int, node: str | None) -> bool:
+    """Whether an attempt before this one may have left something behind on ``node``."""
+    return attempt > 1 and node is not None

@@ -17,8 +17,9 @@ def send(
     expires_s: float | None = None, producer: Any = None,
 ) -> None:  # fmt: skip
     """Send one task message to a queue of ``routing``, described for Flower. Raises kombu's OperationalError."""
+    target: Any = queue_for(queue)  # the stubs know no Queue here
     celery.send_task(
-        name, kwargs=message, queue=queue_for(queue), task_id=task_id, expires=expires_s, ignore_result=True,
+        name, kwargs=message, queue=target, task_id=task_id, expires=expires_s, ignore_result=True,
         argsrepr="", kwargsrepr=describe(message), producer=producer, retry=False,
     )  # fmt: skip
 

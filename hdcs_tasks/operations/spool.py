@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from hdcs_tasks.logs import logger
 
 log = logger(__name__)
 
+FIRST_RESEND_S = 3.0
+
 
 class Spool:
     """A folder of JSON files, one per (step, attempt)."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._sent: dict[str, tuple[float, float]] = {}  # file name: when to send next, and the pause after that
 
     def write(self, report: dict[str, Any]) -> None:
         """Keep a report durably: written beside, synced, renamed, folder synced."""
@@ -49,6 +53,17 @@ class Spool:
 
     def drop(self, report: dict[str, Any]) -> None:
         self._path(report).unlink(missing_ok=True)
+        self._sent.pop(self._path(report).name, None)
+
+    def is_due(self, report: dict[str, Any]) -> bool:
+        """Whether to send a report (again): 3 s after it was made, then in pauses that grow from 5 to 60 s, so that
+        a control plane that was away for long finds a handful of copies and not thousands."""
+        name, now_s = self._path(report).name, time.time()
+        due_s, pause_s = self._sent.get(name, (report["ended_at"] + FIRST_RESEND_S, 5.0))
+        if now_s < due_s:
+            return False
+        self._sent[name] = (now_s + pause_s, min(60.0, 2 * pause_s))
+        return True
 
     def _path(self, report: dict[str, Any]) -> Path:
         return self.folder / f"{report['step']}.{report['attempt']}.json"

@@ -326,4 +326,3 @@ def _domain_node_view(control: Control, row: DomainNode, nodes: list[ServerNode]
         "storage_total_bytes": row.storage_total_bytes, "storage_free_bytes": row.storage_free_bytes,
         "disk_promised_bytes": control.reservations.disks.used(row.name),
     }  # fmt: skip
-

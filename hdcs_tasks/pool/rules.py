@@ -177,6 +177,10 @@ class PoolVerdict(NamedTuple):
     nodes: tuple[NodeVerdict, ...]
 
 
+# Spreading to the very end leaves a little unusable room in every pool; filling the nearly full ones in turn does not.
+FULL = 0.85
+
+
 class Choice(NamedTuple):
     """``domain_node`` None: refused, ``explain`` says why. ``verdicts``: best first, then the refused."""
 
@@ -236,16 +240,16 @@ def judge_pool(candidate: Candidate, request: HomeRequest, settings: CapacitySet
     )
 
 
-def choose_domain_node(
-    candidates: Sequence[Candidate], request: HomeRequest, settings: CapacitySettings
-) -> Choice:
+def choose_domain_node(candidates: Sequence[Candidate], request: HomeRequest, settings: CapacitySettings) -> Choice:
     """The home of a new VM: of the pools that really fit (all ``count`` where any does), one that has the image, then
-    by balance: the least loaded (``spread``) or the most (``pack``)."""
+    by balance: the least loaded (``spread``; from ``FULL`` on one after the other) or the most (``pack``)."""
     verdicts = [judge_pool(candidate, request, settings) for candidate in candidates]
-    sign = 1 if request.order == "spread" else -1
+
+    def balance(load: float) -> float:
+        return load if request.order == "spread" and load < FULL else 2 - load
 
     def rank(v: PoolVerdict) -> tuple[bool, bool, bool, float, str]:
-        return bool(v.why), v.vms < request.count, not v.has_image, sign * v.load, v.domain_node
+        return bool(v.why), v.vms < request.count, not v.has_image, balance(v.load), v.domain_node
 
     verdicts.sort(key=rank)
     chosen = verdicts[0].domain_node if verdicts and not verdicts[0].why else None

@@ -14,7 +14,8 @@ _RECLAIM_BATCH = 500
 
 def random_mac(prefix: str) -> str:
     """``prefix`` ("52:54:00") and three random bytes; whether it is free is decided in Redis."""
-    return f"{prefix}:{secrets.token_hex(3)[:2]}:{secrets.token_hex(1)}:{secrets.token_hex(1)}"
+    text = secrets.token_hex(3)
+    return f"{prefix}:{text[:2]}:{text[2:4]}:{text[4:]}"
 
 
 class Macs:

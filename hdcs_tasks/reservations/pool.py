@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from hdcs_tasks.errors import Conflict, HdcsError, Invalid, NoCapacity
 from hdcs_tasks.reservations.link import Link, Value, check_token
-from hdcs_tasks.reservations.model import Claim, NodeCapacity, Placed, PlaceRequest, PoolNode, PoolNodeView
+from hdcs_tasks.reservations.model import Claim, MixEntry, NodeCapacity, Placed, PlaceRequest, PoolNode, PoolNodeView
 
 _NODE_FIELDS = (
     "vcpus", "memory_mib", "used_vcpus", "used_memory_mib", "schedulable", "max_starts", "tags", "subnet", "ip_first",
@@ -38,6 +39,11 @@ def guest_span(subnet: str) -> tuple[int, int]:
         raise Invalid(f"{subnet!r} is no IPv4 subnet: {e}", next="Take one: reservations.subnets.take") from e
     first = int(network.network_address)
     return first + 2, first + network.num_addresses - 2
+
+
+@lru_cache(maxsize=64)
+def _mix_text(mix: tuple[MixEntry, ...]) -> str:
+    return ";".join(f"{m.vcpus},{m.memory_mib},{m.weight:.6f}" for m in mix)
 
 
 def _wrapped(words: Sequence[str]) -> str:
@@ -73,6 +79,7 @@ class Pool:
     def __init__(self, link: Link, propose_mac: Callable[[], str]) -> None:
         self._link = link
         self._propose_mac = propose_mac
+        self._epoch = link.key("epoch", "run_id")
 
     # ---- server nodes
 
@@ -176,16 +183,14 @@ class Pool:
     def _place_call(self, r: PlaceRequest) -> tuple[Sequence[str], Sequence[Value]]:
         if r.vcpus < 1 or r.memory_mib < 1:
             raise Invalid(f"VM {r.vm}: {r.vcpus} vCPU and {r.memory_mib} MiB", next="Ask for at least 1 of each")
-        p = self._link.prefix
-        keys = (
-            f"{p}epoch:run_id", f"{p}pool:{r.domain_node}", f"{p}nodes:{r.domain_node}", f"{p}claims:{r.domain_node}",
-            f"{p}ports:{r.domain_node}", f"{p}port_ranges:all", f"{p}mac:of_vm", f"{p}mac:owner",
-        )  # fmt: skip
-        args = (
-            p, r.domain_node, check_token("VM", r.vm), check_token("step", r.step), r.vcpus, r.memory_mib, r.pin or "",
-            _wrapped(r.exclude), int(r.console_port), int(r.ip), self._propose_mac() if r.mac else "", r.order,
-            _wrapped(r.tags), round(r.start_s * 1000), ";".join(f"{m.vcpus},{m.memory_mib},{m.weight}" for m in r.mix),
-        )  # fmt: skip
+        for name in (r.domain_node, r.vm, r.step, r.pin or "-", *r.exclude, *r.tags):
+            check_token("name in a placement", name)
+        mac = self._propose_mac() if r.mac else ""
+        packed = (
+            f"{r.domain_node}|{r.vm}|{r.step}|{r.vcpus}|{r.memory_mib}|{r.pin or ''}|{_wrapped(r.exclude)}|"
+            f"{r.console_port:d}|{r.ip:d}|{mac}|{r.order}|{_wrapped(r.tags)}|{r.start_s * 1000:.0f}"
+        )
+        keys, args = (self._epoch,), (self._link.prefix, _mix_text(r.mix), packed)
         return keys, args
 
     def started(self, node: str, vm: str) -> None:

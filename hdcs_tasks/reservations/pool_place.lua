@@ -3,29 +3,35 @@
 -- Returns {'ok', node, port, ip, mac}; {'mac'}: propose another MAC; {'two', node, node}: the VM holds two claims;
 -- {'amounts', node}: it holds a claim of another size; {'no', port reason or '', node, free vCPU, free MiB, why, …}.
 --
--- KEYS[1]   epoch:run_id
--- KEYS[2]   pool:<domain node>     zset   server nodes with something free: score = free MiB * 65,536 + free vCPU
--- KEYS[3]   nodes:<domain node>    set    all its server nodes (read to explain a refusal)
--- KEYS[4]   claims:<domain node>   hash   see claims.lua
--- KEYS[5]   ports:<domain node>    see span.lua
--- KEYS[6]   port_ranges:all        hash   domain node -> "<first>-<last>"
--- KEYS[7]   mac:of_vm              hash   VM -> MAC
--- KEYS[8]   mac:owner              hash   MAC -> VM
+-- KEYS[1]                          epoch:run_id; the others are told here, not passed: every argument costs
+-- <prefix>pool:<domain node>       zset   server nodes with something free: score = free MiB * 65,536 + free vCPU
+-- <prefix>nodes:<domain node>      set    all its server nodes (read to explain a refusal)
+-- <prefix>claims:<domain node>     hash   see claims.lua
+-- <prefix>ports:<domain node>      see span.lua
+-- <prefix>port_ranges:all          hash   domain node -> "<first>-<last>"
+-- <prefix>mac:of_vm                hash   VM -> MAC
+-- <prefix>mac:owner                hash   MAC -> VM
 -- <prefix>node:<server node>       hash   see pool_put.lua
 -- <prefix>ips:<server node>        see span.lua
 -- <prefix>starts:<server node>     zset   VM -> time (ms) from which its start no longer counts as under way
--- ARGV      prefix, domain node, vm, step, vcpus, memory_mib, pin or '', ",excluded,", port 0|1, ip 0|1,
---           proposed MAC or '', order pack|spread, ",required,tags,", start_ms, mix "vcpus,memory_mib,weight;…" or ''
-local prefix, vm, step = ARGV[1], ARGV[3], ARGV[4]
-local vcpus, memory = tonumber(ARGV[5]), tonumber(ARGV[6])
-local pin, excluded, order = ARGV[7], ARGV[8], ARGV[12]
+-- ARGV[1]   prefix
+-- ARGV[2]   mix of VMs expected next "vcpus,memory_mib,weight;…" or ''
+-- ARGV[3]   domain node|vm|step|vcpus|memory_mib|pin or ''|",excluded,"|port 0 or 1|ip 0 or 1|proposed MAC or ''|
+--           pack or spread|",required,tags,"|start_ms
+local floor = math.floor
+local prefix = ARGV[1]
+local domain_node, vm, step, vcpus, memory, pin, excluded, want_port, want_ip, new_mac, order, tags, start_ms =
+  string.match(ARGV[3], '^' .. string.rep('([^|]*)|', 12) .. '([^|]*)$')
+vcpus, memory = tonumber(vcpus), tonumber(memory)
+local pool_key, claims_key, ports_key = prefix .. 'pool:' .. domain_node, prefix .. 'claims:' .. domain_node,
+  prefix .. 'ports:' .. domain_node
 
 local function is_in(list, name)
   return string.find(list, ',' .. name .. ',', 1, true) ~= nil
 end
 
 -- What the VM holds already: the same request again, or a later step of a VM that was never seen to stop.
-local claims = claims_read(redis.call('HGET', KEYS[4], vm))
+local claims = claims_read(redis.call('HGET', claims_key, vm))
 local mine
 for _, c in ipairs(claims) do
   if not is_in(excluded, c.node) and (pin == '' or pin == c.node) and (not mine or c.step == step) then
@@ -38,19 +44,19 @@ if mine then
   end
   if mine.step ~= step then
     mine.step = step
-    claims_write(KEYS[4], vm, claims)
+    claims_write(claims_key, vm, claims)
   end
-  redis.call('ZREM', KEYS[5] .. ':cooling', vm)
-  return {'ok', mine.node, mine.port, string.format('%.0f', mine.ip), redis.call('HGET', KEYS[7], vm) or ''}
+  redis.call('ZREM', ports_key .. ':cooling', vm)
+  return {'ok', mine.node, mine.port, string.format('%.0f', mine.ip), redis.call('HGET', prefix .. 'mac:of_vm', vm) or ''}
 end
 if #claims > 1 then
   return {'two', claims[1].node, claims[2].node}
 end
 
 local mac = ''
-if ARGV[11] ~= '' then
-  mac = redis.call('HGET', KEYS[7], vm)
-  if not mac and redis.call('HEXISTS', KEYS[8], ARGV[11]) == 1 then
+if new_mac ~= '' then
+  mac = redis.call('HGET', prefix .. 'mac:of_vm', vm)
+  if not mac and redis.call('HEXISTS', prefix .. 'mac:owner', new_mac) == 1 then
     return {'mac'}
   end
 end
@@ -60,7 +66,7 @@ local function refusal(node, facts, dry)
   if pin ~= '' and node ~= pin then return 'unpinned' end
   if is_in(excluded, node) then return 'excluded' end
   if facts[5] ~= '1' then return 'draining' end
-  for tag in string.gmatch(ARGV[13], '[^,]+') do
+  for tag in string.gmatch(tags, '[^,]+') do
     if not is_in(facts[7], tag) then return 'tag ' .. tag end
   end
   if facts[2] - facts[4] < memory then return 'memory' end
@@ -70,7 +76,7 @@ local function refusal(node, facts, dry)
     redis.call('ZREMRANGEBYSCORE', starts, '-inf', now_ms())
     if redis.call('ZCARD', starts) >= tonumber(facts[6]) then return 'starts' end
   end
-  if ARGV[10] == '1' then
+  if want_ip == '1' then
     if tonumber(facts[8]) == 0 then return 'no subnet' end
     if dry then return dry end
     local ip = span_take(prefix .. 'ips:' .. node, tonumber(facts[8]), tonumber(facts[9]), vm)
@@ -86,38 +92,53 @@ local function facts_of(node)
 end
 
 local mix = {}
-for v, m, w in string.gmatch(ARGV[15], '(%d+),(%d+),([%d.]+)') do
+for v, m, w in string.gmatch(ARGV[2], '(%d+),(%d+),([%d.]+)') do
   mix[#mix + 1] = {tonumber(v), tonumber(m), tonumber(w)}
 end
 
 -- Future VMs (weighted by the mix) that no longer fit on a node once this VM is on it. Counted in fractions, so that it
 -- shows on an empty node too what wastes the scarcer resource, and a little in whole VMs, which decides near the end.
 local function lost(free_vcpus, free_memory)
-  local sum = 0
-  for _, p in ipairs(mix) do
-    local v, m, w = p[1], p[2], p[3]
-    local before = math.min(free_vcpus / v, free_memory / m)
-    local after = math.min((free_vcpus - vcpus) / v, (free_memory - memory) / m)
-    sum = sum + (before - after + 0.1 * (math.floor(before) - math.floor(after))) * w
+  local sum, vcpus_after, memory_after = 0, free_vcpus - vcpus, free_memory - memory
+  for i = 1, #mix do
+    local p = mix[i]
+    local v, m = p[1], p[2]
+    local before, after = free_vcpus / v, vcpus_after / v
+    local before_m, after_m = free_memory / m, memory_after / m
+    if before_m < before then before = before_m end
+    if after_m < after then after = after_m end
+    sum = sum + (before - after + 0.1 * (floor(before) - floor(after))) * p[3]
   end
   return sum
 end
 
--- The nodes of one page that have room, best first: by score as they come, or by fewest future VMs lost.
+-- The nodes of one page that have room: names in the page's order, and what each would lose.
 local function candidates(page)
-  local found = {}
+  local names, losses = {}, {}
   for i = 1, #page, 2 do
     local score = tonumber(page[i + 1])
-    local free_memory = math.floor(score / 65536)
+    local free_memory = floor(score / 65536)
     local free_vcpus = score - free_memory * 65536
     if free_vcpus >= vcpus and free_memory >= memory then
-      found[#found + 1] = {page[i], #mix > 0 and lost(free_vcpus, free_memory) or 0, #found}
+      names[#names + 1] = page[i]
+      losses[#names] = #mix > 0 and lost(free_vcpus, free_memory) or 0
     end
   end
-  if #mix > 0 then
-    table.sort(found, function(a, b) return a[2] < b[2] or (a[2] == b[2] and a[3] < b[3]) end)
+  return names, losses
+end
+
+-- Take the best of them out: the least loss, the earlier among equals. Nil: none left.
+local function best_of(names, losses)
+  local best
+  for i = 1, #names do
+    if names[i] and (not best or losses[i] < losses[best]) then
+      best = i
+      if #mix == 0 then break end
+    end
   end
-  return found
+  local name = best and names[best]
+  if best then names[best] = false end
+  return name
 end
 
 local function pick()
@@ -128,15 +149,18 @@ local function pick()
     if not why then return pin, facts, ip end
     return nil
   end
-  local least, offset, size = memory * 65536 + vcpus, 0, #mix > 0 and 32 or 8
+  local least, offset, size = memory * 65536 + vcpus, 0, #mix > 0 and 10 or 8
   while true do
     local page = order == 'spread'
-      and redis.call('ZREVRANGEBYSCORE', KEYS[2], '+inf', least, 'WITHSCORES', 'LIMIT', offset, size)
-      or redis.call('ZRANGEBYSCORE', KEYS[2], least, '+inf', 'WITHSCORES', 'LIMIT', offset, size)
-    for _, c in ipairs(candidates(page)) do
-      local facts = facts_of(c[1])
-      local why, ip = refusal(c[1], facts)
-      if not why then return c[1], facts, ip end
+      and redis.call('ZREVRANGEBYSCORE', pool_key, '+inf', least, 'WITHSCORES', 'LIMIT', offset, size)
+      or redis.call('ZRANGEBYSCORE', pool_key, least, '+inf', 'WITHSCORES', 'LIMIT', offset, size)
+    local names, losses = candidates(page)
+    local name = best_of(names, losses)
+    while name do
+      local facts = facts_of(name)
+      local why, ip = refusal(name, facts)
+      if not why then return name, facts, ip end
+      name = best_of(names, losses)
     end
     if #page < 2 * size then return nil end
     offset = offset + size
@@ -145,7 +169,7 @@ end
 
 local function explain(port_reason)
   local answer = {'no', port_reason}
-  for _, node in ipairs(redis.call('SMEMBERS', KEYS[3])) do
+  for _, node in ipairs(redis.call('SMEMBERS', prefix .. 'nodes:' .. domain_node)) do
     local facts = facts_of(node)
     answer[#answer + 1] = node
     answer[#answer + 1] = facts[1] - facts[3]
@@ -160,25 +184,25 @@ if not node then
   return explain('')
 end
 local port = 0
-if ARGV[9] == '1' then
-  local first, last = string.match(redis.call('HGET', KEYS[6], ARGV[2]) or '', '^(%d+)-(%d+)$')
-  port = first and span_take(KEYS[5], tonumber(first), tonumber(last), vm, KEYS[4])
+if want_port == '1' then
+  local first, last = string.match(redis.call('HGET', prefix .. 'port_ranges:all', domain_node) or '', '^(%d+)-(%d+)$')
+  port = first and span_take(ports_key, tonumber(first), tonumber(last), vm, claims_key)
   if not port then
     span_cool(prefix .. 'ips:' .. node, vm, 0)
     return explain(first and 'port' or 'no range')
   end
 end
-if ARGV[11] ~= '' and not mac then
-  mac = ARGV[11]
-  redis.call('HSET', KEYS[7], vm, mac)
-  redis.call('HSET', KEYS[8], mac, vm)
+if new_mac ~= '' and not mac then
+  mac = new_mac
+  redis.call('HSET', prefix .. 'mac:of_vm', vm, mac)
+  redis.call('HSET', prefix .. 'mac:owner', mac, vm)
 end
 claims[#claims + 1] = {node = node, vcpus = vcpus, memory = memory, port = port, ip = ip, step = step}
-claims_write(KEYS[4], vm, claims)
+claims_write(claims_key, vm, claims)
 local used_vcpus, used_memory = facts[3] + vcpus, facts[4] + memory
 redis.call('HSET', prefix .. 'node:' .. node, 'used_vcpus', used_vcpus, 'used_memory_mib', used_memory)
-pool_rank(KEYS[2], node, facts[1] - used_vcpus, facts[2] - used_memory, true)
+pool_rank(pool_key, node, facts[1] - used_vcpus, facts[2] - used_memory, true)
 if tonumber(facts[6]) > 0 then
-  redis.call('ZADD', prefix .. 'starts:' .. node, now_ms() + ARGV[14], vm)
+  redis.call('ZADD', prefix .. 'starts:' .. node, now_ms() + start_ms, vm)
 end
 return {'ok', node, port, string.format('%.0f', ip), mac}

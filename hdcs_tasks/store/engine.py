@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import Engine, create_engine, event
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DataError, DBAPIError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 from hdcs_tasks.config import Settings
-from hdcs_tasks.errors import Unreachable
+from hdcs_tasks.errors import Conflict, Invalid, Unreachable
 
 
 def make_engine(url: str) -> Engine:
@@ -37,6 +37,25 @@ def make_engine(url: str) -> Engine:
         connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
 
     return engine
+
+
+# PostgreSQL's serialization_failure and deadlock_detected: it rolled one of two transactions back.
+_RACED = frozenset({"40001", "40P01"})
+
+
+def unreachable(error: DBAPIError) -> Unreachable:
+    return Unreachable(f"the database does not answer: {error.orig}", next="Check HDCS_DATABASE_URL and: hdcs doctor")
+
+
+def _translated(error: DBAPIError) -> Exception:
+    """The driver's exception as ours; an IntegrityError stays: only the use case knows what it means."""
+    if getattr(error.orig, "sqlstate", None) in _RACED:
+        return Conflict(f"the database undid one of two changes at once: {error.orig}", next="Try again")
+    if isinstance(error, OperationalError) or error.connection_invalidated:
+        return unreachable(error)
+    if isinstance(error, DataError):
+        return Invalid(f"a value does not fit into the record: {error.orig}", next="Use a shorter or smaller value")
+    return error
 
 
 class Store:
@@ -68,10 +87,8 @@ class Store:
         try:
             with make() as session, session.begin():
                 yield session
-        except OperationalError as error:
-            raise Unreachable(
-                f"the database does not answer: {error.orig}", next="Check HDCS_DATABASE_URL and: hdcs doctor"
-            ) from error
+        except DBAPIError as error:
+            raise _translated(error) from error
 
     def dispose(self) -> None:
         self.engine.dispose()

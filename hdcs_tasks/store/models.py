@@ -8,9 +8,23 @@ from __future__ import annotations
 import uuid
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
 
-from sqlalchemy import JSON, DateTime, Dialect, Float, ForeignKey, Index, Integer, String, Text, TypeDecorator, text
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    DateTime,
+    Dialect,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Text,
+    TypeDecorator,
+    text,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 from hdcs_tasks.states import BackupState, ImageState, OperationState, ServerNodeState, StepState, VmState
@@ -56,7 +70,21 @@ def new_id() -> str:
     return str(uuid.uuid4())
 
 
+# PostgreSQL's INTEGER ends at 2 GiB.
+Bytes = Annotated[int, mapped_column(BigInteger)]
+
+
+# Every constraint has a name, so that a later revision can alter it on both databases.
+NAMES = {
+    "ix": "ix_%(column_0_label)s",
+    "uq": "uq_%(table_name)s_%(column_0_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_name)s",
+    "pk": "pk_%(table_name)s",
+}
+
+
 class Base(DeclarativeBase):
+    metadata = MetaData(naming_convention=NAMES)
     type_annotation_map = {datetime: UtcDateTime, dict[str, Any]: JSON, list[Any]: JSON}
 
 
@@ -70,8 +98,8 @@ class DomainNode(Base):
     port_first: Mapped[int]
     port_last: Mapped[int]
     storage_primary: Mapped[str | None] = mapped_column(String(63))
-    storage_total_bytes: Mapped[int | None]
-    storage_free_bytes: Mapped[int | None]
+    storage_total_bytes: Mapped[Bytes | None]
+    storage_free_bytes: Mapped[Bytes | None]
     created_at: Mapped[datetime] = mapped_column(default=now)
 
 
@@ -103,7 +131,7 @@ class Profile(Base):
     name: Mapped[str] = mapped_column(String(63), primary_key=True)
     vcpus: Mapped[int]
     memory_mib: Mapped[int]
-    disk_bytes: Mapped[int | None]
+    disk_bytes: Mapped[Bytes | None]
     usb: Mapped[str] = mapped_column(String(255), default="off")
 
 
@@ -119,7 +147,7 @@ class Image(Base):
     id: Mapped[str] = mapped_column(String(36), primary_key=True, default=new_id)
     name: Mapped[str] = mapped_column(String(63), index=True)
     version: Mapped[int]
-    virtual_size_bytes: Mapped[int | None]
+    virtual_size_bytes: Mapped[Bytes | None]
     sha256: Mapped[str | None] = mapped_column(String(64))
     created_at: Mapped[datetime] = mapped_column(default=now)
     deleted_at: Mapped[datetime | None]
@@ -134,7 +162,7 @@ class ImageCopy(Base):
     image_id: Mapped[str] = mapped_column(ForeignKey("image.id"), primary_key=True)
     domain_node: Mapped[str] = mapped_column(ForeignKey("domain_node.name"), primary_key=True)
     state: Mapped[ImageState] = mapped_column(StateColumn(ImageState))
-    file_bytes: Mapped[int | None]
+    file_bytes: Mapped[Bytes | None]
     image: Mapped[Image] = relationship(back_populates="copies")
 
 
@@ -158,7 +186,7 @@ class Vm(Base):
     profile: Mapped[str] = mapped_column(String(63))
     vcpus: Mapped[int]
     memory_mib: Mapped[int]
-    disk_bytes: Mapped[int]
+    disk_bytes: Mapped[Bytes]
     usb: Mapped[str] = mapped_column(String(255), default="off")
     mac: Mapped[str] = mapped_column(String(17))
     port: Mapped[int | None]
@@ -206,7 +234,11 @@ class Operation(Base):
 
 
 class Step(Base):
-    """One message's worth of work of an operation. ``node`` is where an attempt may have touched something."""
+    """One message's worth of work of an operation. ``node`` is where an attempt may have touched something.
+
+    ``queue`` is where the step belongs, ``sent_to`` where its present attempt went if elsewhere (a retry goes to the
+    node that was touched). ``finished_seen_at``: when control first saw that its executor had finished.
+    """
 
     __tablename__ = "step"
 
@@ -215,6 +247,7 @@ class Step(Base):
     seq: Mapped[int]
     name: Mapped[str] = mapped_column(String(60))
     queue: Mapped[str] = mapped_column(String(160))
+    sent_to: Mapped[str | None] = mapped_column(String(160))
     spec: Mapped[dict[str, Any]]
     state: Mapped[StepState] = mapped_column(StateColumn(StepState), index=True)
     attempt: Mapped[int] = mapped_column(Integer, default=0)
@@ -226,6 +259,7 @@ class Step(Base):
     deadline_at: Mapped[datetime]
     created_at: Mapped[datetime] = mapped_column(default=now)
     published_at: Mapped[datetime | None]
+    finished_seen_at: Mapped[datetime | None]
     started_at: Mapped[datetime | None]
     ended_at: Mapped[datetime | None]
     operation: Mapped[Operation] = relationship(back_populates="steps")
@@ -247,7 +281,7 @@ class Backup(Base):
     state: Mapped[BackupState] = mapped_column(StateColumn(BackupState))
     checkpoint: Mapped[str | None] = mapped_column(String(80))
     manifest: Mapped[dict[str, Any] | None] = mapped_column(JSON)
-    file_bytes: Mapped[int | None]
+    file_bytes: Mapped[Bytes | None]
     created_at: Mapped[datetime] = mapped_column(default=now)
     proven_at: Mapped[datetime | None]
 

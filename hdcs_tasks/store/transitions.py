@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 from sqlalchemy import inspect, update
 from sqlalchemy.orm import Mapper, Session, object_session
+from sqlalchemy.orm.attributes import set_committed_value
 
 from hdcs_tasks.errors import Conflict
 from hdcs_tasks.states import MACHINES, check
@@ -43,7 +44,9 @@ def _compare_and_set(session: Session, record: Stateful, old: StrEnum, new: StrE
     done = session.execute(statement.execution_options(synchronize_session=False))
     if getattr(done, "rowcount", 0) != 1:
         raise Conflict(f"{subject_of(record)} changed while it was moved from {old} to {new}", next="Try again")
-    session.refresh(record, list(values))
+    for name, value in values.items():
+        # The row holds it already: the object shall neither write it nor read it again.
+        set_committed_value(record, name, value)
 
 
 def subject_of(record: object) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from hdcs_tasks.errors import HdcsError, Invalid, NotFound, Unreachable, WrongState
+from hdcs_tasks.errors import Conflict, HdcsError, Invalid, NotFound, OutcomeUnknown, Unreachable, WrongState
 from hdcs_tasks.operations.control import Asked, Control, Tx, on_done, on_failed, on_start
 from hdcs_tasks.operations.recovery import wake_parked
 from hdcs_tasks.pool import rules as pool_rules
@@ -73,8 +73,8 @@ def view(vm: Vm) -> dict[str, Any]:
     """The VM as callers see it."""
     moments = ("created_at", "started_at", "active_at", "ready_at", "observed_at")
     keys = (
-        "idle_after_s", "id", "name", "home", "server_node", "image_id", "profile", "vcpus", "memory_mib", "disk_bytes", "usb", "mac",
-        "port", "ip", "owner", "tags", "observed_state",
+        "idle_after_s", "id", "name", "home", "server_node", "image_id", "profile", "vcpus", "memory_mib",
+        "disk_bytes", "usb", "mac", "port", "ip", "owner", "tags", "observed_state",
     )  # fmt: skip
     return (
         {key: getattr(vm, key) for key in keys}
@@ -145,13 +145,27 @@ def start_many(control: Control, names: Sequence[str], asked: Asked) -> Operatio
     with control.transaction() as tx:
         if (same := tx.same_request(asked)) is not None:
             return same
-        parent = tx.open("vm.start_many", asked=asked, subject=f"{len(names)} VMs", request={"vms": list(names)})
-        vms = [get_vm(tx.session, name) for name in names]
-        for vm in vms:
-            _check_given(vm, "start", given_in("start"))
-            child = tx.open("vm.start", asked=asked, vm=vm, parent=parent, request={"was": vm.state.value})
-            add_start_step(tx, child, vm)
+        vms = [get_vm(tx.session, name) for name in dict.fromkeys(names)]
+        if not vms:
+            raise Invalid("no VM was named", next="See: hdcs vm list")
+        parent = tx.open("vm.start_many", asked=asked, subject=f"{len(vms)} VMs", request={"vms": list(names)})
+        refused = [found for vm in vms if (found := _start_child(tx, vm, asked, parent)) is not None]
+        for child, error in refused:
+            # Not before the last child is there: a parent ends with the last of those it has.
+            tx.fail(child, error)
         return parent
+
+
+def _start_child(tx: Tx, vm: Vm, asked: Asked, parent: Operation) -> tuple[Operation, HdcsError] | None:
+    """One VM of a bulk start; where it cannot start, the child that is to fail, and why."""
+    request = {"was": vm.state.value}
+    try:
+        _check_given(vm, "start", frozenset({VmState.STOPPED, VmState.SAVED}))
+        child = tx.open("vm.start", asked=asked, vm=vm, parent=parent, request=request)
+    except (WrongState, Conflict) as error:
+        return tx.open("vm.start", asked=asked, subject=vm.name, parent=parent, request=request), error
+    add_start_step(tx, child, vm)
+    return None
 
 
 def add_start_step(tx: Tx, operation: Operation, vm: Vm, *, pin: str | None = None) -> Step:
@@ -177,6 +191,11 @@ def _started(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -
 @on_failed("vm.start_on_node")
 def _not_started(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
     vm = vm_of(tx, operation)
+    if error.code == OutcomeUnknown.code:
+        # It may run there: neither start it elsewhere nor give its port away. A stop goes there and finds out.
+        vm.server_node = step.node
+        leave_via(vm, VmState.STARTING, VmState.FAILED)
+        return
     saved = bool(step.spec.get("saved"))
     leave_via(vm, VmState.STARTING, VmState.SAVED if saved else VmState.STOPPED)
     cool_port(tx, vm)
@@ -214,8 +233,15 @@ def command(
         if vm.server_node is not None:
             _check_reachable(tx.session, vm)
         supersede = verb == "stop" and force
+        if supersede and (live := tx.live_operation(vm)) is not None and _same_command(live, "vm.stop"):
+            return live
         request = {"was": vm.state.value, "force": force, "timeout_s": timeout_s}
         return tx.open(f"vm.{verb}", asked=asked, vm=vm, request=request, supersede=supersede)
+
+
+def _same_command(live: Operation, kind: str) -> bool:
+    """Whether what is asked for is under way already: it must not supersede itself."""
+    return live.kind == kind and bool(live.request.get("force")) and not live.cancel_asked
 
 
 def _check_given(vm: Vm, verb: str, given_in: frozenset[VmState]) -> None:
@@ -261,8 +287,11 @@ def _begin_command(verb: str, what: Command) -> None:
     def failed(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
         vm = vm_of(tx, operation)
         was = VmState(operation.request.get("was", VmState.RUNNING))
-        resting = was if was in (VmState.RUNNING, VmState.SUSPENDED) else VmState.FAILED
-        leave_via(vm, VmState.DELETING if operation.kind == "vm.delete" else what.via, resting)
+        if operation.kind == "vm.delete":
+            leave_via(vm, VmState.DELETING, VmState.FAILED)
+            return
+        known = error.code != OutcomeUnknown.code and was in (VmState.RUNNING, VmState.SUSPENDED)
+        leave_via(vm, what.via, was if known else VmState.FAILED)
 
 
 def _command_spec(vm: Vm, operation: Operation) -> dict[str, Any]:
@@ -295,6 +324,8 @@ def delete(control: Control, name: str, asked: Asked) -> Operation:
         vm = get_vm(tx.session, name)
         if vm.server_node is not None:
             _check_reachable(tx.session, vm)
+        if (live := tx.live_operation(vm)) is not None and _same_command(live, "vm.delete"):
+            return live
         request = {"was": vm.state.value, "force": True}
         return tx.open("vm.delete", asked=asked, vm=vm, request=request, supersede=True)
 
@@ -339,4 +370,3 @@ def forget(tx: Tx, vm: Vm) -> None:
     cool_port(tx, vm)
     tx.after(lambda: control.reservations.macs.release(vm_id))
     tx.after(lambda: control.reservations.disks.release(home, vm_id))
-

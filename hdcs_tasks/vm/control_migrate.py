@@ -1,13 +1,13 @@
 """Migration inside a domain node on the control plane: named steps, each of which can be repeated or undone.
 
-    prepare (target: claim, DHCP host) → perform (source) → finish (target: network, checkpoints) → clean (source)
+prepare (target: claim, DHCP host) → perform (source) → finish (target: network, checkpoints) → clean (source)
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from hdcs_tasks.errors import HdcsError, Invalid, Rejected, WrongState
+from hdcs_tasks.errors import HdcsError, Invalid, OutcomeUnknown, Rejected, WrongState
 from hdcs_tasks.operations.control import Asked, Control, Tx, on_done, on_failed, on_start
 from hdcs_tasks.pool.control import IN_POOL, get_server_node
 from hdcs_tasks.routing import direct_queue
@@ -120,6 +120,11 @@ def _not_prepared(tx: Tx, operation: Operation, step: Step, error: HdcsError) ->
 
 @on_failed("vm.migrate_on_node")
 def _not_performed(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
+    if error.code == OutcomeUnknown.code:
+        # It runs on one of the two: undoing the target could end it.
+        leave_via(vm_of(tx, operation), VmState.MIGRATING, VmState.FAILED)
+        tx.fail(operation, error, needs_operator=True)
+        return
     operation.error = error.to_dict()
     _undo_target(tx, operation, vm_of(tx, operation))
 

@@ -41,9 +41,7 @@ def expand_names(pattern: str, count: int, taken: Collection[str]) -> list[str]:
 def _single(name: str, count: int, taken: Collection[str]) -> str:
     check_name("VM", name)
     if count > 1:
-        raise Invalid(
-            f"{count} VMs cannot all be named {name!r}", next=f"Use a pattern with a number: {name}-{{:03d}}"
-        )
+        raise Invalid(f"{count} VMs cannot all be named {name!r}", next=f"Use a pattern with a number: {name}-{{:03d}}")
     if name in taken:
         raise Conflict(f"there is a VM named {name!r} already", next="Choose another name, or see: hdcs vm list")
     return name

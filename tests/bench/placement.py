@@ -6,7 +6,7 @@ Of a cluster it has never seen: ``--cluster FILE.json --requests FILE.json``.
     requests: {"requests": [{"name", "vcpus", "memory_mib"}]}
 
 ``group`` is the domain node ('' or absent: one for all); ``vcpus`` and ``memory_mib`` are what may be promised to
-guests, ``used_*`` (0 if absent) what is promised already. VMs are placed in the order of the file until the first refusal.
+guests, ``used_*`` (0 if absent) what is promised already. VMs are placed in file order until the first refusal.
 
 The sum-of-resources bound: how many of the stream fit if all nodes were one. It may lie above the true optimum.
 """

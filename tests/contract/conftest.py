@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import psycopg
 import pytest
 
+from hdcs_tasks.app import make_app
+from hdcs_tasks.config import Settings
+from hdcs_tasks.operations.control import Control
 from hdcs_tasks.reservations import Reservations
 from hdcs_tasks.reservations.link import connect
+from hdcs_tasks.store.migrate import upgrade
 from tests.services import Missing, PostgresServer, RedisServer, postgres_server, redis_server, require
 
 
@@ -47,3 +55,45 @@ def reservations(redis_service: RedisServer) -> Reservations:
     found = Reservations(client)
     found.epoch.open()
     return found
+
+
+def _fresh_postgres(server: PostgresServer) -> str:
+    """An empty database beside the others of this server; gone with the server."""
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(server.url.replace("+psycopg", ""), autocommit=True) as connection:
+        connection.execute(f'CREATE DATABASE "{name}"')  # type: ignore[arg-type]
+    return server.url.rpartition("/")[0] + f"/{name}"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """URL of a database without tables; each test runs on both kinds."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/hdcs.sqlite"
+    return _fresh_postgres(request.getfixturevalue("postgres_service"))
+
+
+@pytest.fixture
+def database(empty_database: str) -> str:
+    upgrade(empty_database)
+    return empty_database
+
+
+def make_settings(redis_url: str, database_url: str, state_dir: Path, **more: Any) -> Settings:
+    """Settings of a test: short leases, a node named node1 in the domain node east."""
+    facts: dict[str, Any] = {
+        "redis_url": redis_url, "database_url": database_url, "state_dir": state_dir, "lease_ttl_s": 2.0,
+        "sweep_s": 0.5, "domain_node": "east", "server_node": "node1",
+    }  # fmt: skip
+    return Settings(**(facts | more))
+
+
+@pytest.fixture
+def control(database: str, reservations: Reservations, redis_service: RedisServer, tmp_path: Path) -> Iterator[Control]:
+    """The control plane's context on an empty record and empty, open reservations; nobody consumes its queues."""
+    config = make_settings(redis_service.url, database, tmp_path / "state")
+    celery = make_app(config)
+    made = Control.from_settings(config, celery)
+    yield made
+    made.store.dispose()
+    celery.close()

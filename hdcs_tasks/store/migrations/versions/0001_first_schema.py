@@ -137,7 +137,7 @@ def upgrade() -> None:
         sa.Column("ip", sa.String(length=45), nullable=True),
         sa.Column("owner", sa.String(length=255), nullable=False),
         sa.Column("tags", sa.JSON(), nullable=False),
-        sa.Column("idle_after_s", sa.Float(), nullable=True),
+        sa.Column("idle_after_s", sa.Double(), nullable=True),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("state_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("started_at", sa.DateTime(timezone=True), nullable=True),
