@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
+from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +21,8 @@ WORLD = ("libvirt", "libvirtmod", "hdcs_tasks.hypervisor", "hdcs_tasks.operation
 def loaded_by(module: str) -> set[str]:
     """Every module in memory after this one was imported in a process of its own."""
     code = f"import sys, importlib; importlib.import_module({module!r}); print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
 
@@ -40,6 +43,16 @@ def test_the_control_plane_never_loads_the_hypervisor(module: str) -> None:
 
 def test_the_package_itself_is_neither_side() -> None:
     assert below(loaded_by("hdcs_tasks"), RECORD + WORLD) == []
+
+
+def test_every_room_stands_behind_a_wall() -> None:
+    """A room that is new must be named in pyproject's contracts, or nothing looks at its imports."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    named = [source for contract in contracts for source in contract.get("source_modules", [])]
+    for path in sorted((ROOT / "hdcs_tasks").glob("*/*.py")):
+        if path.stem.startswith(("node", "control")) or path.stem == "rules":
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            assert any(fnmatch(module, source) for source in named), module
 
 
 def test_import_contracts() -> None:
