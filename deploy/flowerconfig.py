@@ -1,6 +1,6 @@
 """Flower's settings: read-only, behind a login, on loopback, with columns that tell what a task is about.
 
-    HDCS_FLOWER_AUTH=admin:secret celery -A hdcs_tasks.app flower --conf=deploy/flowerconfig.py
+HDCS_FLOWER_AUTH=admin:secret celery -A hdcs_tasks.app flower --conf=deploy/flowerconfig.py
 """
 
 import os

@@ -31,6 +31,7 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 LOCK = CHECKOUT / "deploy" / "requirements.lock"
 LAUNCHER = CHECKOUT / "deploy" / "hdcs-node"
 CODE = ("hdcs_tasks", "workers")
+MODULES = ("beat_schedule.py",)  # the Celery app reads it wherever it is loaded
 KEEP_RELEASES = 3
 # the control plane's libraries: a server node has no database and no dashboard
 NOT_ON_NODES = frozenset({
@@ -94,6 +95,8 @@ def _copy_release(target: Path) -> None:
         lib.mkdir()
         for folder in CODE:
             shutil.copytree(CHECKOUT / folder, app / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        for module in MODULES:
+            shutil.copy2(CHECKOUT / module, app / module)
         compileall.compile_dir(app, quiet=2)
         for source in _library_files():
             if source.is_dir():

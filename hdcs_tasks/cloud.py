@@ -191,6 +191,10 @@ class Vms(_Part):
         """Views; filters: state, home, server_node, owner, profile, tag, names."""
         return vm_control.list_vms(self._control, **filters)
 
+    def that_can(self, verb: str, **filters: Any) -> Sequence[View]:
+        """The listed VMs that ``verb`` (start, stop, …, backup) can be given to as they are; filters as in ``list``."""
+        return vm_control.list_given(self._control, verb, **filters)
+
     def clone(
         self, image: str, *, name: str, count: int = 1, profile: str = "small", domain_node: str | None = None,
         start: bool = False, owner: str = "", tags: Sequence[str] = (), dry_run: bool = False,
@@ -227,9 +231,7 @@ class Images(_Part):
 
 
 class Backups(_Part):
-    def create(
-        self, vm: str, *, full: bool = False, idempotency_key: str | None = None, reason: str = ""
-    ) -> Operation:
+    def create(self, vm: str, *, full: bool = False, idempotency_key: str | None = None, reason: str = "") -> Operation:
         asked = self._asked(idempotency_key, reason)
         return self._op(backup_control.create(self._control, vm, asked, full=full))
 
@@ -251,6 +253,10 @@ class Backups(_Part):
     def list(self, vm: str | None = None) -> list[View]:
         return backup_control.list_backups(self._control, vm)
 
+    def show(self, backup_id: str) -> View:
+        """One backup by its id or a unique prefix of at least 6 characters."""
+        return backup_control.show(self._control, backup_id)
+
 
 class Profiles(_Part):
     def list(self) -> list[View]:
@@ -268,6 +274,9 @@ class DomainNodes(_Part):
     def list(self) -> list[View]:
         return pool_control.list_domain_nodes(self._control)
 
+    def show(self, name: str) -> View:
+        return pool_control.show_domain_node(self._control, name)
+
     def create(self, name: str, token: str | None = None) -> pool_control.NewDomainNode:
         return pool_control.create_domain_node(self._control, name, token)
 
@@ -278,6 +287,9 @@ class DomainNodes(_Part):
 class ServerNodes(_Part):
     def list(self) -> list[View]:
         return pool_control.list_server_nodes(self._control)
+
+    def show(self, name: str) -> View:
+        return pool_control.show_server_node(self._control, name)
 
     def drain(self, name: str) -> View:
         return pool_control.drain(self._control, name)

@@ -22,8 +22,8 @@ class CapacitySettings(BaseSettings):
     target_utilisation: float = Field(0.8, gt=0, le=1, description="Share of the host's MHz to plan with")
     mhz_per_vcpu: int = Field(250, ge=1, description="Average MHz a desktop's vCPU draws")
     overhead_mib: int = Field(218, ge=0, description="Host memory per VM beside the guest's own")
-    overhead_per_vcpu_mib: int = Field(8, ge=0)
-    overhead_graphics_mib: int = Field(16, ge=0)
+    overhead_per_vcpu_mib: int = Field(8, ge=0, description="More of it for each vCPU")
+    overhead_graphics_mib: int = Field(16, ge=0, description="More of it for each graphics device")
     overhead_ratio: float = Field(0.002, ge=0, description="Page tables and the like, as a share of guest memory")
     disk_overcommit: float = Field(2.0, gt=0, description="Virtual disk bytes promised per byte of storage")
 
@@ -47,15 +47,19 @@ class Settings(BaseSettings):
 
     # network
     supernet: str = Field("10.128.0.0/12", description="Server nodes' virtual subnets are cut out of this")
-    subnet_prefix: int = Field(22, ge=16, le=29)
+    subnet_prefix: int = Field(22, ge=16, le=29, description="Prefix length of one server node's subnet, in bits")
     network_name: str = Field("hdcs", description="The libvirt network's name on every server node")
-    network_forward: Literal["open", "nat", "isolated"] = "open"
+    network_forward: Literal["open", "nat", "isolated"] = Field(
+        "open", description="How guests reach the outside; open leaves NAT and firewalling to the host"
+    )
     dhcp_lease_s: int = Field(3600, ge=120, description="DHCP lease time; an IP cools this long before it is reused")
-    mac_prefix: str = Field("52:54:00", pattern=r"^[0-9a-f]{2}(:[0-9a-f]{2}){2}$")
+    mac_prefix: str = Field(
+        "52:54:00", pattern=r"^[0-9a-f]{2}(:[0-9a-f]{2}){2}$", description="First half of VMs' MACs"
+    )
 
     # console ports
-    port_first: int = Field(20000, ge=1024, le=65535)
-    port_last: int = Field(59999, ge=1024, le=65535)
+    port_first: int = Field(20000, ge=1024, le=65535, description="Domain nodes' port ranges are cut out of these")
+    port_last: int = Field(59999, ge=1024, le=65535, description="The last of them")
     ports_per_domain_node: int = Field(4000, ge=1, description="Size of each domain node's range")
     port_cooling_s: float = Field(120, ge=0, description="Time between a VM's stop and the reuse of its port")
 
@@ -64,7 +68,7 @@ class Settings(BaseSettings):
     server_node: str = Field("", description="This server's name (server node program)")
     server_node_ip: str = Field("", description="Address the other nodes reach this server by")
     join_token_file: Path | None = Field(None, description="File that holds the domain node's join token")
-    libvirt_uri: str = "qemu:///system"
+    libvirt_uri: str = Field("qemu:///system", description="This server's libvirt")
     storage_root: Path = Field(Path("/srv/hdcs"), description="Mount point of the domain node's shared storage")
     state_dir: Path = Field(Path("/var/lib/hdcs"), description="Local: outcome spool, locks")
     virt_type: Literal["auto", "kvm", "qemu"] = Field("auto", description="auto probes KVM by booting on it")
@@ -87,8 +91,8 @@ class Settings(BaseSettings):
     sample_s: float = Field(10, gt=0, description="Period of the monitoring sweep")
 
     # logs
-    log_format: Literal["auto", "json", "console"] = "auto"
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: console on a terminal, else json")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="The least that is logged")
 
     capacity: CapacitySettings = Field(default_factory=CapacitySettings)
 

@@ -38,7 +38,7 @@ QUICK = {
 """Settings of a lab: everything happens within seconds, and 4 GiB of pretended memory per server node."""
 
 
-def wait_for(what: str, look: Callable[[], T], timeout_s: float = 60.0, every_s: float = 0.2) -> T:
+def wait_for(what: str, look: Callable[[], T | None], timeout_s: float = 60.0, every_s: float = 0.2) -> T:
     """The first true value of ``look``; WaitTimedOut naming ``what`` otherwise."""
     end = time.monotonic() + timeout_s
     while True:
@@ -131,7 +131,7 @@ class Center:
         self.pids[node] = self.lab.spawn(node, argv, self.env, self.lab.log(f"{node}-worker"))
 
     def stop(self, name: str, number: int = signal.SIGTERM, timeout_s: float = 45.0) -> None:
-        """Signal a process by its name here (``control``, ``beat``, ``flower`` or a server node) and wait for its end."""
+        """Signal a process by its name here (control, beat, flower or a server node) and wait for its end."""
         pid = self.pids.pop(name)
         os.kill(pid, number)
         wait_for(f"{name} (pid {pid}) to end", lambda: not _alive(pid), timeout_s)

@@ -76,7 +76,7 @@ def build(cache: Path | None = None) -> GoldenImage:
     started = time.monotonic()
     cache = cache or default_cache()
     cache.mkdir(parents=True, exist_ok=True)
-    debs = _wanted_debs()
+    debs = _known_debs(cache)
     target = cache / f"mini-{_key(debs)}.qcow2"
     with _locked(cache / "golden.lock"):
         cached = target.exists()
@@ -114,6 +114,18 @@ def _run(*argv: str | Path, cwd: Path | None = None) -> str:
         words = (done.stderr or done.stdout).strip().splitlines()
         raise HdcsError(f"{argv[0]} failed with {done.returncode}: {' / '.join(words[-3:])}")
     return done.stdout
+
+
+def _known_debs(cache: Path) -> list[str]:
+    """``_wanted_debs``, remembered until apt's package lists change (apt takes a second to read them)."""
+    lists = sorted((p.name, p.stat().st_mtime_ns) for p in Path("/var/lib/apt/lists").glob("*_Packages*"))
+    memo = cache / f"debs-{hashlib.sha256(repr((PACKAGES, lists)).encode()).hexdigest()[:16]}.list"
+    if not lists or not memo.exists():
+        debs = _wanted_debs()
+        aside = memo.with_suffix(f".{os.getpid()}")
+        aside.write_text("\n".join(debs))
+        aside.replace(memo)
+    return memo.read_text().splitlines()
 
 
 def _wanted_debs() -> list[str]:

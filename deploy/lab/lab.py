@@ -80,9 +80,8 @@ class Lab:
 
     @property
     def link(self) -> str:
-        """This machine's end of the veth into the hub (at most 15 characters)."""
-        short = self.name if len(self.name) <= 10 else f"{zlib.crc32(self.name.encode()):08x}"
-        return f"hdcs-{short}"
+        """This machine's end of the veth into the hub: at most 15 characters, of its own for each folder."""
+        return f"h{zlib.crc32(self.mark.encode()) & 0xFFFF:04x}-{self.name[:9]}"
 
     def domain_node(self, node: str) -> str:
         """The domain node of a server node; NotFound for an unknown one."""
@@ -255,20 +254,12 @@ class Lab:
     # -- inside
 
     def _check_net(self) -> None:
-        """Look at this machine's interfaces and routes only; no packet is sent."""
-        shown = json.loads(_ip("-json", "address", "show"))
-        if any(i["ifname"] == self.link for i in shown):
-            raise Conflict(
-                f"the interface {self.link} belongs to another lab named {self.name}",
-                next="Give this one another name, or end the other with: python -m deploy.lab down (in its checkout)",
-            )
-        for interface in shown:
-            for address in interface.get("addr_info", []):
-                if address["family"] == "inet" and ipaddress.ip_address(address["local"]) in self._subnet:
-                    raise Conflict(
-                        f"{interface['ifname']} has {address['local']}, which is in the lab's net {self._subnet}",
-                        next="Give another net, for example --net 10.98.7",
-                    )
+        for interface, address in _addresses():
+            if interface == self.link or address in self._subnet:
+                raise Conflict(
+                    f"{interface} has {address}, which is in the lab's net {self._subnet}",
+                    next=f"Give another net, for example {free_net()}, or end the lab that has it",
+                )
 
     def _make_folders(self) -> None:
         for folder in ("hub", "redis", "logs", "tokens", "control"):
@@ -353,6 +344,18 @@ class Lab:
         """The kernel drops the veth a moment after the hub's last process."""
         with contextlib.suppress(HdcsError):
             wait_until(lambda: not Path("/sys/class/net", self.link).exists(), 3, "link", lambda: "")
+
+
+def free_net(below: str = "10.99") -> str:
+    """Beginning of a /24 that no interface of this machine is in; random, so that two callers rarely get the same."""
+    used = {str(address).rpartition(".")[0] for _, address in _addresses()}
+    return secrets.choice([net for n in range(1, 255) if (net := f"{below}.{n}") not in used])
+
+
+def _addresses() -> list[tuple[str, ipaddress.IPv4Address]]:
+    """Interface and address of each IPv4 address of this machine; no packet is sent to learn them."""
+    shown = json.loads(_ip("-json", "-4", "address", "show"))
+    return [(i["ifname"], ipaddress.IPv4Address(a["local"])) for i in shown for a in i.get("addr_info", [])]
 
 
 def _ip(*argv: str) -> str:

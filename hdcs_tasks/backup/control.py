@@ -17,9 +17,7 @@ from hdcs_tasks.store.models import Backup, Image, Operation, Step, Vm, new_id
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import add_start_step, forget, get_vm, guest_fields, vm_of
 from hdcs_tasks.vm.control_clone import Shape, choose_homes, new_vm
-from hdcs_tasks.vm.rules import expand_names
-
-BACKUP_IN = frozenset({VmState.RUNNING, VmState.SUSPENDED, VmState.STOPPED})
+from hdcs_tasks.vm.rules import expand_names, given_in
 
 
 def create(control: Control, name: str, asked: Asked, *, full: bool = False) -> Operation:
@@ -28,7 +26,7 @@ def create(control: Control, name: str, asked: Asked, *, full: bool = False) -> 
         if (same := tx.same_request(asked)) is not None:
             return same
         vm = get_vm(tx.session, name)
-        if vm.state not in BACKUP_IN:
+        if vm.state not in given_in("backup"):
             raise WrongState(f"VM {vm.name} is {vm.state}: it cannot be backed up", next="Wait until it rests")
         return tx.open("backup.create", asked=asked, vm=vm, request={"full": full})
 
@@ -234,10 +232,14 @@ def list_backups(control: Control, vm: str | None = None) -> list[dict[str, Any]
         return [view(backup) for backup in session.scalars(query.order_by(Backup.created_at))]
 
 
+def show(control: Control, backup_id: str) -> dict[str, Any]:
+    with control.store.read() as session:
+        return view(get_backup(session, backup_id))
+
+
 def view(backup: Backup) -> dict[str, Any]:
     keys = ("id", "vm_id", "vm_name", "domain_node", "chain", "seq", "kind", "parent_id", "file_bytes", "manifest")
     return {key: getattr(backup, key) for key in keys} | {
         "state": backup.state.value, "created_at": backup.created_at.isoformat(),
         "proven_at": backup.proven_at.isoformat() if backup.proven_at else None,
     }  # fmt: skip
-

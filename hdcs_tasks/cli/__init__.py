@@ -1,0 +1,1 @@
+"""``hdcs``: a face on ``hdcs_tasks.cloud`` and nothing more."""

@@ -247,10 +247,14 @@ class _Push:
 
     def _watch(self) -> None:
         pause = _FIRST_POLL_S
-        while (job := job_of(self.guest)) is not None:
+        while True:
+            job = job_of(self.guest)
+            # Asked also when it just ended: a cancelled backup is not kept because it was quick.
             reason = stop_reason(self.what, self.cancelled, self.deadline)
             if reason is not None:
                 raise reason
+            if job is None:
+                return
             if self.on_progress is not None:
                 self.on_progress(job.percent, job.phase, job.eta_s)
             time.sleep(pause)

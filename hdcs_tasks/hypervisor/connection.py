@@ -2,6 +2,10 @@
 
 Not fork-safe: libvirt's event loop and sockets do not survive ``fork``. Open a Host in the process that uses it
 (``worker_process_init``), never at import. One Host may be shared by any number of threads.
+
+A call that lasts (save, migration, statistics of a hung QEMU) belongs on a connection of its own, ``Host.another()``:
+while one thread waits in it, answers to the other threads of the same connection can lie unread until the next
+keepalive message (measured with libvirt 9.0: every second XMLDesc took exactly the keepalive interval).
 """
 
 from __future__ import annotations
@@ -21,8 +25,8 @@ from hdcs_tasks.config import Settings
 from hdcs_tasks.errors import HdcsError, HypervisorRefused, Invalid, NotFound, Unreachable
 from hdcs_tasks.hypervisor.errors import libvirt_errors, translate
 
-KEEPALIVE_INTERVAL_S = 5
-KEEPALIVE_COUNT = 3  # a cut link is noticed after about 20 s
+KEEPALIVE_INTERVAL_S = 1  # also the longest an answer lies unread, see above
+KEEPALIVE_COUNT = 19  # a cut link is noticed after about 20 s; sooner would take a busy host for a lost one
 _DEFAULT_PORTS = {"tcp": 16509, "tls": 16514, "ssh": 22}
 _REOPEN_PAUSE_S = 0.2
 
@@ -98,7 +102,7 @@ def _open_bounded(uri: str, timeout_s: float) -> Any:
             answer = answers.get_nowait()
         except queue.Empty:
             raise Unreachable(
-                f"libvirtd at {uri} did not answer within {timeout_s:g} s",
+                f"libvirtd at {uri} did not answer within {timeout_s:.1f} s",
                 next="Check libvirtd on the server node: systemctl status libvirtd",
             ) from None
     if isinstance(answer, libvirt.libvirtError):
@@ -126,6 +130,10 @@ class Host:
         host = cls(uri, _open_bounded(uri, max(deadline - time.monotonic(), 0.1)))
         host._watch()
         return host
+
+    def another(self, timeout_s: float = 10) -> Host:
+        """A second connection to the same libvirtd, for a call that lasts; the caller closes it (``with``)."""
+        return Host.open(self.uri, timeout_s)
 
     def _watch(self) -> None:
         with libvirt_errors(f"watch the connection to {self.uri}"):

@@ -22,12 +22,15 @@ KVM_PROBE_S = 3.0
 # with (0x2A << 1) | 1: nothing but running guest code gives that exit code. The counting takes milliseconds on KVM
 # and 0.1 s on TCG. Without it a KVM on which no system ever boots (it crawls through the firmware in 2.7 s and does
 # not end the loop in 12 s; seen in a nested set-up) would pass for one that works.
-_BOOT_SECTOR = bytes.fromhex(
-    "6631c9"  # xor ecx, ecx
-    "6681c100000001"  # add ecx, 1 << 24
-    "664975fc"  # dec ecx; jnz back to it
-    "b02ae6f4f4"  # mov al, 0x2a; out 0xf4, al; hlt
-).ljust(510, b"\0") + b"\x55\xaa"
+_BOOT_SECTOR = (
+    bytes.fromhex(
+        "6631c9"  # xor ecx, ecx
+        "6681c100000001"  # add ecx, 1 << 24
+        "664975fc"  # dec ecx; jnz back to it
+        "b02ae6f4f4"  # mov al, 0x2a; out 0xf4, al; hlt
+    ).ljust(510, b"\0")
+    + b"\x55\xaa"
+)
 _BOOTED = (0x2A << 1) | 1
 
 

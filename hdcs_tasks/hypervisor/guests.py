@@ -185,8 +185,8 @@ def _restore(host: Host, spec: GuestSpec, saved: Path, paused: bool) -> None:
         guest = host.conn.defineXML(new)
     how = libvirt.VIR_DOMAIN_SAVE_PAUSED if paused else libvirt.VIR_DOMAIN_SAVE_RUNNING
     try:
-        with libvirt_errors(f"restore guest {spec.name}", unsure=True):
-            host.conn.restoreFlags(str(saved), new, how)
+        with host.another() as own, libvirt_errors(f"restore guest {spec.name}", unsure=True):
+            own.conn.restoreFlags(str(saved), new, how)
     except HdcsError:
         _undo(guest, spec.name)
         raise
@@ -325,8 +325,8 @@ def save(host: Host, vm_id: str, path: Path) -> None:
     guest = host.lookup(vm_id)
     if guest is not None and _active(guest, vm_id):
         partial.unlink(missing_ok=True)
-        with libvirt_errors(f"save guest {vm_id}", unsure=True):
-            guest.saveFlags(str(partial), None, 0)
+        with host.another() as own, libvirt_errors(f"save guest {vm_id}", unsure=True):
+            own.guest(vm_id).saveFlags(str(partial), None, 0)
     if guest is not None:
         _undefine(guest, vm_id)
     if partial.is_file() and _complete(host, partial):

@@ -53,7 +53,9 @@ class JobInfo:
 
     @property
     def phase(self) -> str:
-        """ "disk 12/27 MiB" or "memory 100/128 MiB": word first, so that it can be read and sorted."""
+        """ "prepare", "disk 12/27 MiB" or "memory 100/128 MiB": word first, so that it can be read and sorted."""
+        if not self.disk_total and not self.memory_total:
+            return "prepare"
         if self.disk_total and (self.disk_done < self.disk_total or not self.memory_total):
             return f"disk {self.disk_done // _MIB}/{self.disk_total // _MIB} MiB"
         done = self.memory_total - self.memory_left

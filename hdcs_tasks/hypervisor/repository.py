@@ -151,19 +151,22 @@ class Repository:
     ) -> None:
         """Read all that ``point`` is made of and compare with the manifests; raises BackupBroken saying what is wrong.
 
-        Per link: seal, size, hash, backing file, ``qemu-img check``. ``base``: hash the base image as well.
+        Per link: seal, size, hash, backing file, ``qemu-img check``. ``base``: hash the base image as well, else it
+        only must be there.
         """
         chain = self.links(point)
-        steps = len(chain) + (1 if base and point.base else 0)
+        image = None if point.base is None else self.base_path(point.base)
+        if image is not None and not image.is_file():
+            raise BackupBroken(f"base image {image.name} of {point.id} is missing", next="Import that version again")
+        steps = len(chain) + (1 if base and image else 0)
         for number, link in enumerate(chain):
-            tell = _share(on_progress, number, steps, "verify")
-            self._verify_file(link, tell, cancelled)
-        if base and point.base is not None:
-            path = self.base_path(point.base)
-            if not path.is_file():
-                raise BackupBroken(f"base image {point.base.path} is missing", next="Import that version again")
-            if _sha256(path, _share(on_progress, len(chain), steps, "verify"), cancelled) != point.base.sha256:
-                raise BackupBroken(f"base image {point.base.path} has changed", next="Import that version again")
+            self._verify_file(link, _share(on_progress, number, steps, "verify"), cancelled)
+        if base and image is not None and point.base is not None:
+            tell = _share(on_progress, len(chain), steps, "verify")
+            if _sha256(image, tell, cancelled) != point.base.sha256:
+                raise BackupBroken(
+                    f"base image {image.name} of {point.id} has changed", next="Import that version again"
+                )
 
     def restore(
         self,

@@ -1,7 +1,8 @@
 """What guests use, for a whole host in one question.
 
 One hung QEMU blocks that question for the whole host (even with NOWAIT), so it is asked in a thread one can give up
-on; what libvirt knows without asking any QEMU is then the answer.
+on; what libvirt knows without asking any QEMU is then the answer. It has a connection of its own, as a call that hangs
+slows the other calls of its connection down.
 """
 
 from __future__ import annotations
@@ -53,16 +54,16 @@ class GuestSample:
 class _Question:
     """One getAllDomainStats in its own thread."""
 
-    def __init__(self, conn: Any) -> None:
+    def __init__(self, own: Host) -> None:
+        self.own = own
         self.answer: list[tuple[Any, dict[str, Any]]] | None = None
         self.error: libvirt.libvirtError | None = None
-        self._conn = conn
         self.thread = threading.Thread(target=self._ask, name="libvirt-stats", daemon=True)
         self.thread.start()
 
     def _ask(self) -> None:
         try:
-            self.answer = self._conn.getAllDomainStats(_GROUPS, _FLAGS)
+            self.answer = self.own.conn.getAllDomainStats(_GROUPS, _FLAGS)
         except libvirt.libvirtError as error:
             self.error = error
 
@@ -77,14 +78,15 @@ def sample(host: Host, timeout_s: float = 3) -> list[GuestSample]:
     While a hung QEMU blocks the full question it is not asked a second time. Raises Unreachable.
     """
     with _asked_lock:
-        pending = _asked.get(host)
-        blocked = pending is not None and pending.thread.is_alive()
-        if not blocked:
-            pending = _asked[host] = _Question(host.conn)
-    assert pending is not None
-    if not blocked:
+        last = _asked.get(host)
+        if last is not None and last.thread.is_alive():
+            pending = None
+        else:
+            own = last.own if last is not None and last.own.alive() else host.another()
+            pending = _asked[host] = _Question(own)
+    if pending is not None:
         pending.thread.join(timeout_s)
-    if blocked or pending.thread.is_alive():
+    if pending is None or pending.thread.is_alive():
         return _without_qemu(host)
     with libvirt_errors("sample guests"):
         if pending.error is not None:

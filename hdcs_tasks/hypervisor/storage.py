@@ -118,13 +118,13 @@ def check(root: Path, domain_node: str) -> StorageLayout:
     if owner is None:
         raise Rejected(
             f"{root} is not the storage of domain node {domain_node}: no {MARKER} there",
-            next="Mount the storage, or for a new one run: hdcs domain add",
+            next=f"Mount the storage of {domain_node} there; a new one has to be prepared first",
         )
     if owner != domain_node:
         raise Rejected(f"storage {root} belongs to domain node {owner}, not {domain_node}", next="Mount the right one")
     missing = [kind for kind in KINDS if not (root / kind).is_dir()]
     if missing:
-        raise Rejected(f"storage {root} lacks {', '.join(missing)}", next="Prepare it anew: hdcs domain add")
+        raise Rejected(f"storage {root} lacks {', '.join(missing)}", next="Prepare it anew")
     return StorageLayout(root)
 
 

@@ -82,9 +82,7 @@ def _devices(devices: ET.Element, spec: GuestSpec, console_password: str) -> Non
     for number, path in enumerate(spec.disks):
         disk = _add(devices, "disk", type_="file", device="disk")
         # The format is said, never guessed; an overlay's header says that of its backing image.
-        _add(
-            disk, "driver", name="qemu", type_="qcow2", cache=spec.disk_cache, discard="unmap", detect_zeroes="unmap"
-        )
+        _add(disk, "driver", name="qemu", type_="qcow2", cache=spec.disk_cache, discard="unmap", detect_zeroes="unmap")
         _add(disk, "source", file=path)
         _add(disk, "target", dev=f"vd{chr(ord('a') + number)}", bus="virtio")
     nic = _add(devices, "interface", type_="network")

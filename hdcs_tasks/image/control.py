@@ -13,7 +13,7 @@ from hdcs_tasks.errors import Conflict, HdcsError, Invalid, NotFound, WrongState
 from hdcs_tasks.operations.control import Asked, Control, Tx, on_done, on_failed
 from hdcs_tasks.pool.control import get_domain_node
 from hdcs_tasks.routing import check_name
-from hdcs_tasks.states import ImageState, OperationState
+from hdcs_tasks.states import ImageState
 from hdcs_tasks.store.models import DomainNode, Image, ImageCopy, Operation, Step, Vm, new_id, now
 from hdcs_tasks.store.transitions import move
 
@@ -52,7 +52,6 @@ def add(control: Control, name: str, path: str, asked: Asked, *, domain_nodes: S
         image = _image_for(tx, name, wanted)
         request = {"image": image.id, "path": path, "domain_nodes": wanted}
         parent = tx.open("image.add", asked=asked, subject=f"{name}:{image.version}", request=request)
-        move(parent, OperationState.RUNNING)
         for domain_node in wanted:
             _add_copy(tx, image, domain_node, path, asked, parent)
         return parent
@@ -138,7 +137,6 @@ def delete(control: Control, name: str, asked: Asked) -> Operation:
                 next="Delete them first; their disks are worthless without it",
             )
         parent = tx.open("image.delete", asked=asked, subject=f"{image.name}:{image.version}")
-        move(parent, OperationState.RUNNING)
         image.deleted_at = now()
         ready = [copy for copy in image.copies if copy.state is ImageState.READY]
         for copy in ready:

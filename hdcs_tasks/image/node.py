@@ -23,9 +23,7 @@ def add(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
         return _result(run, target)
     found = disks.probe(source)
     if found.backing is not None:
-        raise Invalid(
-            f"{source} is an overlay on {found.backing}", next="Flatten it first: qemu-img convert -O qcow2"
-        )
+        raise Invalid(f"{source} is an overlay on {found.backing}", next="Flatten it first: qemu-img convert -O qcow2")
     run.check()
     target.parent.mkdir(mode=0o711, exist_ok=True)
     try:

@@ -183,6 +183,10 @@ class Tx:
         )  # fmt: skip
         self.session.add(operation)
         self.session.flush()
+        if parent is not None and parent.state is OperationState.QUEUED:
+            move(parent, OperationState.RUNNING)
+            parent.started_at = now()
+            parent.phase = "children at work"
         if blocking is not None:
             operation.phase = f"waits for {blocking.kind} {blocking.id} to end"
             self.session.flush()

@@ -1,9 +1,9 @@
 """Executing one attempt of a step on a server node: claim, lease, fence, outcome.
 
-    claim  → the attempt is ours, or we return            (Redis, one conditional write)
-    lease  → a thread renews it until the step's deadline
-    check  → before each side effect: still ours?          (a lost lease stops the executor)
-    spool  → the outcome is on disk before it is sent, and is sent until control acknowledged
+claim  → the attempt is ours, or we return            (Redis, one conditional write)
+lease  → a thread renews it until the step's deadline
+check  → before each side effect: still ours?          (a lost lease stops the executor)
+spool  → the outcome is on disk before it is sent, and is sent until control acknowledged
 """
 
 from __future__ import annotations

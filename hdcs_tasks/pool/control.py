@@ -292,6 +292,20 @@ def list_server_nodes(control: Control) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def show_server_node(control: Control, name: str) -> dict[str, Any]:
+    """One server node as ``list_server_nodes`` shows it; NotFound."""
+    with control.store.read() as session:
+        get_server_node(session, name)
+    return next(view for view in list_server_nodes(control) if view["name"] == name)
+
+
+def show_domain_node(control: Control, name: str) -> dict[str, Any]:
+    """One domain node as ``list_domain_nodes`` shows it; NotFound."""
+    with control.store.read() as session:
+        get_domain_node(session, name)
+    return next(view for view in list_domain_nodes(control) if view["name"] == name)
+
+
 def list_domain_nodes(control: Control) -> list[dict[str, Any]]:
     """Every domain node: its server nodes, pooled capacity, ports and storage."""
     with control.store.read() as session:
@@ -312,4 +326,3 @@ def _domain_node_view(control: Control, row: DomainNode, nodes: list[ServerNode]
         "storage_total_bytes": row.storage_total_bytes, "storage_free_bytes": row.storage_free_bytes,
         "disk_promised_bytes": control.reservations.disks.used(row.name),
     }  # fmt: skip
-

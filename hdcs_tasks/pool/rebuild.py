@@ -1,7 +1,7 @@
 """Rebuilding the reservations after Redis lost them: from the record, and from what each server node observes.
 
-    epoch closed → ask every living server node what runs on it → all answered, or waited long enough
-                 → write everything anew → epoch open. Until then allocation fails closed.
+epoch closed → ask every living server node what runs on it → all answered, or waited long enough
+             → write everything anew → epoch open. Until then allocation fails closed.
 """
 
 from __future__ import annotations

@@ -240,9 +240,7 @@ def judge_pool(candidate: Candidate, request: HomeRequest, settings: CapacitySet
     )
 
 
-def choose_domain_node(
-    candidates: Sequence[Candidate], request: HomeRequest, settings: CapacitySettings
-) -> Choice:
+def choose_domain_node(candidates: Sequence[Candidate], request: HomeRequest, settings: CapacitySettings) -> Choice:
     """The home of a new VM: of the pools that really fit (all ``count`` where any does), one that has the image, then
     by balance: the least loaded (``spread``; from ``FULL`` on one after the other) or the most (``pack``)."""
     verdicts = [judge_pool(candidate, request, settings) for candidate in candidates]

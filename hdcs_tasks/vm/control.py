@@ -14,10 +14,10 @@ from hdcs_tasks.operations.recovery import wake_parked
 from hdcs_tasks.pool import rules as pool_rules
 from hdcs_tasks.pool.control import IN_POOL, get_server_node
 from hdcs_tasks.routing import direct_queue, quick_queue
-from hdcs_tasks.states import OperationState, VmState
+from hdcs_tasks.states import VmState
 from hdcs_tasks.store.models import Operation, Step, Vm, now
 from hdcs_tasks.store.transitions import move
-from hdcs_tasks.vm.rules import COMMANDS, Command, check_usb, wrong_state_hint
+from hdcs_tasks.vm.rules import COMMANDS, Command, check_usb, given_in, wrong_state_hint
 
 
 def get_vm(session: Session, name: str) -> Vm:
@@ -39,6 +39,7 @@ def vm_of(tx: Tx, operation: Operation) -> Vm:
 def list_vms(control: Control, *, names: Sequence[str] = (), **filters: Any) -> list[dict[str, Any]]:
     """Views of living VMs; ``filters`` are equalities on state, home, server_node, owner, profile, or a ``tag``."""
     tag = filters.pop("tag", None)
+    _check_filters(filters)
     with control.store.read() as session:
         query = select(Vm).where(Vm.deleted_at.is_(None)).order_by(Vm.name)
         if names:
@@ -47,6 +48,25 @@ def list_vms(control: Control, *, names: Sequence[str] = (), **filters: Any) -> 
             if value is not None:
                 query = query.where(getattr(Vm, key) == value)
         return [view(vm) for vm in session.scalars(query) if tag is None or tag in vm.tags]
+
+
+_FILTERS = frozenset({"state", "home", "server_node", "owner", "profile"})
+
+
+def _check_filters(filters: dict[str, Any]) -> None:
+    """A filter that can match nothing is a mistake, not an empty answer."""
+    unknown = sorted(set(filters) - _FILTERS)
+    if unknown:
+        raise Invalid(f"VMs are not listed by {unknown[0]!r}", next=f"Known: {', '.join(sorted(_FILTERS))}, tag, names")
+    state = filters.get("state")
+    if state is not None and state not in set(VmState):
+        raise Invalid(f"{state!r} is not a state of a VM", next=f"Known: {', '.join(VmState)}")
+
+
+def list_given(control: Control, verb: str, **filters: Any) -> list[dict[str, Any]]:
+    """Views of the listed VMs in a state ``verb`` may be given in."""
+    states = given_in(verb)
+    return [shown for shown in list_vms(control, **filters) if shown["state"] in states]
 
 
 def view(vm: Vm) -> dict[str, Any]:
@@ -109,7 +129,7 @@ def start(control: Control, name: str, asked: Asked, *, pin: str | None = None) 
         if (same := tx.same_request(asked)) is not None:
             return same
         vm = get_vm(tx.session, name)
-        _check_given(vm, "start", frozenset({VmState.STOPPED, VmState.SAVED}))
+        _check_given(vm, "start", given_in("start"))
         if pin is not None and get_server_node(tx.session, pin).domain_node != vm.home:
             raise WrongState(
                 f"server node {pin} is not of {vm.home}, where VM {vm.name} lives",
@@ -130,8 +150,6 @@ def start_many(control: Control, names: Sequence[str], asked: Asked) -> Operatio
             raise Invalid("no VM was named", next="See: hdcs vm list")
         parent = tx.open("vm.start_many", asked=asked, subject=f"{len(vms)} VMs", request={"vms": list(names)})
         refused = [found for vm in vms if (found := _start_child(tx, vm, asked, parent)) is not None]
-        move(parent, OperationState.RUNNING)
-        parent.phase = "children at work"
         for child, error in refused:
             # Not before the last child is there: a parent ends with the last of those it has.
             tx.fail(child, error)
@@ -352,4 +370,3 @@ def forget(tx: Tx, vm: Vm) -> None:
     cool_port(tx, vm)
     tx.after(lambda: control.reservations.macs.release(vm_id))
     tx.after(lambda: control.reservations.disks.release(home, vm_id))
-

@@ -1,6 +1,6 @@
 """Migration inside a domain node on the control plane: named steps, each of which can be repeated or undone.
 
-    prepare (target: claim, DHCP host) → perform (source) → finish (target: network, checkpoints) → clean (source)
+prepare (target: claim, DHCP host) → perform (source) → finish (target: network, checkpoints) → clean (source)
 """
 
 from __future__ import annotations

@@ -41,9 +41,7 @@ def expand_names(pattern: str, count: int, taken: Collection[str]) -> list[str]:
 def _single(name: str, count: int, taken: Collection[str]) -> str:
     check_name("VM", name)
     if count > 1:
-        raise Invalid(
-            f"{count} VMs cannot all be named {name!r}", next=f"Use a pattern with a number: {name}-{{:03d}}"
-        )
+        raise Invalid(f"{count} VMs cannot all be named {name!r}", next=f"Use a pattern with a number: {name}-{{:03d}}")
     if name in taken:
         raise Conflict(f"there is a VM named {name!r} already", next="Choose another name, or see: hdcs vm list")
     return name
@@ -72,6 +70,23 @@ COMMANDS = {
         _S.STOPPING, _S.STOPPED,
     ),
 }  # fmt: skip
+
+
+_OTHERS = {
+    "start": frozenset({_S.STOPPED, _S.SAVED}),
+    "restore": frozenset({_S.SAVED}),
+    "migrate": frozenset({_S.RUNNING}),
+    "backup": frozenset({_S.RUNNING, _S.SUSPENDED, _S.STOPPED}),
+    "delete": frozenset(_S) - {_S.DELETED, _S.DELETING},
+}
+
+
+def given_in(verb: str) -> frozenset[VmState]:
+    """The states of a VM in which ``verb`` may be given; Invalid for a verb there is not."""
+    found = COMMANDS[verb].given_in if verb in COMMANDS else _OTHERS.get(verb)
+    if found is None:
+        raise Invalid(f"{verb!r} is not done to VMs", next=f"Known: {', '.join(sorted([*COMMANDS, *_OTHERS]))}")
+    return found
 
 
 def wrong_state_hint(verb: str, state: VmState) -> str:

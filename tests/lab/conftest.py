@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.lab import Lab
+from deploy.lab import Lab, free_net
 from deploy.lab.golden_image import build
 from hdcs_tasks.errors import Invalid
 from tests.lab.hypervisor_node import hypervisor_lab, hypervisor_session, node  # noqa: F401 - fixtures
@@ -27,7 +27,7 @@ def lab_possible() -> None:
 @pytest.fixture(scope="session")
 def lab(lab_possible: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """One lab for the whole session: east (node1, node2), west (node3, node4)."""
-    made = Lab("tests", tmp_path_factory.mktemp("lab") / "tests", net="10.99.71")
+    made = Lab("tests", tmp_path_factory.mktemp("lab") / "tests", net=free_net())
     try:
         made.up()
         yield made

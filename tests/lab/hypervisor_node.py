@@ -61,15 +61,19 @@ class HypervisorNode:
     def address(spec: GuestSpec) -> str:
         return f"10.92.128.{10 + int(spec.mac[-2:], 16)}"
 
-    def pids(self, needle: str) -> list[int]:
-        """Pids of this node's processes whose command line has ``needle``."""
-        return [pid for pid, line in self.lab.space(self.name).processes() if needle in line]
+    def pids(self, program: str, needle: str = "") -> list[int]:
+        """Pids of this node's processes that run ``program`` and have ``needle`` in their command line."""
+        lines = ((pid, line) for pid, line in self.lab.space(self.name).processes() if needle in line)
+        return [pid for pid, line in lines if Path(line.split()[0]).name == program]
 
-    def signal(self, needle: str, number: signal.Signals) -> None:
-        pids = self.pids(needle)
-        assert pids, f"no process with {needle} on {self.name}"
+    def signal(self, number: signal.Signals, program: str, needle: str = "") -> None:
+        pids = self.pids(program, needle)
+        assert pids, f"no {program} {needle} on {self.name}"
         for pid in pids:
             os.kill(pid, number)
+
+    def signal_guest(self, number: signal.Signals, spec: GuestSpec) -> None:
+        self.signal(number, "qemu-system-x86_64", f"guest={spec.name},")
 
 
 def wait_until(done: Callable[[], object], timeout_s: float = 20) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -14,12 +15,19 @@ from tests.lab.hypervisor_node import HypervisorNode, wait_until
 pytestmark = pytest.mark.lab
 
 
-@pytest.fixture
-def booted(node: HypervisorNode) -> GuestSpec:
+def boot(node: HypervisorNode) -> GuestSpec:
     spec = node.booting()
     guests.start(node.host, spec)
-    agent.wait_for_agent(node.host, spec.vm_id, 90)
+    agent.wait_for_agent(node.host, spec.vm_id, 120)
     return spec
+
+
+@pytest.fixture(scope="module")
+def booted(hypervisor_session: HypervisorNode) -> Iterator[GuestSpec]:
+    """One booted guest for all tests that leave it running."""
+    spec = boot(hypervisor_session)
+    yield spec
+    guests.stop(hypervisor_session.host, spec.vm_id, force=True)
 
 
 def uptime(node: HypervisorNode, spec: GuestSpec) -> float:
@@ -83,7 +91,8 @@ def test_frozen_goes_on_without_an_agent(node: HypervisorNode) -> None:
         agent.wait_for_agent(node.host, spec.vm_id, 0.5)
 
 
-def test_reboot_and_graceful_stop(node: HypervisorNode, booted: GuestSpec) -> None:
+def test_reboot_and_graceful_stop(node: HypervisorNode) -> None:
+    booted = boot(node)
     before = node.host.guest(booted.vm_id).ID()
     mark = uptime(node, booted)
     begun = time.monotonic()
@@ -97,7 +106,9 @@ def test_reboot_and_graceful_stop(node: HypervisorNode, booted: GuestSpec) -> No
     assert guests.info(node.host, booted.vm_id) is None
 
 
-def test_power_button_stops_a_guest_without_agent(node: HypervisorNode, booted: GuestSpec) -> None:
-    agent.exec_(node.host, booted.vm_id, ["/bin/sh", "-c", "(sleep 0.3; killall -9 qemu-ga guest-agent) & exit 0"])
-    wait_until(lambda: not agent.ping(node.host, booted.vm_id, 1))
+def test_power_button_stops_a_guest_without_agent(node: HypervisorNode) -> None:
+    booted = boot(node)
+    with pytest.raises(Unavailable):
+        agent.exec_(node.host, booted.vm_id, ["/bin/killall", "-STOP", "qemu-ga"])
+    assert not agent.ping(node.host, booted.vm_id, 1)
     assert guests.stop(node.host, booted.vm_id, timeout_s=60)

@@ -57,9 +57,7 @@ def test_the_least_limit_counts_and_is_named(
     assert capacity(facts, shape, SETTINGS, free) == expected
 
 
-@given(
-    memory=st.integers(0, 10**6), vcpus=st.integers(0, 1000), need=st.integers(64, 65536), each=st.integers(1, 64)
-)
+@given(memory=st.integers(0, 10**6), vcpus=st.integers(0, 1000), need=st.integers(64, 65536), each=st.integers(1, 64))
 def test_capacity_fits_and_one_more_does_not(memory: int, vcpus: int, need: int, each: int) -> None:
     shape = Shape(each, need)
     vms = capacity(FACTS, shape, SETTINGS, Free(vcpus, memory)).vms

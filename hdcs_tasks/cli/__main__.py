@@ -1,0 +1,5 @@
+"""``python -m hdcs_tasks.cli``."""
+
+from hdcs_tasks.cli.main import main
+
+main()

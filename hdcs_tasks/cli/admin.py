@@ -1,0 +1,61 @@
+"""``hdcs doctor``, ``hdcs dashboard`` and ``hdcs db``: looking after the control plane."""
+
+from __future__ import annotations
+
+import click
+
+from hdcs_tasks.cli import output
+from hdcs_tasks.cli.options import Face, format_option, pass_face
+
+CHECKS = output.columns("check", "ok", "message", "next")
+
+
+@click.command()
+@format_option
+@click.pass_context
+def doctor(ctx: click.Context, form: str) -> None:
+    """Check the control plane: database, Redis, workers, server nodes. Exit code 1 if a check fails.
+
+    \b
+    Examples:
+      hdcs doctor
+      hdcs doctor -f json
+    """
+    checks = ctx.ensure_object(Face).cloud.doctor()
+    output.print_rows(checks, CHECKS, form)
+    if not all(check["ok"] for check in checks):
+        ctx.exit(1)
+
+
+@click.command()
+@click.option("--port", type=click.IntRange(1, 65535), default=5555, show_default=True, help="Flower's port.")
+def dashboard(port: int) -> None:
+    """Print how to open Flower, the dashboard of workers, queues and live progress.
+
+    \b
+    Examples:
+      hdcs dashboard
+    """
+    click.echo(f"start:  celery -A hdcs_tasks.app flower --address=127.0.0.1 --port={port}")
+    click.echo(f"open:   http://127.0.0.1:{port}/")
+    click.echo(f"remote: ssh -L {port}:127.0.0.1:{port} HOST    (then open the same address here)")
+
+
+@click.group()
+def db() -> None:
+    """The database of the control plane."""
+
+
+@db.command()
+@pass_face
+def upgrade(face: Face) -> None:
+    """Bring the database HDCS_DATABASE_URL names to this version's schema.
+
+    Every program of the control plane does so when it starts; this is for doing it beforehand.
+
+    \b
+    Examples:
+      hdcs db upgrade
+    """
+    face.cloud  # noqa: B018 - opening the cloud upgrades the database
+    output.message("the database is at this version's schema")

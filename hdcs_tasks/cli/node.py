@@ -1,0 +1,99 @@
+"""``hdcs node``: server nodes."""
+
+from __future__ import annotations
+
+import click
+
+from hdcs_tasks.cli import output
+from hdcs_tasks.cli.options import Face, confirm, format_option, named, pass_face, yes_option
+
+COLUMNS = (
+    output.Column("name"), output.Column("domain_node", "domain node"), output.Column("state"), output.Column("ip"),
+    output.Column("subnet"), output.Column("vcpus"), output.Column("free_vcpus", "free"),
+    output.column("memory_mib"), output.column("free_memory_mib", "free"), output.column("observed_at", "observed"),
+)  # fmt: skip
+
+
+@click.group()
+def node() -> None:
+    """Server nodes: the hosts that run guests."""
+
+
+@node.command("list")
+@click.option("--domain-node", default=None, help="Only those of this domain node.")
+@format_option
+@pass_face
+def list_(face: Face, domain_node: str | None, form: str) -> None:
+    """List the server nodes with what is free on them.
+
+    \b
+    Examples:
+      hdcs node list
+      hdcs node list --domain-node east -f json
+    """
+    rows = [row for row in face.cloud.server_nodes.list() if domain_node in (None, row["domain_node"])]
+    output.print_rows(rows, COLUMNS, form)
+
+
+@node.command()
+@click.argument("name")
+@format_option
+@pass_face
+def show(face: Face, name: str, form: str) -> None:
+    """Show one server node with the facts its host reported.
+
+    \b
+    Examples:
+      hdcs node show node1
+    """
+    output.print_one(face.cloud.server_nodes.show(name), form)
+
+
+@node.command()
+@click.argument("names", nargs=-1, required=True, metavar="NODE...")
+@format_option
+@pass_face
+def drain(face: Face, names: tuple[str, ...], form: str) -> None:
+    """Let no new VM start on these server nodes; their guests run on.
+
+    Holds until `hdcs node resume`, also over restarts of the node's worker.
+
+    \b
+    Examples:
+      hdcs node drain node2
+    """
+    output.print_rows([face.cloud.server_nodes.drain(name) for name in names], _BRIEF, form)
+
+
+@node.command()
+@click.argument("names", nargs=-1, required=True, metavar="NODE...")
+@format_option
+@pass_face
+def resume(face: Face, names: tuple[str, ...], form: str) -> None:
+    """Let VMs start on these server nodes again.
+
+    \b
+    Examples:
+      hdcs node resume node2
+    """
+    output.print_rows([face.cloud.server_nodes.resume(name) for name in names], _BRIEF, form)
+
+
+@node.command()
+@click.argument("names", nargs=-1, required=True, metavar="NODE...")
+@yes_option
+@pass_face
+def remove(face: Face, names: tuple[str, ...], yes: bool) -> None:
+    """Forget server nodes that have left for good.
+
+    \b
+    Examples:
+      hdcs node remove node2 -y
+    """
+    confirm(f"Forget {named(names, 'server node')}?", yes)
+    for name in names:
+        face.cloud.server_nodes.remove(name)
+        output.message(f"server node {name} removed")
+
+
+_BRIEF = output.columns("name", "domain_node", "state", "draining")

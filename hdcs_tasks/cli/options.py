@@ -1,0 +1,147 @@
+"""What the commands share: the way to the cloud, options, units, selectors and the question before harm."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from hdcs_tasks.cli.failures import Declined
+
+if TYPE_CHECKING:
+    from hdcs_tasks.cloud import Cloud
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass
+class Face:
+    """A command's way to the cloud, opened at first use: ``--help`` and a usage error need no service."""
+
+    connect: Callable[[], Cloud]
+
+    @cached_property
+    def cloud(self) -> Cloud:
+        return self.connect()
+
+
+pass_face = click.make_pass_decorator(Face)
+
+
+class Duration(click.ParamType[float]):
+    """Seconds: ``90``, ``90s``, ``10m`` or ``2h``."""
+
+    name = "duration"
+    _units = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, int | float):
+            return float(value)
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", str(value).strip())
+        if not found or float(found[1]) <= 0:
+            self.fail(f"{value!r} is not a duration: use seconds, or e.g. 90s, 10m, 2h", param, ctx)
+        return float(found[1]) * self._units[found[2]]
+
+
+class Size(click.ParamType[int]):
+    """Bytes: ``512MiB``, ``20GiB``, ``1TiB``; a number needs its unit."""
+
+    name = "size"
+    _powers = "KMGT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(iB|B)?", str(value).strip(), re.IGNORECASE)
+        if not found:
+            self.fail(f"{value!r} is not a size: use a number with its unit, e.g. 512MiB or 20GiB", param, ctx)
+        base = 1000 if (found[3] or "").upper() == "B" else 1024
+        return round(float(found[1]) * float(base ** (1 + self._powers.index(found[2].upper()))))
+
+
+DURATION = Duration()
+SIZE = Size()
+
+format_option = click.option(
+    "-f", "--format", "form", type=click.Choice(["table", "json", "csv"]), default="table", show_default=True,
+    help="How to print the data; json and csv hold raw numbers with the unit in the field's name.",
+)  # fmt: skip
+yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask for confirmation.")
+reason_option = click.option("--reason", default="", help="Why; kept with the operation.")
+key_option = click.option(
+    "--idempotency-key", "key", default=None, help="Asked twice with the same key, it is done once."
+)
+
+
+def wait_options(command: F) -> F:
+    """``--wait/--no-wait``, ``--timeout`` and ``-f``, for a command that opens an operation."""
+    command = click.option(
+        "--timeout", "timeout_s", type=DURATION, default=None,
+        help="Stop waiting after this long (exit code 7; the operation goes on). Default: wait until it ends.",
+    )(command)  # fmt: skip
+    command = click.option(
+        "--wait/--no-wait", default=True, show_default=True,
+        help="Wait for the end and show progress, or print the operation's id and return.",
+    )(command)  # fmt: skip
+    return format_option(command)
+
+
+def selector_options(command: F) -> F:
+    """VMs by name, or by what they have in common."""
+    options = (
+        click.option("--all", "every", is_flag=True, help="Every VM the command can be given to."),
+        click.option("--tag", default=None, help="VMs with this tag."),
+        click.option("--home", default=None, metavar="DOMAIN_NODE", help="VMs of this domain node."),
+        click.option("--node", "server_node", default=None, metavar="SERVER_NODE", help="VMs on this server node."),
+        click.option("--owner", default=None, help="VMs of this owner."),
+        click.option("--state", default=None, help="VMs in this state."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return click.argument("names", nargs=-1, metavar="[VM]...")(command)
+
+
+SELECTOR_KEYS = ("tag", "home", "server_node", "owner", "state")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The VMs a command acts on. ``one``: it was given exactly one name, so its output is one object, not a list."""
+
+    names: list[str]
+    one: bool
+
+
+def select(face: Face, verb: str, names: Sequence[str], every: bool, selector: dict[str, Any]) -> Selection:
+    """The named VMs; or, of the selected ones, those ``verb`` can be given to. Neither, or both, is a usage error."""
+    wanted = {key: value for key, value in selector.items() if value is not None}
+    if names and (every or wanted):
+        raise click.UsageError("Give names or a selector (--all, --tag, --home, …), not both.")
+    if names:
+        unique = list(dict.fromkeys(names))
+        return Selection(unique, one=len(unique) == 1)
+    if not every and not wanted:
+        raise click.UsageError("Name at least one VM, or select with --all, --tag, --home, --node, --owner or --state.")
+    return Selection([vm["name"] for vm in face.cloud.vms.that_can(verb, **wanted)], one=False)
+
+
+def confirm(question: str, yes: bool) -> None:
+    """Ask on the terminal before harm. In a pipe nobody can answer: then only ``-y`` goes on."""
+    if yes:
+        return
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise click.UsageError(f"{question} There is no terminal to ask on: nothing was done. Add -y to do it.")
+    if not click.confirm(question, err=True):
+        raise Declined("nothing was done")
+
+
+def named(names: Sequence[str], noun: str = "VM") -> str:
+    """``VM desk-01``, or ``12 VMs (a, b, c, …)``: what a question is about."""
+    if len(names) == 1:
+        return f"{noun} {names[0]}"
+    return f"{len(names)} {noun}s ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})"

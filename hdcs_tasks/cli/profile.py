@@ -1,0 +1,68 @@
+"""``hdcs profile``: the hardware shapes VMs are cloned with."""
+
+from __future__ import annotations
+
+import click
+
+from hdcs_tasks.cli import output
+from hdcs_tasks.cli.options import SIZE, Face, confirm, format_option, named, pass_face, yes_option
+from hdcs_tasks.errors import Invalid
+
+COLUMNS = output.columns("name", "vcpus", "memory_mib", "disk_bytes", "usb")
+MIB = 1024 * 1024
+
+
+@click.group()
+def profile() -> None:
+    """Profiles: hardware shapes of VMs."""
+
+
+@profile.command("list")
+@format_option
+@pass_face
+def list_(face: Face, form: str) -> None:
+    """List the profiles, the smallest memory first.
+
+    \b
+    Examples:
+      hdcs profile list
+    """
+    output.print_rows(face.cloud.profiles.list(), COLUMNS, form)
+
+
+@profile.command()
+@click.argument("name")
+@click.option("--vcpus", type=int, required=True, help="Virtual CPUs.")
+@click.option("--memory", type=SIZE, required=True, help="Guest memory, e.g. 2GiB; whole MiB.")
+@click.option("--disk", type=SIZE, default=None, help="Disk, e.g. 20GiB. Default: as large as the image.")
+@click.option("--usb", default="off", show_default=True, help="USB policy: on, off or a SPICE filter.")
+@format_option
+@pass_face
+def create(face: Face, name: str, vcpus: int, memory: int, disk: int | None, usb: str, form: str) -> None:
+    """Create a profile.
+
+    \b
+    Examples:
+      hdcs profile create office --vcpus 2 --memory 3GiB --disk 40GiB
+    """
+    if memory % MIB:
+        raise Invalid(f"{memory} bytes of memory are not whole MiB", next="As in --memory 2048MiB")
+    made = face.cloud.profiles.create(name, vcpus=vcpus, memory_mib=memory // MIB, disk_bytes=disk, usb=usb)
+    output.print_one(made, form)
+
+
+@profile.command()
+@click.argument("names", nargs=-1, required=True, metavar="PROFILE...")
+@yes_option
+@pass_face
+def delete(face: Face, names: tuple[str, ...], yes: bool) -> None:
+    """Delete profiles; VMs keep the shape they were cloned with.
+
+    \b
+    Examples:
+      hdcs profile delete office -y
+    """
+    confirm(f"Delete {named(names, 'profile')}?", yes)
+    for name in names:
+        face.cloud.profiles.delete(name)
+        output.message(f"profile {name} deleted")

@@ -1,0 +1,193 @@
+"""``hdcs vm``: desktops; looking, cloning, migrating, console. What is done to many at once is in vm_commands."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hdcs_tasks.cli import output, vm_commands, waiting
+from hdcs_tasks.cli.options import (
+    DURATION,
+    Face,
+    format_option,
+    key_option,
+    pass_face,
+    reason_option,
+    wait_options,
+)
+from hdcs_tasks.errors import from_dict
+
+COLUMNS = (
+    output.Column("name"), output.Column("state"), output.Column("home"), output.Column("server_node", "server node"),
+    output.Column("profile"), output.column("memory_mib"), output.Column("ip"), output.Column("port"),
+    output.Column("owner"), output.Column("tags"), output.column("ready_at", "ready"),
+)  # fmt: skip
+
+
+@click.group()
+def vm() -> None:
+    """VMs: the desktops."""
+
+
+for _command in vm_commands.COMMANDS:
+    vm.add_command(_command)
+
+
+@vm.command("list")
+@click.option("--state", default=None, help="Only those in this state.")
+@click.option("--home", default=None, metavar="DOMAIN_NODE", help="Only those of this domain node.")
+@click.option("--node", "server_node", default=None, metavar="SERVER_NODE", help="Only those on this server node.")
+@click.option("--owner", default=None, help="Only those of this owner.")
+@click.option("--profile", default=None, help="Only those of this profile.")
+@click.option("--tag", default=None, help="Only those with this tag.")
+@format_option
+@pass_face
+def list_(face: Face, /, form: str, **filters: Any) -> None:
+    """List the VMs by name.
+
+    \b
+    Examples:
+      hdcs vm list
+      hdcs vm list --home east --state running -f json
+    """
+    output.print_rows(face.cloud.vms.list(**filters), COLUMNS, form)
+
+
+@vm.command()
+@click.argument("name")
+@format_option
+@pass_face
+def show(face: Face, name: str, form: str) -> None:
+    """Show one VM.
+
+    \b
+    Examples:
+      hdcs vm show desk-001
+    """
+    output.print_one(face.cloud.vms[name].show(), form)
+
+
+@vm.command()
+@click.argument("image")
+@click.option("--name", required=True, help="Name of the VM, or a pattern with a number: 'desk-{:03d}'.")
+@click.option("--count", type=int, default=1, show_default=True, help="How many.")
+@click.option("--profile", default="small", show_default=True, help="Their hardware shape.")
+@click.option("--domain-node", default=None, help="Where. Default: where they fit best.")
+@click.option("--start", is_flag=True, help="Start them too.")
+@click.option("--owner", default="", help="Whose they are. Default: yours.")
+@click.option("--tag", "tags", multiple=True, help="A tag to find them by (may be repeated).")
+@click.option("--dry-run", is_flag=True, help="Print where they would go, or why they do not fit; change nothing.")
+@reason_option
+@key_option
+@wait_options
+@pass_face
+def clone(
+    face: Face, /, image: str, dry_run: bool, key: str | None, wait: bool, timeout_s: float | None, form: str,
+    **wanted: Any,
+) -> None:  # fmt: skip
+    """Clone VMs from an image (NAME is its newest version, NAME:VERSION that one).
+
+    \b
+    Examples:
+      hdcs vm clone mini --name desk-001 --start
+      hdcs vm clone mini --name 'desk-{:03d}' --count 30 --profile small --start
+      hdcs vm clone mini:2 --name 'lab-{:02d}' --count 8 --domain-node east --tag lab --dry-run
+    """
+    asked = face.cloud.vms.clone(image, dry_run=dry_run, idempotency_key=key, **wanted)
+    if not dry_run:
+        waiting.conclude([asked], form=form, wait=wait, timeout_s=timeout_s)
+        return
+    plan = asked.explain()
+    if form == "json":
+        output.print_json(plan)
+    elif plan["fits"]:
+        output.print_rows(plan["vms"], output.columns("name", "domain_node"), form)
+    if not plan["fits"]:
+        raise from_dict(plan["refusal"])
+
+
+@vm.command()
+@click.argument("name")
+@click.argument("to", required=False, metavar="[SERVER_NODE]")
+@click.option("--live/--no-live", default=True, show_default=True, help="Keep the guest running while it moves.")
+@reason_option
+@key_option
+@wait_options
+@pass_face
+def migrate(
+    face: Face, name: str, to: str | None, live: bool, reason: str, key: str | None, wait: bool,
+    timeout_s: float | None, form: str,
+) -> None:  # fmt: skip
+    """Move a running VM to another server node of its domain node; without one, to where it fits best.
+
+    \b
+    Examples:
+      hdcs vm migrate desk-001
+      hdcs vm migrate desk-001 node2 --reason 'new memory for node1'
+    """
+    operation = face.cloud.vms[name].migrate(to, live=live, idempotency_key=key, reason=reason)
+    waiting.conclude([operation], form=form, wait=wait, timeout_s=timeout_s)
+
+
+@vm.command()
+@click.argument("name")
+@click.argument("policy")
+@format_option
+@pass_face
+def usb(face: Face, name: str, policy: str, form: str) -> None:
+    """Set a VM's USB policy: on, off, or a SPICE filter. It takes effect at the next start.
+
+    \b
+    Examples:
+      hdcs vm usb desk-001 on
+      hdcs vm usb desk-001 -- '0x08,-1,-1,-1,1|-1,-1,-1,-1,0'
+    """
+    output.print_one(face.cloud.vms[name].set_usb(policy), form)
+
+
+@vm.command()
+@click.argument("name")
+@click.option("--ttl", "ttl_s", type=DURATION, default=60.0, show_default=True, help="How long the ticket works.")
+@click.option("-o", "--output", "path", type=click.Path(dir_okay=False), default=None,
+              help="Write the viewer file here, readable by you alone. Default: print it.")  # fmt: skip
+@pass_face
+def console(face: Face, name: str, ttl_s: float, path: str | None) -> None:
+    """Print a virt-viewer file with a ticket for the VM's console that soon expires.
+
+    \b
+    Examples:
+      hdcs vm console desk-001 | remote-viewer -
+      hdcs vm console desk-001 --ttl 5m -o desk-001.vv
+    """
+    text = face.cloud.vms[name].console(ttl_s=ttl_s)
+    if path is None:
+        click.echo(text, nl=False)
+        return
+    # Anew and for the owner alone: the text holds a password.
+    Path(path).unlink(missing_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+    output.message(f"{path} works for {output.in_seconds(ttl_s)}: remote-viewer {path}")
+
+
+@vm.command()
+@click.argument("names", nargs=-1, required=True, metavar="VM...")
+@click.option("--timeout", "timeout_s", type=DURATION, default=120.0, show_default=True,
+              help="Give up after this long (exit code 7).")  # fmt: skip
+@format_option
+@pass_face
+def wait(face: Face, names: tuple[str, ...], timeout_s: float, form: str) -> None:
+    """Wait until the guest agent of each VM has answered since its last start.
+
+    \b
+    Examples:
+      hdcs vm wait desk-001 --timeout 3m
+    """
+    import time
+
+    end = time.monotonic() + timeout_s
+    views = [face.cloud.vms[name].wait_ready(timeout_s=max(0.0, end - time.monotonic())) for name in names]
+    output.print_rows(views, COLUMNS, form)

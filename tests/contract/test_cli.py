@@ -1,0 +1,442 @@
+"""The hdcs command on a real control plane (SQLite, Redis) without workers: what is accepted, refused and shown.
+
+Where a test needs a step to end, it settles the outcome a server node would report, by control's own door.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from hdcs_tasks.cli.main import run
+from hdcs_tasks.cloud import Cloud
+from hdcs_tasks.config import CapacitySettings, Settings
+from hdcs_tasks.operations.recovery import settle
+from hdcs_tasks.pool import control as pool_control
+from hdcs_tasks.pool.profiles import ensure_built_in
+from hdcs_tasks.pool.proof import JoinRequest
+from hdcs_tasks.pool.rebuild import reservation_sweep
+from tests.services import RedisServer, free_port
+
+pytestmark = pytest.mark.contract
+
+ROOT = Path(__file__).parents[2]
+FACTS = {
+    "cpu_mhz": 3000, "sockets": 1, "cores_per_socket": 4, "threads_per_core": 1, "max_vcpus": 0, "memory_mib": 8192,
+}  # fmt: skip
+STORAGE = {"total_bytes": 100 * 2**30, "free_bytes": 90 * 2**30}
+
+
+@pytest.fixture
+def config(redis_service: RedisServer, tmp_path: Path) -> Settings:
+    redis.Redis.from_url(redis_service.url).flushall()
+    return Settings(
+        redis_url=redis_service.url, database_url=f"sqlite:///{tmp_path}/hdcs.sqlite", state_dir=tmp_path,
+        capacity=CapacitySettings(host_reserve_mib=512, target_utilisation=1.0),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def cloud(config: Settings) -> Iterator[Cloud]:
+    """Domain node east with server node node1, and image mini ready in its storage."""
+    made = Cloud.from_settings(config)
+    assert reservation_sweep(made.control) == "rebuilt"
+    token = made.domain_nodes.create("east").token
+    request = JoinRequest("east", "node1", "10.0.0.1", "i1", FACTS, STORAGE, time.time())
+    pool_control.join(made.control, request.signed(token))
+    ensure_built_in(made.control)
+    added = made.images.add("mini", "/srv/mini.qcow2")
+    answer(made, {"sha256": "0" * 64, "virtual_size_bytes": 2**30, "file_bytes": 2**20})
+    assert added.state == "done"
+    yield made
+    made.control.store.dispose()
+
+
+Result = tuple[int, str, str]
+Hdcs = Callable[..., Result]
+
+
+@pytest.fixture
+def hdcs(cloud: Cloud, capsys: pytest.CaptureFixture[str]) -> Hdcs:
+    """Run one command on this cloud: its exit code, stdout and stderr."""
+
+    def call(*words: str) -> Result:
+        capsys.readouterr()
+        code = run(words, lambda: cloud)
+        seen = capsys.readouterr()
+        return code, seen.out, seen.err
+
+    return call
+
+
+def started(port: int = 20000, ip: str = "10.128.0.9") -> dict[str, Any]:
+    return {"node": "node1", "port": port, "ip": ip}
+
+
+def answer(cloud: Cloud, result: dict[str, Any] | None = None, error: dict[str, Any] | None = None) -> int:
+    """Settle every published step as node1 would report it; how many there were."""
+    steps = [
+        step for shown in cloud.operations.list(live=True) for step in cloud.operations[shown["id"]].show()["steps"]
+        if step["state"] == "published"
+    ]  # fmt: skip
+    for step in steps:
+        report = {"step": step["id"], "attempt": step["attempt"], "node": "node1", "started_at": time.time() - 1,
+                  "ended_at": time.time()}  # fmt: skip
+        settle(cloud.control, report | ({"error": error} if error else {"result": result or started()}))
+    return len(steps)
+
+
+@pytest.fixture
+def answering(cloud: Cloud) -> Iterator[None]:
+    """A thread that settles whatever is published as done, until the test ends."""
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.wait(0.1):
+            answer(cloud)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    yield
+    stop.set()
+    thread.join()
+
+
+def clone(cloud: Cloud, *names: str, tag: str = "", start: bool = False) -> None:
+    """VMs that are there: stopped, or running."""
+    for name in names:
+        cloud.vms.clone("mini", name=name, profile="tiny", tags=[tag] if tag else [], start=start)
+        while answer(cloud):
+            pass
+        assert cloud.vms[name].show()["state"] == ("running" if start else "stopped")
+
+
+# --- looking
+
+
+def test_lists_and_shows(cloud: Cloud, hdcs: Hdcs) -> None:
+    clone(cloud, "desk-1", tag="lab")
+    for words, first in [
+        (("node", "list"), "node1"), (("domain", "list"), "east"), (("vm", "list"), "desk-1"),
+        (("image", "list"), "mini"), (("profile", "list"), "tiny"),
+    ]:  # fmt: skip
+        code, table, err = hdcs(*words)
+        assert (code, err) == (0, "")
+        assert first in [line.split()[0] for line in table.splitlines()[1:]]
+        listed = json.loads(hdcs(*words, "-f", "json")[1])
+        assert first in [row["name"] for row in listed]
+        lines = list(csv.DictReader(io.StringIO(hdcs(*words, "-f", "csv")[1])))
+        assert [row["name"] for row in lines] == [row["name"] for row in listed]
+    assert json.loads(hdcs("vm", "show", "desk-1", "-f", "json")[1])["memory_mib"] == 128
+    assert "128 MiB" in hdcs("vm", "show", "desk-1")[1]
+    assert json.loads(hdcs("node", "show", "node1", "-f", "json")[1])["facts"] == FACTS
+    assert json.loads(hdcs("domain", "show", "east", "-f", "json")[1])["server_nodes"] == ["node1"]
+    assert hdcs("vm", "list", "--tag", "other", "-f", "json")[1] == "[]\n"
+    assert hdcs("backup", "list", "-f", "csv")[1].startswith("id,vm_name")
+
+
+def test_domain_tokens_are_data(hdcs: Hdcs) -> None:
+    code, out, err = hdcs("domain", "create", "west", "-f", "json")
+    made = json.loads(out)
+    assert code == 0 and made["name"] == "west" and len(made["token"]) >= 32
+    assert "only now" in err
+    code, out, _ = hdcs("domain", "token", "west")
+    assert code == 0 and len(out.strip()) >= 32 and out.strip() != made["token"]
+
+
+def test_drain_resume_and_remove(cloud: Cloud, hdcs: Hdcs) -> None:
+    assert "draining" in hdcs("node", "drain", "node1")[1]
+    assert cloud.server_nodes.show("node1")["state"] == "draining"
+    assert json.loads(hdcs("node", "resume", "node1", "-f", "json")[1])[0]["state"] == "up"
+    code, _, err = hdcs("node", "remove", "node1", "-y")
+    assert code == 4 and "Stop its worker first" in err
+
+
+def test_profiles(hdcs: Hdcs) -> None:
+    code, out, _ = hdcs(
+        "profile", "create", "office", "--vcpus", "2", "--memory", "3GiB", "--disk", "40GiB", "-f", "json"
+    )
+    made = json.loads(out)
+    assert code == 0 and (made["memory_mib"], made["disk_bytes"]) == (3072, 40 * 2**30)
+    assert hdcs("profile", "create", "office", "--vcpus", "2", "--memory", "3GiB")[0] == 4
+    assert hdcs("profile", "create", "odd", "--vcpus", "2", "--memory", "1000GB")[0] == 2
+    assert hdcs("profile", "delete", "office", "-y")[0] == 0
+    assert hdcs("profile", "delete", "office", "-y")[0] == 3
+
+
+def test_capacity_and_events(hdcs: Hdcs) -> None:
+    whole = json.loads(hdcs("pool", "capacity", "tiny", "-f", "json")[1])
+    rows = list(csv.DictReader(io.StringIO(hdcs("pool", "capacity", "tiny", "-f", "csv")[1])))
+    assert whole["vms"] > 0
+    assert [(r["domain_node"], r["server_node"]) for r in rows] == [("east", "node1"), ("east", ""), ("", "")]
+    assert {int(row["vms"]) for row in rows} == {whole["vms"]}
+    assert hdcs("pool", "capacity", "nonsense")[0] == 3
+    assert "joined east" in hdcs("pool", "events")[1]
+
+
+def test_doctor(cloud: Cloud, hdcs: Hdcs) -> None:
+    code, out, _ = hdcs("doctor", "-f", "json")
+    assert code == 0 and all(check["ok"] for check in json.loads(out))
+    pool_control.leave(cloud.control, "node1", "i1")
+    code, out, _ = hdcs("doctor")
+    assert code == 1 and "Start its worker" in out
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "words"),
+    [
+        ("vm show nobody", 3, "no VM 'nobody'. See: hdcs vm list"),
+        ("vm start nobody", 3, "no VM"),
+        ("op show 123456", 3, "no operation"),
+        ("op watch nonsense", 3, "no operation"),
+        ("backup show 123456", 3, "no backup"),
+        ("node show nobody", 3, "no server node"),
+        ("domain show nobody", 3, "no domain node"),
+        ("vm clone nothing --name a", 3, "no image"),
+        ("vm clone mini --name a --profile nothing", 3, "no profile"),
+        ("vm clone mini --name Bad_Name --profile tiny", 2, "not a name"),
+        ("vm clone mini --name a --count 2 --profile tiny", 2, "{:03d}"),
+        ("vm clone mini --name a --profile large", 5, "node1"),
+        ("vm clone mini --name a --profile large --dry-run", 5, "node1"),
+        ("vm list --state sleepy", 2, "Known: creating"),
+        ("vm stop --state sleepy", 2, "Known: creating"),
+        ("image add mini mini.qcow2", 2, "absolute path"),
+        ("vm console desk-1", 4, "Start it: hdcs vm start desk-1"),
+        ("vm stop desk-1", 4, "nothing to stop"),
+        ("vm migrate desk-1", 4, "is stopped"),
+        ("vm usb desk-1 maybe", 2, "USB policy"),
+        ("vm wait desk-1 --timeout 0.1", 7, "guest agent"),
+        ("image delete mini -y", 4, "desk-1"),
+    ],
+)  # fmt: skip
+def test_refusals(cloud: Cloud, hdcs: Hdcs, line: str, code: int, words: str) -> None:
+    clone(cloud, "desk-1")
+    before = len(cloud.operations.list())
+    seen = hdcs(*line.split())
+    assert (seen[0], seen[1]) == (code, "")
+    assert words in seen[2]
+    assert len(cloud.operations.list()) == before, "a refusal opens no operation"
+
+
+def test_a_busy_vm_is_a_conflict_that_names_the_operation(cloud: Cloud, hdcs: Hdcs) -> None:
+    clone(cloud, "desk-1")
+    operation = hdcs("vm", "start", "desk-1", "--no-wait")[1].strip()
+    code, _, err = hdcs("vm", "start", "desk-1")
+    assert code == 4
+    code, _, err = hdcs("backup", "create", "desk-1")
+    assert code == 4
+    code, _, err = hdcs("vm", "stop", "desk-1")
+    assert code == 4 and f"hdcs op cancel {operation}" in err
+
+
+def command(config: Settings, *words: str, **changed: str) -> subprocess.Popen[str]:
+    """The real program, in its own process, with these settings."""
+    environment = os.environ | {
+        "HDCS_REDIS_URL": config.redis_url, "HDCS_DATABASE_URL": config.database_url, "HDCS_SWEEP_S": "5",
+    } | changed  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-m", "hdcs_tasks.cli", *words], env=environment, cwd=ROOT, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "code", "words"),
+    [
+        ({"HDCS_REDIS_URL": "redis://127.0.0.1:{port}/0"}, 6, "Redis"),
+        ({"HDCS_DATABASE_URL": "postgresql://hdcs@127.0.0.1:{port}/hdcs"}, 6, "HDCS_DATABASE_URL"),
+        ({"HDCS_DATABASE_URL": "sqlite:////nowhere/at/all.sqlite"}, 6, "database"),
+        ({"HDCS_DATABASE_URL": "nonsense"}, 2, "HDCS_DATABASE_URL"),
+        ({"HDCS_SWEEP_S": "often"}, 2, "HDCS_SWEEP_S"),
+    ],
+)
+def test_what_is_away_or_wrong_is_a_sentence(
+    config: Settings, cloud: Cloud, changed: dict[str, str], code: int, words: str
+) -> None:
+    closed = str(free_port())
+    process = command(config, "node", "list", **{key: text.replace("{port}", closed) for key, text in changed.items()})
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (code, ""), err
+    assert words in err
+    assert len(err.splitlines()) == 1, err
+
+
+def test_the_program_itself(config: Settings, cloud: Cloud) -> None:
+    clone(cloud, "desk-1")
+    process = command(config, "vm", "list", "-f", "json")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert [row["name"] for row in json.loads(out)] == ["desk-1"]
+
+
+# --- accepted
+
+
+def test_no_wait_prints_the_id_of_an_operation_that_is_there(cloud: Cloud, hdcs: Hdcs) -> None:
+    code, out, err = hdcs(
+        "vm", "clone", "mini", "--name", "desk-{:02d}", "--count", "3", "--profile", "tiny", "--no-wait"
+    )
+    assert (code, err) == (0, "")
+    shown = cloud.operations[out.strip()].show()
+    assert shown["kind"] == "vm.clone_many"
+    assert [child["subject"] for child in shown["children"]] == ["desk-01", "desk-02", "desk-03"]
+
+
+def test_the_same_key_is_the_same_operation(cloud: Cloud, hdcs: Hdcs) -> None:
+    words = ("vm", "clone", "mini", "--name", "a", "--profile", "tiny", "--no-wait", "--idempotency-key", "k1")
+    assert hdcs(*words)[1] == hdcs(*words)[1] != ""
+    assert len(cloud.vms.list()) == 1
+
+
+def test_dry_run_tells_and_changes_nothing(cloud: Cloud, hdcs: Hdcs) -> None:
+    words = ("vm", "clone", "mini", "--name", "a-{}", "--count", "2", "--profile", "tiny", "--dry-run")
+    code, out, _ = hdcs(*words)
+    assert code == 0 and [line.split() for line in out.splitlines()[1:]] == [["a-1", "east"], ["a-2", "east"]]
+    assert json.loads(hdcs(*words, "-f", "json")[1])["fits"] is True
+    assert cloud.vms.list() == []
+
+
+def test_op_list_show_and_cancel(cloud: Cloud, hdcs: Hdcs) -> None:
+    clone(cloud, "desk-1")
+    operation = hdcs("vm", "start", "desk-1", "--no-wait", "--reason", "because")[1].strip()
+    live = json.loads(hdcs("op", "list", "--live", "-f", "json")[1])
+    assert [row["id"] for row in live] == [operation]
+    assert live[0]["reason"] == "because"
+    table = hdcs("op", "show", operation[:8])[1]
+    assert "vm.start_on_node" in table and "QUEUE" in table and "because" in table
+    step = json.loads(hdcs("op", "show", operation, "-f", "json")[1])["steps"][0]
+    assert (step["queue"], step["attempt"], step["state"]) == ("east", 1, "published")
+    code, out, _ = hdcs("op", "cancel", operation, "-f", "json")
+    assert code == 0 and json.loads(out)[0]["cancel_asked"] is True
+    assert len(json.loads(hdcs("op", "list", "--vm", "desk-1", "--kind", "vm.start", "-f", "json")[1])) == 1
+    assert json.loads(hdcs("op", "list", "--kind", "vm.stop", "-f", "json")[1]) == []
+
+
+def test_op_show_tells_every_attempt(cloud: Cloud, hdcs: Hdcs) -> None:
+    clone(cloud, "desk-1")
+    operation = hdcs("vm", "start", "desk-1", "--no-wait")[1].strip()
+    answer(cloud, error={"code": "hypervisor_refused", "message": "image is locked"})
+    table = hdcs("op", "show", operation)[1]
+    assert "hypervisor_refused: image is locked" in table and "node1" in table
+    code, out, err = hdcs("op", "watch", operation)
+    assert code == 1 and "failed" in out and "image is locked" in err
+
+
+# --- waiting
+
+
+def test_waiting_for_the_end(cloud: Cloud, hdcs: Hdcs, answering: None) -> None:
+    code, out, err = hdcs("vm", "clone", "mini", "--name", "desk-1", "--profile", "tiny", "--start", "-f", "json")
+    final = json.loads(out)
+    assert code == 0 and final["state"] == "done" and len(final["steps"]) == 2
+    assert "vm.clone desk-1 running" in err and "vm.clone desk-1 done after" in err
+    assert cloud.vms["desk-1"].show()["state"] == "running"
+    code, out, _ = hdcs("vm", "stop", "desk-1")
+    assert code == 0 and out.splitlines()[1].split()[1:4] == ["vm.stop", "desk-1", "done"]
+
+
+def test_watching_a_parent_counts_its_children(cloud: Cloud, hdcs: Hdcs) -> None:
+    clone(cloud, "a", "b")
+    operation = hdcs("vm", "start", "a", "b", "--no-wait", "-f", "json")[1]
+    (parent,) = json.loads(operation)
+    answer(cloud)
+    code, out, err = hdcs("op", "watch", parent["id"])
+    assert code == 0
+    assert [line.split()[2:4] for line in out.splitlines()[1:]] == [["a", "done"], ["b", "done"]]
+    assert "vm.start_many" in err
+
+
+def test_the_wait_may_time_out_and_the_operation_goes_on(cloud: Cloud, hdcs: Hdcs) -> None:
+    clone(cloud, "desk-1")
+    code, out, err = hdcs("vm", "start", "desk-1", "--timeout", "0.3", "-f", "json")
+    view = json.loads(out)
+    assert code == 7 and view["state"] == "running"
+    assert f"hdcs op watch {view['id']}" in err
+    assert cloud.operations[view["id"]].state == "running"
+
+
+def test_ctrl_c_detaches_and_the_operation_goes_on(cloud: Cloud, config: Settings) -> None:
+    clone(cloud, "desk-1")
+    process = command(config, "vm", "start", "desk-1")
+    assert process.stderr is not None
+    assert "vm.start desk-1 running" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    (operation,) = cloud.operations.list(kind="vm.start")
+    assert (process.returncode, out) == (130, "")
+    assert f"hdcs op watch {operation['id']}" in err and f"hdcs op cancel {operation['id']}" in err
+    assert operation["state"] == "running" and not operation["cancel_asked"]
+
+
+def test_a_restart_of_redis_does_not_end_a_wait(tmp_path: Path, own_redis: RedisServer) -> None:
+    config = Settings(redis_url=own_redis.url, database_url=f"sqlite:///{tmp_path}/hdcs.sqlite", state_dir=tmp_path)
+    process = None
+    try:
+        cloud = Cloud.from_settings(config)
+        reservation_sweep(cloud.control)
+        cloud.domain_nodes.create("east")
+        cloud.images.add("mini", "/srv/mini.qcow2")
+        (operation,) = cloud.operations.list(kind="image.add_copy")
+        process = command(config, "op", "watch", operation["id"])
+        assert process.stderr is not None
+        process.stderr.readline()
+        own_redis.stop()
+        assert "looking again" in process.stderr.readline()
+        own_redis.start()
+        answer(cloud, {"sha256": "0" * 64, "virtual_size_bytes": 2**30, "file_bytes": 2**20})
+        out, err = process.communicate(timeout=30)
+        assert process.returncode == 0 and "done" in out, err
+    finally:
+        if process is not None:
+            process.kill()
+            process.wait()
+
+
+# --- many at once
+
+
+def test_a_selector_takes_those_the_command_can_be_given_to(cloud: Cloud, hdcs: Hdcs, answering: None) -> None:
+    clone_now = [("a", "lab", True), ("b", "lab", False), ("c", "other", True)]
+    for name, tag, start in clone_now:
+        words = ["vm", "clone", "mini", "--name", name, "--profile", "tiny", "--tag", tag]
+        assert hdcs(*words, *(["--start"] if start else []))[0] == 0
+    code, out, _ = hdcs("vm", "stop", "--tag", "lab", "-f", "json")
+    assert code == 0 and [view["subject"] for view in json.loads(out)] == ["a"]
+    states = {vm["name"]: vm["state"] for vm in cloud.vms.list()}
+    assert states == {"a": "stopped", "b": "stopped", "c": "running"}
+    code, out, err = hdcs("vm", "stop", "--tag", "lab", "-f", "json")
+    assert (code, out) == (0, "[]\n") and "nothing to do" in err
+    code, out, _ = hdcs("vm", "start", "--home", "east", "-f", "json")
+    (parent,) = json.loads(out)
+    assert code == 0 and [child["subject"] for child in parent["children"]] == ["a", "b"]
+    code, out, err = hdcs("vm", "start", "--all")
+    assert (code, out) == (0, "")
+    code, _, err = hdcs("vm", "delete", "--all")
+    assert code == 2 and "Delete 3 VMs (a, b, c)" in err
+    assert hdcs("vm", "delete", "--all", "-y")[0] == 0
+    assert cloud.vms.list() == []
+
+
+def test_one_refused_does_not_keep_the_others(cloud: Cloud, hdcs: Hdcs, answering: None) -> None:
+    assert hdcs("vm", "clone", "mini", "--name", "a", "--profile", "tiny", "--start")[0] == 0
+    code, out, err = hdcs("vm", "suspend", "a", "nobody", "-f", "json")
+    assert code == 3
+    assert [view["state"] for view in json.loads(out)] == ["done"]
+    assert "1 of 2 failed: nobody" in err
+    assert cloud.vms["a"].show()["state"] == "suspended"

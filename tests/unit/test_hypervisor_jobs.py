@@ -1,0 +1,98 @@
+"""What is concluded from what libvirt says of jobs and guests: pure parts of jobs and migration."""
+
+from __future__ import annotations
+
+import time
+from xml.etree import ElementTree
+
+import pytest
+
+from hdcs_tasks.errors import Cancelled, ClaimLost, HypervisorRefused
+from hdcs_tasks.hypervisor.checkpoints import checkpoint_xml
+from hdcs_tasks.hypervisor.jobs import JobInfo, stop_reason
+from hdcs_tasks.hypervisor.migration import Presence, Whereabouts, _Console, _params
+
+MIB = 1 << 20
+A, R, P, S, U = Presence.ABSENT, Presence.RUNNING, Presence.PAUSED, Presence.SHUTOFF, Presence.UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "busy", "verdict"),
+    [
+        (R, A, False, "source"),
+        (P, A, False, "source"),
+        (R, S, False, "source"),
+        (R, P, True, "source"),
+        (P, P, True, "source"),
+        (R, P, False, "source"),
+        (A, R, False, "target"),
+        (A, P, False, "target"),
+        (S, R, False, "target"),
+        (P, R, False, "target"),
+        (R, R, False, "both"),
+        (P, P, False, "both"),
+        (A, A, False, "neither"),
+        (S, S, False, "neither"),
+        (U, R, False, "unknown"),
+        (A, U, False, "unknown"),
+    ],
+)
+def test_where_the_guest_is(source: Presence, target: Presence, busy: bool, verdict: str) -> None:
+    assert Whereabouts(source, target, busy).verdict == verdict
+
+
+def job(elapsed_s: float = 10, disk: tuple[int, int] = (0, 0), memory: tuple[int, int] = (0, 0)) -> JobInfo:
+    return JobInfo("migration_out", elapsed_s, disk[0] * MIB, disk[1] * MIB, memory[0] * MIB, memory[1] * MIB, 0)
+
+
+def test_progress_of_disk_then_memory() -> None:
+    begun = job(disk=(30, 15), memory=(0, 0))
+    assert (begun.percent, begun.phase, begun.eta_s) == (50, "disk 15/30 MiB", 10)
+    later = job(disk=(30, 30), memory=(90, 30))
+    assert (later.percent, later.phase) == (75, "memory 60/90 MiB")
+    nothing = job()
+    assert (nothing.percent, nothing.eta_s) == (0, None)
+
+
+def test_a_job_that_has_not_begun_does_not_claim_figures() -> None:
+    assert job().phase == "prepare"
+
+
+def test_why_to_stop() -> None:
+    later, past = time.monotonic() + 60, time.monotonic() - 1
+
+    def lost() -> bool:
+        raise ClaimLost("gone")
+
+    assert stop_reason("x", None, later) is None
+    assert stop_reason("x", lambda: False, later) is None
+    assert isinstance(stop_reason("x", lambda: True, past), Cancelled)
+    assert isinstance(stop_reason("x", None, past), HypervisorRefused)
+    with pytest.raises(ClaimLost):
+        stop_reason("x", lost, later)
+
+
+def test_the_console_of_the_target() -> None:
+    xml = (
+        "<domain><devices><graphics type='spice' port='1' autoport='yes' listen='0.0.0.0'>"
+        "<listen type='address' address='0.0.0.0'/></graphics><graphics type='vnc' port='2'/></devices></domain>"
+    )
+    root = ElementTree.fromstring(_Console(7000, "10.0.0.1").apply(xml))
+    spice, vnc = root.findall("./devices/graphics")
+    assert (spice.get("port"), spice.get("autoport"), spice.get("listen")) == ("7000", "no", "10.0.0.1")
+    assert spice.find("listen").get("address") == "10.0.0.1"  # type: ignore[union-attr]
+    assert vnc.get("port") == "2"
+
+
+def test_ipv6_addresses_are_bracketed() -> None:
+    assert _params("fd00::1", None, None) == {"migrate_uri": "tcp://[fd00::1]"}
+    assert _params("10.0.0.1", "spice://x", 5) == {
+        "migrate_uri": "tcp://10.0.0.1", "graphics_uri": "spice://x", "bandwidth": 5,
+    }  # fmt: skip
+
+
+def test_names_in_checkpoints_are_escaped() -> None:
+    root = ElementTree.fromstring(checkpoint_xml("<a>&'\"", others=["vdb"]))
+    assert root.findtext("name") == "<a>&'\""
+    assert [d.get("checkpoint") for d in root.findall("./disks/disk")] == ["bitmap", "no"]
+    assert int(root.findtext("creationTime") or 0) > 0
