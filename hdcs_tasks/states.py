@@ -191,8 +191,8 @@ _TITLES: Mapping[type[StrEnum], tuple[str, StrEnum]] = {
 def document() -> str:
     """The text of docs/states.md: per machine a diagram and a table of its legal moves."""
     parts = [
-        "# States\n\nMade by `python -m hdcs_tasks.states > docs/states.md`; a test compares. A state column is written "
-        "in one place, `hdcs_tasks/store/transitions.py`, by compare-and-set.\n"
+        "# States\n\nMade by `python -m hdcs_tasks.states > docs/states.md`; a test compares. A state column is "
+        "written in one place, `hdcs_tasks/store/transitions.py`, by compare-and-set.\n"
     ]
     for machine, (title, first) in _TITLES.items():
         moves = MACHINES[machine]

@@ -302,8 +302,13 @@ def test_waiting_for_room_costs_no_attempt_and_frees_the_choice_of_node(desk: De
         assert (step.state, step.node) == (StepState.PARKED, None)
         wake_parked(desk.control, "east")
     assert len(desk.step(operation).history) == 1
-    # A lost executor now is the first attempt that counts.
-    desk.run(failing(Unreachable("away")))
+    # A lost executor and an error now are the first attempts that count.
+    desk.messages()
+    step = desk.step(operation)
+    desk.control.reservations.steps.claim(step.id, step.attempt, "dead", "node1", 0.05)
+    time.sleep(0.06)
+    assert recovery_sweep(desk.control)["new_attempt"] == 1
+    desk.run(failing(Unreachable("away")), queue=direct_queue("east", "node1"))
     assert desk.step(operation).state is StepState.PARKED
     desk.due(operation, not_before=ago(1))
     recovery_sweep(desk.control)
