@@ -35,16 +35,20 @@ def export_checkpoints(host: Host, vm_id: str) -> list[str]:
 def redefine_checkpoints(host: Host, vm_id: str, xmls: Sequence[str]) -> None:
     """Put libvirt's records back (parents first), after a start or at the target of a migration.
 
-    Checkpoints it knows already are left alone. Each is checked against the bitmap in the running guest's disk: if
-    one is missing or broken, all are deleted and BackupBroken is raised (the next backup is a full one).
+    Checkpoints it knows already are left alone. A parent that is neither known nor given before is left out: it was
+    dropped after the record was made, and increments need the checkpoint alone. Each is checked against the bitmap
+    in the running guest's disk: if one is missing or broken, all are deleted and BackupBroken is raised (the next
+    backup is a full one).
     """
     guest = host.guest(vm_id)
     known = set(checkpoint_names(guest))
     try:
         for xml in xmls:
-            if _name_of(xml) not in known:
-                with libvirt_errors(f"redefine checkpoint {_name_of(xml)} of guest {vm_id}"):
-                    guest.checkpointCreateXML(xml, _REDEFINE)
+            name = _name_of(xml)
+            if name not in known:
+                with libvirt_errors(f"redefine checkpoint {name} of guest {vm_id}"):
+                    guest.checkpointCreateXML(_without_lost_parent(xml, known), _REDEFINE)
+                known.add(name)
     except BackupBroken:
         delete_all_checkpoints(host, vm_id)
         raise
@@ -124,6 +128,15 @@ def _delete(guest: Any, name: str, flags: int = 0) -> bool:
     except NotFound:
         return False
     return True
+
+
+def _without_lost_parent(xml: str, known: set[str]) -> str:
+    root = ElementTree.fromstring(xml)
+    parent = root.find("parent")
+    if parent is None or parent.findtext("name") in known:
+        return xml
+    root.remove(parent)
+    return ElementTree.tostring(root, encoding="unicode")
 
 
 def _name_of(xml: str) -> str:

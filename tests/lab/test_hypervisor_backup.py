@@ -246,14 +246,17 @@ def test_stopped_vms_by_a_guest_that_never_runs(
 ) -> None:
     desk = own_desk
     desk.write("one", 4)
-    first, _ = Chain(repository, desk, image, "a").take()
+    chain = Chain(repository, desk, image, "a")
+    chain.take()
+    last, _ = chain.take()
+    assert "<name>a-1</name>" in last.checkpoint_xml, "its parent, which is dropped by now"
     desk.write("two", 2)
     guests.stop(desk.host, desk.vm_id)
-    kept = (checkpoints.checkpoint_xml(SEED), first.checkpoint_xml)
-    targets = [repository.partial(desk.vm_id, "a", 2, "inc", "1"), repository.partial(desk.vm_id, "b", 1, "full", "1")]
+    kept = (last.checkpoint_xml,)
+    targets = [repository.partial(desk.vm_id, "a", 3, "inc", "1"), repository.partial(desk.vm_id, "b", 1, "full", "1")]
     inc = backup_stopped(
-        desk.host, desk.vm_id, disk=desk.disk, target=targets[0], checkpoint="a-2", checkpoints=kept,
-        backing=repository.backing(first, desk.vm_id, "a"), incremental_from=first.checkpoint,
+        desk.host, desk.vm_id, disk=desk.disk, target=targets[0], checkpoint="a-3", checkpoints=kept,
+        backing=repository.backing(last, desk.vm_id, "a"), incremental_from=last.checkpoint,
     )  # fmt: skip
     full = backup_stopped(
         desk.host, desk.vm_id, disk=desk.disk, target=targets[1], checkpoint="b-1",
@@ -264,7 +267,7 @@ def test_stopped_vms_by_a_guest_that_never_runs(
     assert inc.bytes < full.bytes
     assert all(disks.compare(target, desk.disk) for target in targets)
     assert desk.host.lookup(desk.vm_id) is None
-    assert bitmaps(desk.disk) == {SEED: True, "a-1": True, "a-2": True, "b-1": True}
+    assert bitmaps(desk.disk) == {SEED: True, "a-2": True, "a-3": True, "b-1": True}
     guests.start(desk.host, desk.spec)
     with open_host(lab, "node2") as other, pytest.raises(Conflict):
         backup_stopped(

@@ -289,6 +289,15 @@ def test_restore_does_not_overwrite(store: Store, tmp_path: Path) -> None:
     assert target.read_bytes() == b"mine"
 
 
+def test_restore_does_not_overwrite_what_came_meanwhile(store: Store, tmp_path: Path) -> None:
+    point = store.take(1)
+    target = tmp_path / "vms" / "d.qcow2"
+    with pytest.raises(Conflict):
+        store.repository.restore(point, target, on_progress=lambda *_: target.write_bytes(b"mine") and None)
+    assert target.read_bytes() == b"mine"
+    assert list(target.parent.iterdir()) == [target]
+
+
 def test_the_seed_marks_the_disks_own_clusters(store: Store, tmp_path: Path) -> None:
     """Read back through QEMU's own NBD server is the lab's part; here: sound, once, and kept names stay."""
     disk = tmp_path / "vms" / "d.qcow2"
