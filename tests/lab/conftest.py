@@ -11,6 +11,7 @@ import pytest
 from deploy.lab import Lab, free_net
 from deploy.lab.golden_image import build
 from hdcs_tasks.errors import Invalid
+from tests.lab.data_center import center  # noqa: F401 - fixture
 from tests.lab.hypervisor_node import hypervisor_lab, hypervisor_session, node  # noqa: F401 - fixtures
 
 
