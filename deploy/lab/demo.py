@@ -68,7 +68,8 @@ class Demo:
         """Time the block and print its line when it has ended."""
         started = time.monotonic()
         made = Step(name, 0.0)
-        yield made
+        with self.console.status(f"{name} …"):  # on a terminal only
+            yield made
         made.seconds = round(time.monotonic() - started, 2)
         self.steps.append(made)
         shown = ", ".join(

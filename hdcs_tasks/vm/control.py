@@ -73,12 +73,12 @@ def view(vm: Vm) -> dict[str, Any]:
     """The VM as callers see it."""
     moments = ("created_at", "started_at", "active_at", "ready_at", "observed_at")
     keys = (
-        "idle_after_s", "id", "name", "home", "server_node", "image_id", "profile", "vcpus", "memory_mib",
-        "disk_bytes", "usb", "mac", "port", "ip", "owner", "tags", "observed_state",
+        "home", "server_node", "image_id", "profile", "vcpus", "memory_mib", "disk_bytes", "usb", "mac", "port", "ip",
+        "owner", "tags", "idle_after_s", "observed_state",
     )  # fmt: skip
     return (
-        {key: getattr(vm, key) for key in keys}
-        | {"state": vm.state.value}
+        {"id": vm.id, "name": vm.name, "state": vm.state.value}
+        | {key: getattr(vm, key) for key in keys}
         | {key: at.isoformat() if (at := getattr(vm, key)) else None for key in moments}
     )
 
