@@ -171,6 +171,8 @@ def _start_child(tx: Tx, vm: Vm, asked: Asked, parent: Operation) -> tuple[Opera
 def add_start_step(tx: Tx, operation: Operation, vm: Vm, *, pin: str | None = None) -> Step:
     saved = vm.state is VmState.SAVED
     move(vm, VmState.STARTING)
+    # Not when it has started: a fast guest's agent may be heard of first.
+    vm.ready_at = None
     spec = {
         "shown": {"vm": vm.name, "pool": vm.home}, "guest": guest_fields(vm), "need": need_of(tx.control, vm),
         "pin": pin, "saved": saved,
@@ -183,7 +185,6 @@ def _started(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -
     vm = vm_of(tx, operation)
     vm.server_node, vm.port, vm.ip = result["node"], result["port"], result["ip"]
     vm.started_at = vm.active_at = now()
-    vm.ready_at = None
     vm.observed_state, vm.observed_at = "running", now()
     leave_via(vm, VmState.STARTING, VmState.RUNNING)
 
