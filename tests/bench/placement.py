@@ -249,8 +249,10 @@ def read_files(options: argparse.Namespace) -> tuple[list[Server], list[Vm]]:
     servers = []
     for i, n in enumerate(nodes):  # names of our own: a file may use any characters
         group = groups.setdefault(str(n.get("group") or ""), f"pool{len(groups)}")
-        vcpus = int(n["vcpus"]) - int(n.get("used_vcpus", 0))
-        servers.append(Server(f"n{i}", group, vcpus, int(n["memory_mib"]) - int(n.get("used_memory_mib", 0))))
+        # Overcommitted already is full, not a debt of the others.
+        vcpus = max(0, int(n["vcpus"]) - int(n.get("used_vcpus", 0)))
+        memory = max(0, int(n["memory_mib"]) - int(n.get("used_memory_mib", 0)))
+        servers.append(Server(f"n{i}", group, vcpus, memory))
     return servers, [(int(r["vcpus"]), int(r["memory_mib"])) for r in requests]
 
 
