@@ -108,7 +108,7 @@ def _is_number(value: Any) -> bool:
 def check_tags(tags: Any) -> tuple[str, ...]:
     """``tags`` without repetition; Invalid unless each is 1 to 63 characters, none of them blank , ; | or a first !"""
     if isinstance(tags, str) or not all(isinstance(tag, str) and _TAG.fullmatch(tag) for tag in tags):
-        raise Invalid(f"{tags!r} are not tags", next="Use 1 to 63 characters each: no blank, none of , ; | and no first !")
+        raise Invalid(f"{tags!r} are not tags", next="Use 1 to 63 characters each: no blank , ; | and no first !")
     return tuple(dict.fromkeys(tags))
 
 

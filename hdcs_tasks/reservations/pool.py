@@ -209,9 +209,7 @@ class Pool:
     def started(self, domain_node: str, node: str, vm: str) -> bool:
         """The VM's start on this node ended: it no longer counts against ``max_starts``. False: it did not count."""
         key = self._link.key
-        gone = self._link.commands(
-            [("ZREM", key("starts", node), vm), ("ZREM", key("starting", domain_node), vm)]
-        )
+        gone = self._link.commands([("ZREM", key("starts", node), vm), ("ZREM", key("starting", domain_node), vm)])
         return any(gone)
 
     # ---- starts, and how full it is
@@ -268,6 +266,11 @@ class Pool:
         """Every claim in the domain node."""
         pairs = self._link.pairs(self._link.do("HGETALL", self._link.key("claims", domain_node)))
         return [claim for vm, text in sorted(pairs.items()) for claim in read_claims(domain_node, vm, text)]
+
+    def claim_counts(self, domain_node: str, vms: Sequence[str]) -> dict[str, int]:
+        """How many claims each of these VMs holds in the domain node."""
+        texts = self._link.commands([("HGET", self._link.key("claims", domain_node), vm) for vm in vms])
+        return {vm: len(read_claims(domain_node, vm, text)) for vm, text in zip(vms, texts, strict=True)}
 
     def claim_of(self, vm: str) -> list[Claim]:
         """What the VM holds, in whatever domain node: none, one, or two while it migrates."""
@@ -342,7 +345,8 @@ def _refused(request: PlaceRequest, answer: Sequence[Any]) -> NoCapacity:
     for row in rows:
         counts[row["why"]] = counts.get(row["why"], 0) + 1
     details = {"vm": request.vm, "domain_node": request.domain_node, "vcpus": request.vcpus,
-               "memory_mib": request.memory_mib, "nodes": rows, "counts": counts, "ports": answer[1]}  # fmt: skip
+               "memory_mib": request.memory_mib, "nodes": rows, "counts": counts, "ports": answer[1],
+               "best": sorted(rows, key=lambda row: -row["free_memory_mib"])[:_NAMED]}  # fmt: skip
     shape = request.label or f"VM {request.vm} ({request.vcpus} vCPU, {request.memory_mib} MiB)"
     if answer[1]:
         why, hint = _POOL_WORDS[answer[1]]

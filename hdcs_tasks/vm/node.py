@@ -102,12 +102,7 @@ def start(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     ctx = run.ctx
     guest = spec["guest"]
     run.progress(10, "choosing a server node")
-    placed = ctx.reservations.pool.place(
-        PlaceRequest(
-            ctx.domain_node, guest["vm_id"], run.step, spec["need"]["vcpus"], spec["need"]["memory_mib"],
-            pin=spec.get("pin"), order=ctx.settings.placement,
-        )
-    )  # fmt: skip
+    placed = ctx.reservations.pool.place(place_request(run, spec, guest["vm_id"], start_s=ctx.settings.boot_slot_s))
     if placed.node != ctx.server_node:
         raise HandOver(placed.node, spec)
     run.progress(40, f"starting on {placed.node}")
@@ -119,8 +114,29 @@ def start(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     except HdcsError:
         _give_back_if_absent(ctx, guest)
         raise
-    ctx.reservations.pool.started(placed.node, guest["vm_id"])
-    return {"node": placed.node, "port": placed.port, "ip": placed.ip}
+    if spec.get("saved"):
+        # It comes back as it was and boots nothing; a booting guest counts until its agent answers.
+        ctx.reservations.pool.started(ctx.domain_node, placed.node, guest["vm_id"])
+    return {"node": placed.node, "port": placed.port, "ip": placed.ip, "decision": decision(run, spec, placed)}
+
+
+def place_request(run: Run, spec: dict[str, Any], vm_id: str, *, start_s: float) -> PlaceRequest:
+    """Layer two's request from a step's spec (vm/control.py: placing_fields)."""
+    return PlaceRequest(
+        run.ctx.domain_node, vm_id, run.step, spec["need"]["vcpus"], spec["need"]["memory_mib"], pin=spec["pin"],
+        exclude=tuple(spec["exclude"]), order=spec["order"], tags=tuple(spec["node_tags"]), start_s=start_s,
+        marks=tuple(spec["marks"]), shuns=tuple(spec["shuns"]), seeks=tuple(spec["seeks"]), label=spec["label"],
+        hint=spec["hint"],
+    )  # fmt: skip
+
+
+def decision(run: Run, spec: dict[str, Any], placed: Placed) -> dict[str, Any]:
+    """What the operation keeps of the choice: counts, and the server nodes that were next in layer two's order."""
+    need, pool = spec["need"], run.ctx.reservations.pool
+    stand = pool.standing(run.ctx.domain_node, need["vcpus"], need["memory_mib"], spec["order"])
+    counts = {"fits": stand.fitting, "too little room": stand.open - stand.fitting, "closed": stand.nodes - stand.open}
+    best = [{"node": node, "free_vcpus": vcpus, "free_memory_mib": mib} for node, vcpus, mib in stand.best]
+    return {"node": placed.node, "order": spec["order"], "counts": counts, "best": best}
 
 
 def _start_here(run: Run, spec: dict[str, Any], placed: Placed) -> None:
