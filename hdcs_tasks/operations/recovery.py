@@ -84,7 +84,7 @@ def _retry_later(tx: Tx, step: Step, error: dict[str, Any]) -> None:
     if waiting and now() < step.deadline_at:
         # Nothing was touched: any server node may try next.
         step.node = None
-        if error["code"] == NoCapacity.code and "need" in step.spec:
+        if error["code"] == NoCapacity.code:
             _wait_for_room(tx, step, error)
             return
         tx.park(step, 2.0 if error["code"] == "rebuild_pending" else 10.0, f"waits: {error['message']}")
@@ -96,7 +96,7 @@ def _retry_later(tx: Tx, step: Step, error: dict[str, Any]) -> None:
 
 def _wait_for_room(tx: Tx, step: Step, error: dict[str, Any]) -> None:
     """Wait in line until freed capacity wakes the step (pool/waiting.py), at most until its deadline; unless its
-    feature knows another way at once."""
+    feature knows another way at once. What layer two does not place is tried again now and then."""
     operation = step.operation
     operation.decision = {key: error["details"][key] for key in KEPT_OF_REFUSAL if key in error.get("details", {})}
     other_way = ON_NO_ROOM.get(step.name)
@@ -104,7 +104,9 @@ def _wait_for_room(tx: Tx, step: Step, error: dict[str, Any]) -> None:
         step.ended_at = now()
         move(step, StepState.FAILED)
         return
-    tx.park(step, (step.deadline_at - now()).total_seconds(), f"waits for room: {error['message']}")
+    placed = "need" in step.spec
+    delay_s = (step.deadline_at - now()).total_seconds() if placed else 10.0
+    tx.park(step, delay_s, f"waits for room: {error['message']}")
 
 
 def recovery_sweep(control: Control) -> dict[str, int]:

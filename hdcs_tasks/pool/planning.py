@@ -70,11 +70,6 @@ def next_in_line(candidate: Candidate, waiters: Iterable[Waiter], settings: Capa
     return [p.key for p in planned if p.node is not None]
 
 
-def eta_s(place: int, done_in_window: int, window_s: float) -> float | None:
-    """When the VM at this place in the line is through, by the rate of late; None: nothing to go by."""
-    return None if done_in_window < 1 else place * window_s / done_in_window
-
-
 # ---- explaining
 
 

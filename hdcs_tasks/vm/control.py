@@ -141,15 +141,21 @@ def start(control: Control, name: str, asked: Asked, *, pin: str | None = None) 
         if (same := tx.same_request(asked)) is not None:
             return same
         vm = get_vm(tx.session, name)
-        _check_given(vm, "start", given_in("start"))
-        if pin is not None and get_server_node(tx.session, pin).domain_node != vm.home:
-            raise WrongState(
-                f"server node {pin} is not of {vm.home}, where VM {vm.name} lives",
-                next=f"Migrate it first: hdcs vm migrate {vm.name} …",
-            )
+        check_given(vm, "start")
+        if pin is not None:
+            check_pin(tx.session, vm, pin)
         operation = tx.open("vm.start", asked=asked, vm=vm, request={"was": vm.state.value, "pin": pin})
         add_start_step(tx, operation, vm, pin=pin)
         return operation
+
+
+def check_pin(session: Session, vm: Vm, pin: str) -> None:
+    """WrongState unless server node ``pin`` is of the VM's home."""
+    if get_server_node(session, pin).domain_node != vm.home:
+        raise WrongState(
+            f"server node {pin} is not of {vm.home}, where VM {vm.name} lives",
+            next=f"Migrate it first: hdcs vm migrate {vm.name} …",
+        )
 
 
 def start_many(control: Control, names: Sequence[str], asked: Asked) -> Operation:
@@ -172,7 +178,7 @@ def _start_child(tx: Tx, vm: Vm, asked: Asked, parent: Operation) -> tuple[Opera
     """One VM of a bulk start; where it cannot start, the child that is to fail, and why."""
     request = {"was": vm.state.value}
     try:
-        _check_given(vm, "start", frozenset({VmState.STOPPED, VmState.SAVED}))
+        check_given(vm, "start")
         child = tx.open("vm.start", asked=asked, vm=vm, parent=parent, request=request)
     except (WrongState, Conflict) as error:
         return tx.open("vm.start", asked=asked, subject=vm.name, parent=parent, request=request), error
@@ -238,12 +244,11 @@ def command(
 
     A forced stop supersedes what is in its way.
     """
-    what = COMMANDS[verb]
     with control.transaction() as tx:
         if (same := tx.same_request(asked)) is not None:
             return same
         vm = get_vm(tx.session, name)
-        _check_given(vm, verb, what.given_in)
+        check_given(vm, verb)
         if vm.server_node is not None:
             _check_reachable(tx.session, vm)
         supersede = verb == "stop" and force
@@ -258,8 +263,9 @@ def _same_command(live: Operation, kind: str) -> bool:
     return live.kind == kind and bool(live.request.get("force")) and not live.cancel_asked
 
 
-def _check_given(vm: Vm, verb: str, given_in: frozenset[VmState]) -> None:
-    if vm.state not in given_in:
+def check_given(vm: Vm, verb: str) -> None:
+    """WrongState unless ``verb`` may be given to the VM as it is."""
+    if vm.state not in given_in(verb):
         raise WrongState(f"VM {vm.name} is {vm.state}: it cannot {verb}", next=wrong_state_hint(verb, vm.state))
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from sqlalchemy.orm import Session
+
 from hdcs_tasks.errors import HdcsError, Invalid, OutcomeUnknown, Rejected, WrongState, from_dict
 from hdcs_tasks.operations.control import Asked, Control, Tx, on_done, on_failed, on_start
 from hdcs_tasks.pool.control import IN_POOL, get_server_node
@@ -25,22 +27,25 @@ def migrate(control: Control, name: str, asked: Asked, *, to: str | None = None,
         if (same := tx.same_request(asked)) is not None:
             return same
         vm = get_vm(tx.session, name)
-        if vm.state is not VmState.RUNNING or vm.server_node is None:
-            raise WrongState(
-                f"VM {vm.name} is {vm.state}: it cannot migrate", next=wrong_state_hint("migrate", vm.state)
-            )
-        if to is not None:
-            _check_target(tx, vm, to)
+        check_migrate(tx.session, vm, to)
         return tx.open("vm.migrate", asked=asked, vm=vm, request={"to": to, "live": live, "source": vm.server_node})
 
 
-def _check_target(tx: Tx, vm: Vm, to: str) -> None:
-    if tx.session.get(DomainNode, to) is not None:
+def check_migrate(session: Session, vm: Vm, to: str | None) -> None:
+    """WrongState, Rejected or Invalid unless the VM may move to server node ``to`` (None: any of its home)."""
+    if vm.state is not VmState.RUNNING or vm.server_node is None:
+        raise WrongState(f"VM {vm.name} is {vm.state}: it cannot migrate", next=wrong_state_hint("migrate", vm.state))
+    if to is not None:
+        _check_target(session, vm, to)
+
+
+def _check_target(session: Session, vm: Vm, to: str) -> None:
+    if session.get(DomainNode, to) is not None:
         raise Rejected(
             f"VM {vm.name} cannot move to domain node {to}: only moves inside a domain node are built so far",
             next=f"Name a server node of {vm.home}: hdcs node list",
         )
-    node = get_server_node(tx.session, to)
+    node = get_server_node(session, to)
     if node.domain_node != vm.home:
         raise Invalid(f"server node {to} is of {node.domain_node}, VM {vm.name} of {vm.home}", next="hdcs node list")
     if node.name == vm.server_node:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hdcs_tasks.errors import BackupBroken, ClaimLost, HdcsError, NotFound
+from hdcs_tasks.errors import BackupBroken, ClaimLost, HdcsError, NoCapacity, NotFound
 from hdcs_tasks.hypervisor import disks, guests, networks, storage
 from hdcs_tasks.hypervisor.checkpoints import SEED, redefine_checkpoints
 from hdcs_tasks.hypervisor.connection import Host
@@ -51,6 +51,7 @@ def clone(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
             next=f"Bring it here: hdcs image add {spec['image']} FILE --domain-node {run.ctx.domain_node}",
         )
     target = place.disk(spec["vm_id"])
+    _check_space(run.ctx)
     run.check()
     target.parent.mkdir(mode=0o711, exist_ok=True)
     try:
@@ -62,6 +63,19 @@ def clone(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
         remove_folder(target.parent)
         raise
     return {"node": run.ctx.server_node, "disk": str(target)}
+
+
+SPACE_LEFT_BYTES = 64 * 1024 * 1024
+
+
+def _check_space(ctx: NodeContext) -> None:
+    """A storage that is full pauses every guest on it: the last bytes are theirs."""
+    _, free = storage.disk_usage(ctx.settings.storage_root)
+    if free < SPACE_LEFT_BYTES:
+        raise NoCapacity(
+            f"storage of domain node {ctx.domain_node} is full: {free} bytes are free",
+            next="Delete VMs or images, or add storage",
+        )
 
 
 def image_path(place: storage.StorageLayout, name: str, version: int) -> Path:
