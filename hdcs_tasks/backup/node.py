@@ -11,6 +11,7 @@ from typing import Any
 from hdcs_tasks.errors import BackupBroken, HdcsError, NotFound
 from hdcs_tasks.hypervisor import backup as guest_backup
 from hdcs_tasks.hypervisor import guests, storage
+from hdcs_tasks.hypervisor.bitmaps import ensure_seed
 from hdcs_tasks.hypervisor.checkpoints import delete_checkpoint, keep_checkpoints
 from hdcs_tasks.hypervisor.locks import vm_lock
 from hdcs_tasks.hypervisor.manifests import BaseImage, Kind, Point
@@ -60,11 +61,11 @@ def _write(run: Run, spec: dict[str, Any], layout: storage.StorageLayout, reposi
     below = parent or base
     backing = repository.backing(below, spec["vm_id"], spec["chain"]) if below is not None else None
     partial = repository.partial(spec["vm_id"], spec["chain"], spec["seq"], kind, f"{run.attempt}")
-    partial.unlink(missing_ok=True)
     checkpoint = f"hdcs-{spec['point']}"
+    _discard_earlier(run, spec["vm_id"], partial, checkpoint)
     run.progress(5, "copying")
+    made = _copy(run, spec, layout, partial, checkpoint, backing)  # cleans up after itself
     try:
-        made = _copy(run, spec, layout, partial, checkpoint, backing)
         run.check()
         draft = Point(
             id=spec["point"], vm_id=spec["vm_id"], chain=spec["chain"], seq=spec["seq"], kind=kind,
@@ -74,11 +75,17 @@ def _write(run: Run, spec: dict[str, Any], layout: storage.StorageLayout, reposi
         published = repository.publish(partial, draft, on_progress=_part(run, 80, 100), cancelled=run.cancelled)
     except HdcsError:
         partial.unlink(missing_ok=True)
-        if guests.info(run.ctx.host(), spec["vm_id"]) is not None:
-            delete_checkpoint(run.ctx.host(), spec["vm_id"], checkpoint)
+        delete_checkpoint(run.ctx.host(), spec["vm_id"], checkpoint)
         raise
     _keep(run, layout, spec["vm_id"], published)
     return published
+
+
+def _discard_earlier(run: Run, vm_id: str, partial: Path, checkpoint: str) -> None:
+    """What attempts of this point left when their worker died: frozen file systems, a job, a file, a checkpoint."""
+    point = partial.name.split(".")[1]
+    for left in {partial, *partial.parent.glob(f".{point}.*{partial.suffix}")}:
+        guest_backup.discard_left_behind(run.ctx.host(), vm_id, left, checkpoint)
 
 
 def _copy(
@@ -93,6 +100,7 @@ def _copy(
             incremental_from=spec["parent_checkpoint"], on_progress=_part(run, 5, 80), cancelled=run.cancelled,
             deadline_s=run.ctx.settings.step_deadline_s,
         )  # fmt: skip
+    ensure_seed(layout.disk(vm_id), keep=[spec["parent_checkpoint"] or ""])
     return guest_backup.backup_stopped(
         host, vm_id, disk=layout.disk(vm_id), target=partial, checkpoint=checkpoint, backing=backing,
         incremental_from=spec["parent_checkpoint"], checkpoints=tuple(_kept(layout, vm_id)),

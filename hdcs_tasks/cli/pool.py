@@ -13,6 +13,11 @@ from hdcs_tasks.cli import output
 from hdcs_tasks.cli.options import Face, format_option, pass_face
 from hdcs_tasks.errors import Invalid, NoCapacity
 
+CAPACITY = (
+    output.Column("domain_node", "domain node", lambda name: name or "all"),
+    output.Column("server_node", "server node", lambda name: name or "all"), output.Column("vms"),
+    output.Column("n_plus_one", "n+1"), output.Column("limit"),
+)  # fmt: skip
 EVENTS = (output.column("at", "at"), output.Column("kind"), output.Column("subject"), output.Column("message"))
 
 
@@ -77,10 +82,6 @@ def capacity(
         output.print_rows(_capacity_rows(found), CAPACITY, form)
     if n_plus_one and profile is not None and not found["n_plus_one"]:
         raise NoCapacity(f"no VM of profile {profile} fits with a server node kept free", next="Add a server node")
-
-
-CAPACITY = (*output.columns("domain_node", "server_node", "vms"), output.Column("n_plus_one", "n+1"),
-            output.Column("limit"))  # fmt: skip
 
 
 def _mix(file: Path) -> dict[str, int]:

@@ -43,18 +43,26 @@ def make_engine(url: str) -> Engine:
 _RACED = frozenset({"40001", "40P01"})
 
 
+def _first_line(error: DBAPIError) -> str:
+    return str(error.orig).partition("\n")[0].strip()
+
+
 def unreachable(error: DBAPIError) -> Unreachable:
-    return Unreachable(f"the database does not answer: {error.orig}", next="Check HDCS_DATABASE_URL and: hdcs doctor")
+    return Unreachable(
+        f"the database does not answer: {_first_line(error)}", next="Check HDCS_DATABASE_URL and: hdcs doctor"
+    )
 
 
 def _translated(error: DBAPIError) -> Exception:
     """The driver's exception as ours; an IntegrityError stays: only the use case knows what it means."""
     if getattr(error.orig, "sqlstate", None) in _RACED:
-        return Conflict(f"the database undid one of two changes at once: {error.orig}", next="Try again")
+        return Conflict(f"the database undid one of two changes at once: {_first_line(error)}", next="Try again")
     if isinstance(error, OperationalError) or error.connection_invalidated:
         return unreachable(error)
     if isinstance(error, DataError):
-        return Invalid(f"a value does not fit into the record: {error.orig}", next="Use a shorter or smaller value")
+        return Invalid(
+            f"a value does not fit into the record: {_first_line(error)}", next="Use a shorter or smaller value"
+        )
     return error
 
 

@@ -17,8 +17,7 @@ from hdcs_tasks.routing import direct_queue
 from hdcs_tasks.states import VmState
 from hdcs_tasks.store.models import DomainNode, Operation, ServerNode, Step, Vm, now
 from hdcs_tasks.store.transitions import move
-from hdcs_tasks.vm.control import get_vm, leave_via, placing_fields, vm_of, wake_others
-from hdcs_tasks.vm.rules import wrong_state_hint
+from hdcs_tasks.vm.control import check_given, get_vm, leave_via, placing_fields, vm_of, wake_others
 
 
 def migrate(control: Control, name: str, asked: Asked, *, to: str | None = None, live: bool = True) -> Operation:
@@ -27,16 +26,15 @@ def migrate(control: Control, name: str, asked: Asked, *, to: str | None = None,
         if (same := tx.same_request(asked)) is not None:
             return same
         vm = get_vm(tx.session, name)
-        check_migrate(tx.session, vm, to)
+        check_migrate(tx, vm, to)
         return tx.open("vm.migrate", asked=asked, vm=vm, request={"to": to, "live": live, "source": vm.server_node})
 
 
-def check_migrate(session: Session, vm: Vm, to: str | None) -> None:
-    """WrongState, Rejected or Invalid unless the VM may move to server node ``to`` (None: any of its home)."""
-    if vm.state is not VmState.RUNNING or vm.server_node is None:
-        raise WrongState(f"VM {vm.name} is {vm.state}: it cannot migrate", next=wrong_state_hint("migrate", vm.state))
+def check_migrate(tx: Tx, vm: Vm, to: str | None) -> None:
+    """WrongState, Conflict, Rejected or Invalid unless the VM may move to server node ``to`` (None: any of its home)."""
+    check_given(tx, vm, "migrate")
     if to is not None:
-        _check_target(session, vm, to)
+        _check_target(tx.session, vm, to)
 
 
 def _check_target(session: Session, vm: Vm, to: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from hdcs_tasks.errors import NoCapacity
-from hdcs_tasks.operations.control import Control
+from hdcs_tasks.operations.control import Control, Tx
 from hdcs_tasks.pool import planning
 from hdcs_tasks.pool.control import get_domain_node
 from hdcs_tasks.pool.rooms import candidate, vm_shape, vm_terms
@@ -25,9 +25,10 @@ def plan_start(control: Control, names: Sequence[str], *, pin: str | None = None
     tells it, with every server node. What does not fit would wait in line: ``server_node`` is None.
     """
     with control.store.read() as session:
+        tx = Tx(session, control, [])
         vms = [get_vm(session, name) for name in dict.fromkeys(names)]
         for vm in vms:
-            check_given(vm, "start")
+            check_given(tx, vm, "start")
             if pin is not None:
                 check_pin(session, vm, pin)
         rooms = _rooms(control, session, vms)
@@ -44,7 +45,7 @@ def plan_migrate(control: Control, name: str, *, to: str | None = None) -> dict[
     """What ``migrate`` would do; the form of ``plan_start``'s answer."""
     with control.store.read() as session:
         vm = get_vm(session, name)
-        check_migrate(session, vm, to)
+        check_migrate(Tx(session, control, []), vm, to)
         room = _rooms(control, session, [vm])[vm.home]
     terms = vm_terms(vm, pin=to, exclude=[vm.server_node or ""], pinned=False, start=False)
     planned, _ = planning.plan(room, [planning.Waiter(vm.id, vm_shape(vm), terms)], control.settings.capacity)

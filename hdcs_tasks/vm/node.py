@@ -14,6 +14,7 @@ from typing import Any
 
 from hdcs_tasks.errors import BackupBroken, ClaimLost, HdcsError, NoCapacity, NotFound
 from hdcs_tasks.hypervisor import disks, guests, networks, storage
+from hdcs_tasks.hypervisor.bitmaps import ensure_seed
 from hdcs_tasks.hypervisor.checkpoints import SEED, redefine_checkpoints
 from hdcs_tasks.hypervisor.connection import Host
 from hdcs_tasks.hypervisor.locks import vm_lock
@@ -27,6 +28,7 @@ log = logger(__name__)
 
 LOCK_WAIT_S = 10.0
 CHECKPOINTS = "checkpoints.json"
+OPEN = "open"
 
 
 def layout(ctx: NodeContext) -> storage.StorageLayout:
@@ -161,8 +163,19 @@ def _start_here(run: Run, spec: dict[str, Any], placed: Placed) -> None:
     saved = saved_memory(place, guest["vm_id"]) if spec.get("saved") else None
     wanted = _guest_spec(run, guest, place, placed)
     run.check()
+    if guests.info(host, guest["vm_id"]) is None:
+        _mend_bitmaps(place, guest["vm_id"])
     guests.start(host, wanted, saved=saved)
     restore_checkpoints(host, place, guest["vm_id"])
+
+
+def _mend_bitmaps(place: storage.StorageLayout, vm_id: str) -> None:
+    """A killed QEMU leaves its disk's bitmaps broken; ``OPEN`` tells that the last one did not end in order."""
+    mark = place.vm_dir(vm_id) / OPEN
+    if mark.exists():
+        ensure_seed(place.disk(vm_id))
+    else:
+        mark.touch()
 
 
 def _guest_spec(run: Run, guest: dict[str, Any], place: storage.StorageLayout, placed: Placed) -> GuestSpec:
@@ -207,8 +220,14 @@ def stop(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     with lock(ctx, spec["vm_id"]):
         run.check()
         ran = guests.stop(ctx.host(), spec["vm_id"], force=spec["force"], timeout_s=spec["timeout_s"])
+        if ran:
+            _ended_in_order(ctx, spec["vm_id"])
         release(ctx, spec["vm_id"], spec["mac"])
     return {"node": ctx.server_node, "ran": ran}
+
+
+def _ended_in_order(ctx: NodeContext, vm_id: str) -> None:
+    (layout(ctx).vm_dir(vm_id) / OPEN).unlink(missing_ok=True)
 
 
 def suspend(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
@@ -239,6 +258,7 @@ def save(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     with lock(ctx, spec["vm_id"]):
         run.check()
         guests.save(ctx.host(), spec["vm_id"], target)
+        _ended_in_order(ctx, spec["vm_id"])
         release(ctx, spec["vm_id"], spec["mac"])
     return {"node": ctx.server_node, "bytes": target.stat().st_size}
 
