@@ -31,7 +31,7 @@ def migrate(control: Control, name: str, asked: Asked, *, to: str | None = None,
 
 
 def check_migrate(tx: Tx, vm: Vm, to: str | None) -> None:
-    """WrongState, Conflict, Rejected or Invalid unless the VM may move to server node ``to`` (None: any of its home)."""
+    """WrongState, Conflict, Rejected or Invalid unless the VM may move to ``to`` (None: anywhere in its home)."""
     check_given(tx, vm, "migrate")
     if to is not None:
         _check_target(tx.session, vm, to)
