@@ -77,8 +77,12 @@ def test_what_if_and_mix() -> None:
     counted = capacity_rules.count(without, shape, Terms(), BARE)
     assert (counted.vms, counted.n_plus_one) == (4, 2)
     assert counted.nodes["new-node-1"] == (2, "vcpus")
-    mix = capacity_rules.count_mix([pool], [("small", Shape(1, 128), 2), ("large", Shape(1, 512), 1)], BARE)
-    assert (mix.rounds, mix.vms, mix.stopped_by) == (2, 6, "large")
+    mix = [("small", Shape(1, 128), 2), ("large", Shape(1, 512), 1)]
+    # As the pool would be filled: spreading breaks the room a second large one needs, packing keeps it.
+    spread = capacity_rules.count_mix([pool], mix, BARE)
+    pack = capacity_rules.count_mix([replace(pool, order="pack")], mix, BARE)
+    assert (spread.rounds, spread.vms, spread.stopped_by) == (1, 3, "large")
+    assert (pack.rounds, pack.vms, pack.stopped_by) == (2, 6, "large")
 
 
 def test_the_line_takes_the_oldest_that_fit() -> None:
