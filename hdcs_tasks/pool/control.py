@@ -5,13 +5,13 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import secrets
-import time
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from hdcs_tasks.clock import now_s
 from hdcs_tasks.errors import Conflict, NotFound, Rejected, WrongState
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.control import Control, Tx
@@ -117,10 +117,10 @@ def _check_proof(domain_node: DomainNode, request: JoinRequest) -> None:
             f"{domain_node.name}",
             next=f"Make a new one (hdcs domain token {domain_node.name}) and put it into HDCS_JOIN_TOKEN_FILE",
         )
-    if abs(time.time() - request.at) > PROOF_AGE_S:
+    if abs(now_s() - request.at) > PROOF_AGE_S:
         raise Rejected(
             f"server node {request.server_node} was refused: its clock differs by "
-            f"{abs(time.time() - request.at):.0f} s from the control plane's",
+            f"{abs(now_s() - request.at):.0f} s from the control plane's",
             next="Synchronise the clocks (chrony or systemd-timesyncd), then start the node again",
         )
 

@@ -7,11 +7,11 @@ epoch closed → ask every living server node what runs on it → all answered, 
 from __future__ import annotations
 
 import json
-import time
 from typing import Any
 
 from sqlalchemy import select
 
+from hdcs_tasks.clock import now_s
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.control import Control
 from hdcs_tasks.operations.sending import broadcast
@@ -55,12 +55,12 @@ def _reports(control: Control, run_id: str, nodes: list[ServerNode]) -> tuple[di
     """Reports of this Redis's life so far, asking anew each time, and how long we have waited (s)."""
     kept = control.reservations.notes.read(f"rebuild:{run_id}")
     if "asked_at" not in kept:
-        control.reservations.notes.write(f"rebuild:{run_id}", "asked_at", str(time.time()), ttl_s=600)
-        kept["asked_at"] = str(time.time())
+        control.reservations.notes.write(f"rebuild:{run_id}", "asked_at", str(now_s()), ttl_s=600)
+        kept["asked_at"] = str(now_s())
     reports = {name: json.loads(text) for name, text in kept.items() if name != "asked_at"}
     silent = [quick_queue(node.domain_node, node.name) for node in nodes if node.name not in reports]
     broadcast(control.celery, REPORT_TASK, {"run_id": run_id}, silent, expires_s=5)
-    return reports, time.time() - float(kept["asked_at"])
+    return reports, now_s() - float(kept["asked_at"])
 
 
 def take_report(control: Control, report: dict[str, Any]) -> None:

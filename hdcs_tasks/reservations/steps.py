@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable, Sequence
 
+from hdcs_tasks.clock import random_hex
 from hdcs_tasks.reservations.link import Call, Link, Value, check_token
 from hdcs_tasks.reservations.model import Check, ClaimAnswer, StepStatus
 
@@ -27,14 +27,12 @@ class Steps:
 
         ``node``: the server node it was claimed on before, kept for whoever looks; the queue decides who gets it.
         """
-        nonce = secrets.token_hex(8)
+        nonce = random_hex(8)
         return bool(self._link.call("step_issue", self._keys(step), attempt, nonce, node or "", KEY_TTL_S))
 
     def issue_many(self, attempts: Iterable[tuple[str, int]]) -> list[bool]:
         """``issue`` for each (step, attempt), pipelined."""
-        calls: list[Call] = [
-            (self._keys(step), (attempt, secrets.token_hex(8), "", KEY_TTL_S)) for step, attempt in attempts
-        ]
+        calls: list[Call] = [(self._keys(step), (attempt, random_hex(8), "", KEY_TTL_S)) for step, attempt in attempts]
         return [bool(answer) for answer in self._link.call_many("step_issue", calls)]
 
     def claim(self, step: str, attempt: int, holder: str, node: str, ttl_s: float) -> ClaimAnswer:
