@@ -208,9 +208,11 @@ class Tx:
 
     def lock_operation(self, operation: Operation) -> None:
         """Lock parent, then operation: everybody in this order, else two that settle would deadlock on PostgreSQL."""
+        self.session.flush()
         for key in (operation.parent_id, operation.id):
             if key is not None:
-                self.session.get(Operation, key, with_for_update=ROW_LOCK)
+                # Read anew: what was read before the lock may have changed while waiting for it.
+                self.session.get(Operation, key, with_for_update=ROW_LOCK, populate_existing=True)
 
     def lock_step(self, step_id: str) -> Step | None:
         """The step, locked with the operations above it and read anew; None where there is none."""
@@ -218,7 +220,7 @@ class Tx:
         if step is None:
             return None
         self.lock_operation(step.operation)
-        return self.session.get(Step, step_id, with_for_update=ROW_LOCK)
+        return self.session.get(Step, step_id, with_for_update=ROW_LOCK, populate_existing=True)
 
     def step(
         self, operation: Operation, name: str, queue: str, spec: dict[str, Any], *, node: str | None = None
@@ -313,10 +315,12 @@ class Tx:
             self.fail(operation, error)
 
     def _child_ended(self, parent_id: str) -> None:
-        parent = self.session.get(Operation, parent_id, with_for_update=ROW_LOCK)
+        self.session.flush()
+        parent = self.session.get(Operation, parent_id, with_for_update=ROW_LOCK, populate_existing=True)
         if parent is None or parent.state not in OPERATION_LIVE:
             return
-        children = list(self.session.scalars(select(Operation).where(Operation.parent_id == parent_id)))
+        siblings = select(Operation).where(Operation.parent_id == parent_id).order_by(Operation.created_at)
+        children = list(self.session.scalars(siblings.execution_options(populate_existing=True)))
         ended = [child for child in children if child.state not in OPERATION_LIVE]
         parent.percent = bulk_percent([100.0 if child in ended else child.percent for child in children])
         parent.phase = f"{len(ended)} of {len(children)}"
