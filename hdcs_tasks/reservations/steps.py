@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from hdcs_tasks.clock import random_hex
-from hdcs_tasks.reservations.link import Call, Link, Value, check_token
+from hdcs_tasks.reservations.link import Link, check_token
 from hdcs_tasks.reservations.model import Check, ClaimAnswer, StepStatus
+from hdcs_tasks.reservations.scripts import Call, Value
 
 KEY_TTL_S = 7 * 24 * 3600
 _FIELDS = ("attempt", "holder", "node", "done", "cancel", "percent", "phase", "eta_s")
