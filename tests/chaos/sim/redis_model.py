@@ -91,8 +91,6 @@ class RedisModel:
         answer = self.command(name, [text_of(word) for word in words[1:]])
         if name == "HGETALL":
             return dict(zip(answer[::2], answer[1::2], strict=True))
-        if name == "INFO":
-            return dict(line.split(":", 1) for line in answer.split("\r\n") if ":" in line)
         return answer
 
     def command(self, name: str, words: list[str]) -> Any:
@@ -186,7 +184,7 @@ class RedisModel:
         return [str(now // 1000), str(now % 1000 * 1000)]
 
     def _info(self, w: list[str]) -> str:
-        return f"# Server\r\nrun_id:{self.run_id}\r\n"
+        return f"# Server\r\nredis_version:7.0.15\r\nrun_id:{self.run_id}\r\n"
 
     # --- hashes
 
@@ -393,17 +391,30 @@ class ModelClient:
     """What ``Reservations`` asks of a client. ``gate`` is asked before each round trip and may raise or wait."""
 
     def __init__(self, server: RedisModel, gate: Callable[[Words], bool] | None = None) -> None:
-        """``gate(words)``: True to have the command run twice, as a client does whose first answer was lost."""
+        """``gate(words)``: True to have the commands run twice, as a client does whose first answer was lost."""
         self.server = server
-        self._gate = gate
+        self.gate = gate
+        self.connection_pool = self
 
     def get_connection_kwargs(self) -> dict[str, Any]:
         return {"decode_responses": True}
 
+    def get_connection(self) -> ModelConnection:
+        return ModelConnection(self)
+
+    def release(self, connection: ModelConnection) -> None:
+        return None
+
+    def asked(self, words: Words) -> bool:
+        return self.gate is not None and self.gate(words)
+
     def execute_command(self, *words: Any) -> Any:
-        if self._gate is not None and self._gate(words):
+        if self.asked(words):
             self.server.run(*words)
-        return self.server.run(*words)
+        answer = self.server.run(*words)
+        if words[0] == "INFO":
+            return dict(line.split(":", 1) for line in answer.splitlines() if ":" in line)
+        return answer
 
     def pipeline(self, transaction: bool = True) -> _Pipeline:
         return _Pipeline(self)
@@ -413,8 +424,8 @@ class ModelClient:
 
     def through(self, commands: list[Words], raise_on_error: bool) -> list[Any]:
         """One round trip of many commands."""
-        if self._gate is not None:
-            self._gate(("PIPELINE", *(words[1] for words in commands[:1] if len(words) > 1)))
+        if commands:
+            self.asked(commands[0])
         answers: list[Any] = []
         for words in commands:
             try:
@@ -424,6 +435,48 @@ class ModelClient:
                     raise
                 answers.append(error)
         return answers
+
+
+class ModelConnection:
+    """A connection as ``reservations.scripts`` uses one. It ends with the server's process."""
+
+    def __init__(self, client: ModelClient) -> None:
+        self._client = client
+        self._answers: deque[Any] = deque()
+        self._run_id: str | None = None
+        self.retry = self
+
+    def call_with_retry(self, do: Callable[[], Any], fail: Callable[[Exception], Any]) -> Any:
+        return do()
+
+    def disconnect(self) -> None:
+        self._answers.clear()
+
+    def pack_commands(self, commands: Sequence[Words]) -> Sequence[Words]:
+        return commands
+
+    def send_packed_command(self, commands: Sequence[Words]) -> None:
+        twice = self._client.asked(commands[0])
+        server = self._client.server
+        if self._run_id not in (None, server.run_id):
+            raise redis.ConnectionError("the server closed the connection")
+        self._run_id = server.run_id
+        for _ in range(2 if twice else 1):
+            self._answers.clear()
+            for words in commands:
+                try:
+                    self._answers.append(server.run(*words))
+                except redis.RedisError as error:
+                    self._answers.append(error)
+
+    def send_command(self, *words: Any, check_health: bool = True) -> None:
+        self.send_packed_command([words])
+
+    def read_response(self) -> Any:
+        answer = self._answers.popleft()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
 
 class _Pipeline:
