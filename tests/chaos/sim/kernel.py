@@ -68,6 +68,7 @@ class Actor:
     kind: str
     greenlet: greenlet
     facts: dict[str, object] = field(default_factory=dict)
+    ended: Callable[[], None] | None = None
     locked: int = 0
     """How many transactions it is in: while it is in one it does not give way (one writer at a time)."""
 
@@ -106,6 +107,9 @@ class Kernel(Clock):
 
     def now_s(self) -> float:
         return self.time
+
+    def now_ms(self) -> int:
+        return int(self.time * 1000)
 
     def monotonic_s(self) -> float:
         return self.time - START_S
@@ -173,7 +177,7 @@ class Kernel(Clock):
                     self.at(0.0, ended)
 
         made = greenlet(body, parent=self._main)
-        actor = Actor(process, name, kind, made)
+        actor = Actor(process, name, kind, made, ended=ended)
         self.actors[made] = actor
         self.at(0.0, lambda: self._resume(actor))
         return actor
@@ -190,11 +194,19 @@ class Kernel(Clock):
         if actor.greenlet.dead:
             return
         if not actor.process.alive:
-            actor.greenlet.throw(Crashed)
+            self._bury(actor)
         elif actor.process.frozen_until > self.time:
             self.at(actor.process.frozen_until - self.time, lambda: self._resume(actor))
         else:
             actor.greenlet.switch()
+
+    def _bury(self, actor: Actor) -> None:
+        if actor.greenlet.gr_frame is not None:
+            actor.greenlet.throw(Crashed)
+            return
+        # It had not begun.
+        if self.actors.pop(actor.greenlet, None) is not None and actor.ended is not None:
+            self.at(0.0, actor.ended)
 
     def kill(self, process: Process) -> None:
         """End a process and what belongs to it, at once."""
