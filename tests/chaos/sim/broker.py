@@ -73,7 +73,7 @@ class Broker:
         """Give what waits to workers with a free slot, chosen by chance."""
         if not self.up:
             return
-        for key in self.redis.scan("q:*"):
+        for key in [key for key in self.redis.keys if key.startswith("q:")]:
             queue = key[2:]
             while self._has(key) and (free := [w for w in self.workers if self._free(w, queue)]):
                 worker = free[0] if len(free) == 1 else self.kernel.rng.choice(free)

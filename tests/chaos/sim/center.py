@@ -68,7 +68,7 @@ SWEEPS: dict[str, tuple[str, Callable[[Control], Any]]] = {
 def settings(folder: Path, domain_node: str = "", server_node: str = "", ip: str = "") -> Settings:
     return Settings(
         redis_url="redis://127.0.0.1:1/0", database_url="sqlite://", key_prefix="hdcs:", lease_ttl_s=10, sweep_s=5,
-        sample_s=10, step_deadline_s=300, attempts_max=5, park_deadline_s=60, dhcp_lease_s=120, port_cooling_s=30,
+        sample_s=20, step_deadline_s=300, attempts_max=5, park_deadline_s=60, dhcp_lease_s=120, port_cooling_s=30,
         subnet_prefix=28, ports_per_domain_node=40, domain_node=domain_node, server_node=server_node,
         server_node_ip=ip, storage_root=folder / "storage" / (domain_node or "none"),
         state_dir=folder / "state" / (server_node or "control"), virt_type="qemu", log_level="ERROR",
@@ -313,11 +313,32 @@ class Center:
 
     def _beat(self, task: str, period_s: float, delay_s: float) -> None:
         def tick() -> None:
-            if self.broker.up:
+            if self.broker.up and self._has_work(task):
                 self.broker.put(task, {"period_s": period_s}, CONTROL, max(period_s, 1.0))
             self._beat(task, period_s, period_s)
 
         self.kernel.at(delay_s, tick)
+
+    def _has_work(self, task: str) -> bool:
+        """Whether a sweep could find anything: one that cannot is left out, it costs and shows nothing."""
+        if task == "operations.recovery_sweep":
+            return self.live_operations() > 0
+        if task == "pool.lease_sweep":
+            return any(self.redis.run("GET", f"hdcs:lease:node:{name}") is None for name in self.nodes)
+        if task == "pool.reservation_sweep":
+            open_ = self.redis.run("GET", "hdcs:epoch:run_id") == self.redis.run_id
+            return not open_ or self.kernel.rng.random() < 0.1
+        return True
+
+    def live_operations(self) -> int:
+        """How many operations have not ended, or wait for one that has."""
+        query = "SELECT count(*) FROM operation WHERE state IN ('queued', 'running') OR waits_for IS NOT NULL"
+        return int(self.ground.live.execute(query).fetchone()[0])
+
+    def sweep(self) -> None:
+        """Every sweep at once, beside those of beat."""
+        for task in SWEEPS:
+            self.broker.put(task, {"period_s": 0.001}, CONTROL, 60)
 
     def start_control(self, name: str) -> None:
         process = self.controls[name] = Process(name)

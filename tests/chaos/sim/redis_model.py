@@ -66,6 +66,7 @@ class RedisModel:
         self.run_id = other.run_id
         self.keys = {key: value if isinstance(value, str) else value.copy() for key, value in other.keys.items()}
         self.ends = dict(other.ends)
+        self._lua.known = set(other._lua.known)
 
     def _put(self, key: str, value: Any, end: int | None) -> None:
         if value is None:
