@@ -15,8 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from greenlet import GreenletExit, getcurrent, greenlet
+from kombu.exceptions import OperationalError
 
 from hdcs_tasks.clock import Clock
+from hdcs_tasks.errors import HdcsError
 
 START_S = 1_800_000_000.0
 STEP_S = 0.25
@@ -184,10 +186,8 @@ class Kernel(Clock):
 
     def _unforeseen(self, name: str, error: Exception) -> None:
         """A Celery task that raises is logged and gone; ours may, but only with an error of ours or of the broker."""
-        from hdcs_tasks.errors import HdcsError
-
         self.tell(f"{name} raised {type(error).__name__}: {str(error)[:160]}")
-        if not isinstance(error, HdcsError | ConnectionError):
+        if not isinstance(error, HdcsError | ConnectionError | OperationalError):
             self.violated("unforeseen error", f"{name}: {type(error).__name__}: {str(error)[:300]}")
 
     def _resume(self, actor: Actor) -> None:
