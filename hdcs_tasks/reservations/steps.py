@@ -28,12 +28,13 @@ class Steps:
 
         ``node``: the server node it was claimed on before, kept for whoever looks; the queue decides who gets it.
         """
-        nonce = random_hex(8)
-        return bool(self._link.call("step_issue", self._keys(step), attempt, nonce, node or "", KEY_TTL_S))
+        return self.issue_many([(step, attempt, node or "")])[0]
 
-    def issue_many(self, attempts: Iterable[tuple[str, int]]) -> list[bool]:
-        """``issue`` for each (step, attempt), pipelined."""
-        calls: list[Call] = [(self._keys(step), (attempt, random_hex(8), "", KEY_TTL_S)) for step, attempt in attempts]
+    def issue_many(self, attempts: Iterable[tuple[str, int, str]]) -> list[bool]:
+        """``issue`` for each (step, attempt, server node or ''), pipelined."""
+        calls: list[Call] = [
+            (self._keys(step), (attempt, random_hex(8), node, KEY_TTL_S)) for step, attempt, node in attempts
+        ]
         return [bool(answer) for answer in self._link.call_many("step_issue", calls)]
 
     def claim(self, step: str, attempt: int, holder: str, node: str, ttl_s: float) -> ClaimAnswer:
