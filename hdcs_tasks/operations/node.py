@@ -105,6 +105,10 @@ class Run:
         """Whether long work should stop: cancelled, or the claim was lost. For callbacks; cheap."""
         return self._cancel or self._lost
 
+    def is_cancelled(self) -> bool:
+        """Whether the step is to be undone: somebody asked for that, and the claim is still ours."""
+        return self._cancel and not self._lost
+
     def progress(self, percent: float, phase: str, eta_s: float | None = None) -> None:
         """Tell how far the step is; at most about twice a second reaches Redis and Flower."""
         at, last, old_phase = self._sent

@@ -117,11 +117,25 @@ class SimCelery:
         self._broker = broker
         self._process = process
         self.producer_pool = self
+        self._held: list[tuple[str, dict[str, Any], str, Any]] = []
 
     @contextmanager
     def acquire(self, block: bool = True, timeout: float | None = None) -> Iterator[SimCelery]:
         self._check()
         yield self
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Messages leave together at the end of the block: all or none, and who sent them may not learn which."""
+        held: list[tuple[str, dict[str, Any], str, Any]] = []
+        self._held = held
+        yield
+        broker = self._broker
+        broker.kernel.point(f"send {held[0][0] if held else 'nothing'}")
+        self._check()
+        for name, message, queue, expires in held:
+            broker.put(name, message, queue, expires)
+        broker.kernel.point("sent")
 
     def _check(self) -> None:
         if not self._broker.reachable(self._process):
@@ -129,9 +143,7 @@ class SimCelery:
 
     def send_task(self, name: str, *, kwargs: dict[str, Any], queue: Any, expires: Any = None, **_: Any) -> None:
         target = queue if isinstance(queue, str) else queue.name
-        self._broker.kernel.point(f"send {name}")
-        self._check()
         spec = kwargs.get("spec") or {}
         shown = " ".join(f"{k}={v}" for k, v in spec.get("shown", {}).items())
         self._broker.kernel.tell(f"{self._process.name} sends {name} {shown} to {target}")
-        self._broker.put(name, kwargs, target, expires)
+        self._held.append((name, json.loads(json.dumps(kwargs)), target, expires))

@@ -324,7 +324,8 @@ class Center:
         if task == "operations.recovery_sweep":
             return self.live_operations() > 0
         if task == "pool.lease_sweep":
-            return any(self.redis.run("GET", f"hdcs:lease:node:{name}") is None for name in self.nodes)
+            lost = self.ground.live.execute("SELECT count(*) FROM server_node WHERE state = 'lost'").fetchone()[0]
+            return lost or any(self.redis.run("GET", f"hdcs:lease:node:{name}") is None for name in self.nodes)
         if task == "pool.reservation_sweep":
             open_ = self.redis.run("GET", "hdcs:epoch:run_id") == self.redis.run_id
             return not open_ or self.kernel.rng.random() < 0.1

@@ -28,7 +28,6 @@ from hdcs_tasks.hypervisor.spec import GuestInfo, GuestSpec
 from tests.chaos.sim.kernel import Actor, Kernel
 
 JOB_LOCK_S = 30.0
-TARGET_BUSY = "Failed to get \"write\" lock"
 
 
 @dataclass
@@ -60,6 +59,7 @@ class HostModel:
     def power_off(self) -> None:
         """Every guest dies with its host; definitions and the network's hosts are files and stay."""
         self.powered = self.up = False
+        self.dhcp.clear()  # hosts are added live
         for guest in self.guests.values():
             guest.state, guest.job = "shutoff", ""
 
@@ -282,9 +282,10 @@ class World:
 
     def add_dhcp_host(self, host: HostModel, network: str, mac: str, ip: str, name: str = "") -> bool:
         self._change(host, "add DHCP host for", mac)
-        other = next((m for m, i in host.dhcp.items() if i == ip and m != mac), None)
-        if other is not None:
-            self.kernel.violated("address given twice", f"{ip} on {host.name}: {mac} and {other}")
+        for other in [m for m, i in host.dhcp.items() if i == ip and m != mac]:
+            del host.dhcp[other]  # stale, unless its guest runs
+            if any(guest.active and guest.spec.mac == other for guest in host.guests.values()):
+                self.kernel.violated("address given twice", f"{ip} on {host.name}: {mac} and {other}")
         host.dhcp[mac] = ip
         return True
 
@@ -317,7 +318,7 @@ class World:
         held = self.by_state_dir[state_dir].locks
         self.kernel.point("lock")
         if not self.kernel.wait_for(lambda: vm_id not in held, timeout_s):
-            raise Conflict(f"VM {vm_id} is being worked on by another process of this server node")
+            raise Unavailable(f"VM {vm_id} is being worked on by another process of this server node")
         held.add(vm_id)
         try:
             yield
