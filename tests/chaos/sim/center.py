@@ -22,7 +22,7 @@ from hdcs_tasks.operations.sending import send
 from hdcs_tasks.operations.spool import Spool
 from hdcs_tasks.pool import control as pool_control
 from hdcs_tasks.pool import node as pool_node
-from hdcs_tasks.pool import rebuild
+from hdcs_tasks.pool import rebuild, tidy
 from hdcs_tasks.pool.identity import instance_id
 from hdcs_tasks.pool.proof import JoinRequest
 from hdcs_tasks.reservations import Reservations
@@ -61,6 +61,7 @@ SWEEPS: dict[str, tuple[str, Callable[[Control], Any]]] = {
     "operations.recovery_sweep": ("recovery", recovery.recovery_sweep),
     "pool.lease_sweep": ("leases", pool_control.lease_sweep),
     "pool.reservation_sweep": ("reservations", rebuild.reservation_sweep),
+    "pool.tidy_sweep": ("tidy", tidy.tidy_sweep),
     "monitor.sample_sweep": ("monitor", monitor_control.sample_sweep),
 }
 
@@ -308,7 +309,7 @@ class Center:
             node.start()
         config = self.ground.control_settings
         for at, task in enumerate(SWEEPS):
-            period = config.sample_s if task.startswith("monitor") else config.sweep_s
+            period = config.sweep_s * (4 if task.startswith(("monitor", "pool.tidy")) else 1)
             self._beat(task, period, 0.5 + at)
 
     def _beat(self, task: str, period_s: float, delay_s: float) -> None:
@@ -353,7 +354,7 @@ class Center:
         elif name in SWEEPS:
             slot, sweep = SWEEPS[name]
             answer = recovery.sweep_once(control, slot, message["period_s"], sweep)
-            if answer not in (None, "open", [], 3) and not (isinstance(answer, dict) and not _acted(answer)):
+            if answer not in (None, "open", [], 3, 0) and not (isinstance(answer, dict) and not _acted(answer)):
                 self.kernel.tell(f"{name}: {answer}")
         elif name == "pool.join":
             pool_control.join(control, JoinRequest(**message["request"]))

@@ -196,7 +196,7 @@ class Kernel(Clock):
         if not actor.process.alive:
             self._bury(actor)
         elif actor.process.frozen_until > self.time:
-            self.at(actor.process.frozen_until - self.time, lambda: self._resume(actor))
+            self.at(min(1.0, actor.process.frozen_until - self.time), lambda: self._resume(actor))
         else:
             actor.greenlet.switch()
 
@@ -261,7 +261,7 @@ class Kernel(Clock):
         seconds = self.rng.choice((3.0, 12.0, 25.0, 50.0))
         self.fault("stopped past its lease" if seconds > 10 else "stopped", f"{actor.name} {seconds:g} s at {where}")
         actor.process.freeze(self.time + seconds)
-        self.sleep(seconds)
+        self.sleep(0.001)
 
     # --- what is seen
 

@@ -22,7 +22,9 @@ SHOWN = 50
 
 
 def _quiet() -> None:
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL), cache_logger_on_first_use=False)
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL), cache_logger_on_first_use=False
+    )
     logging.disable(logging.CRITICAL)
     gc.freeze()
     gc.set_threshold(100_000, 20, 20)
