@@ -152,6 +152,9 @@ MACHINES: Mapping[type[StrEnum], Mapping[StrEnum, frozenset[StrEnum]]] = {
 
 OPERATION_LIVE = frozenset({OperationState.QUEUED, OperationState.RUNNING})
 STEP_LIVE = frozenset({StepState.PENDING, StepState.PUBLISHED, StepState.PARKED})
+VM_RESTS = frozenset(
+    {VmState.STOPPED, VmState.RUNNING, VmState.SUSPENDED, VmState.SAVED, VmState.DELETED, VmState.FAILED}
+)
 VM_HOLDS_GUEST = frozenset(
     {
         VmState.STARTING, VmState.RUNNING, VmState.STOPPING, VmState.SUSPENDING, VmState.SUSPENDED, VmState.RESUMING,

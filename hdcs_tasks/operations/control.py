@@ -130,6 +130,15 @@ def _guarded(action: Callable[[], object], if_it_fails: str) -> None:
         log.warning(if_it_fails, error=repr(error))
 
 
+def busy(blocking: Operation) -> Conflict:
+    """A VM's one live operation is in the way of another."""
+    return Conflict(
+        f"VM {blocking.subject} is busy: operation {blocking.id} ({blocking.kind}, {blocking.phase})",
+        next=f"Wait for it (hdcs op watch {blocking.id}) or cancel it (hdcs op cancel {blocking.id})",
+        details={"operation": blocking.id},
+    )
+
+
 class Tx:
     """A use case's transaction: the session, and what is to happen after the commit."""
 
@@ -170,11 +179,7 @@ class Tx:
         """
         blocking = self._in_the_way(vm, supersede) if vm is not None else None
         if blocking is not None and not supersede:
-            raise Conflict(
-                f"VM {vm.name if vm else ''} is busy: operation {blocking.id} ({blocking.kind}, {blocking.phase})",
-                next=f"Wait for it (hdcs op watch {blocking.id}) or cancel it (hdcs op cancel {blocking.id})",
-                details={"operation": blocking.id},
-            )
+            raise busy(blocking)
         operation = Operation(
             kind=kind, state=OperationState.QUEUED, subject=subject or (vm.name if vm else ""),
             vm_id=vm.id if vm else None, live_vm=vm.id if vm and not blocking else None,

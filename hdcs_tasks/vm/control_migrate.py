@@ -14,8 +14,7 @@ from hdcs_tasks.routing import direct_queue
 from hdcs_tasks.states import VmState
 from hdcs_tasks.store.models import DomainNode, Operation, ServerNode, Step, Vm, now
 from hdcs_tasks.store.transitions import move
-from hdcs_tasks.vm.control import get_vm, leave_via, need_of, vm_of
-from hdcs_tasks.vm.rules import wrong_state_hint
+from hdcs_tasks.vm.control import check_given, get_vm, leave_via, need_of, vm_of
 
 
 def migrate(control: Control, name: str, asked: Asked, *, to: str | None = None, live: bool = True) -> Operation:
@@ -24,10 +23,7 @@ def migrate(control: Control, name: str, asked: Asked, *, to: str | None = None,
         if (same := tx.same_request(asked)) is not None:
             return same
         vm = get_vm(tx.session, name)
-        if vm.state is not VmState.RUNNING or vm.server_node is None:
-            raise WrongState(
-                f"VM {vm.name} is {vm.state}: it cannot migrate", next=wrong_state_hint("migrate", vm.state)
-            )
+        check_given(tx, vm, "migrate")
         if to is not None:
             _check_target(tx, vm, to)
         return tx.open("vm.migrate", asked=asked, vm=vm, request={"to": to, "live": live, "source": vm.server_node})
