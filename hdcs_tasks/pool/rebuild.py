@@ -19,7 +19,7 @@ from hdcs_tasks.pool.control import IN_POOL, pool_node_of
 from hdcs_tasks.pool.rules import memory_need_mib
 from hdcs_tasks.reservations import Claim, PoolSnapshot, Snapshot
 from hdcs_tasks.routing import quick_queue
-from hdcs_tasks.states import VM_HOLDS_GUEST, ServerNodeState
+from hdcs_tasks.states import VmState
 from hdcs_tasks.store.models import DomainNode, ServerNode, Vm
 
 log = logger(__name__)
@@ -90,22 +90,51 @@ def _pool_snapshot(
         for vm_id, seen in _held(node, homed, reports).items():
             vm = homed[vm_id]
             port = ports.setdefault(vm_id, seen.get("console_port") or 0) or vm.port or 0
-            need = memory_need_mib(vm.memory_mib, vm.vcpus, 1, control.settings.capacity)
-            claims.append(Claim(row.name, vm_id, node.name, vm.vcpus, need, port, seen.get("ip") or "", ""))
+            ip = seen.get("ip") or (vm.ip if vm.server_node == node.name else None) or ""
+            claims.append(Claim(row.name, vm_id, node.name, vm.vcpus, _need_mib(control, vm), port, ip, ""))
+    claims += _in_transit(control, row.name, homed, claims, ports)
     return PoolSnapshot(
         row.port_first, row.port_last, tuple(pool_node_of(n) for n in here if n.state in IN_POOL), tuple(claims),
         {vm: port for vm, port in ports.items() if port}, {vm.id: vm.disk_bytes for vm in homed.values()},
     )  # fmt: skip
 
 
+def _need_mib(control: Control, vm: Vm) -> int:
+    return memory_need_mib(vm.memory_mib, vm.vcpus, 1, control.settings.capacity)
+
+
 def _held(node: ServerNode, homed: dict[str, Vm], reports: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What this server node holds: what it reported, or for a silent node what the record says."""
+    """What this server node holds: what it reported, or for a silent one (its guests run on, also where its worker
+    left in order) what the record says."""
     report = reports.get(node.name)
     if report is not None:
         return {g["vm_id"]: g for g in report["guests"] if g["vm_id"] in homed}
-    if node.state is ServerNodeState.LEFT:
-        return {}
     return {
-        vm.id: {"ip": vm.ip, "console_port": vm.port}
-        for vm in homed.values() if vm.server_node == node.name and vm.state in VM_HOLDS_GUEST
+        vm.id: {"ip": vm.ip, "console_port": vm.port} for vm in homed.values() if vm.server_node == node.name
     }  # fmt: skip
+
+
+def _in_transit(
+    control: Control, domain_node: str, homed: dict[str, Vm], claims: list[Claim], ports: dict[str, int]
+) -> list[Claim]:
+    """Claims that Redis still has of VMs that are just starting or moving: their guest may be seen only later.
+
+    Where Redis was emptied there are none, and no executor of before can go on either (its step is gone).
+    """
+    held = {(claim.vm, claim.node) for claim in claims}
+    ips = {claim.ip for claim in claims if claim.ip}
+    kept = []
+    for claim in control.reservations.pool.claims(domain_node):
+        vm = homed.get(claim.vm)
+        moving = vm is not None and vm.state in (VmState.STARTING, VmState.MIGRATING)
+        if not moving or (claim.vm, claim.node) in held or claim.ip in ips:
+            continue
+        if claim.port and ports.get(claim.vm, claim.port) != claim.port:
+            continue
+        if claim.port and claim.vm not in ports and claim.port in ports.values():
+            continue
+        if claim.port:
+            ports[claim.vm] = claim.port
+        ips.add(claim.ip)
+        kept.append(claim)
+    return kept

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hdcs_tasks.errors import BackupBroken, ClaimLost, HdcsError, NotFound
+from hdcs_tasks.errors import BackupBroken, ClaimLost, HdcsError, NotFound, OutcomeUnknown
 from hdcs_tasks.hypervisor import disks, guests, networks, storage
 from hdcs_tasks.hypervisor.bitmaps import ensure_seed
 from hdcs_tasks.hypervisor.checkpoints import SEED, redefine_checkpoints
@@ -118,8 +118,8 @@ def start(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
             _start_here(run, spec, placed)
     except ClaimLost:
         raise  # a newer attempt observes and settles; the claim on capacity stays with the VM
-    except HdcsError:
-        _give_back_if_absent(ctx, guest)
+    except Exception as error:  # whatever it was: what was claimed is given back, or known to be in doubt
+        _give_back_if_absent(ctx, guest, error)
         raise
     ctx.reservations.pool.started(placed.node, guest["vm_id"])
     return {"node": placed.node, "port": placed.port, "ip": placed.ip}
@@ -169,11 +169,20 @@ def restore_checkpoints(host: Host, place: storage.StorageLayout, vm_id: str) ->
         log.warning("backup chain broken; the next backup is a full one", vm=vm_id, error=str(error))
 
 
-def _give_back_if_absent(ctx: NodeContext, guest: dict[str, Any]) -> None:
-    """After a failed start: whatever was claimed is free again, once the guest is seen not to run here."""
-    seen = guests.info(ctx.host(), guest["vm_id"])
-    if seen is None or not seen.active:
-        release(ctx, guest["vm_id"], guest["mac"])
+def _give_back_if_absent(ctx: NodeContext, guest: dict[str, Any], error: Exception) -> None:
+    """After a failed start: whatever was claimed is free again, once the guest is seen not to run here.
+
+    OutcomeUnknown when that cannot be seen: the claim stays, and whoever observes this node next decides.
+    """
+    try:
+        seen = guests.info(ctx.host(), guest["vm_id"])
+        if seen is None or not seen.active:
+            release(ctx, guest["vm_id"], guest["mac"])
+    except HdcsError as unseen:
+        raise OutcomeUnknown(
+            f"the start of VM {guest['name']} failed ({error}), and what it left cannot be seen: {unseen.message}",
+            next=f"Observe server node {ctx.server_node} before starting it again",
+        ) from error
 
 
 def release(ctx: NodeContext, vm_id: str, mac: str) -> None:

@@ -11,6 +11,9 @@ import importlib.util
 import json
 import sys
 
+from hdcs_tasks.config import Settings
+from hdcs_tasks.logs import configure_logging
+
 KINDS = {"real": "in the lab: real libvirt, QEMU, Redis, workers", "sim": "in a simulation with a virtual clock"}
 
 
@@ -23,6 +26,7 @@ def main() -> int:
         if importlib.util.find_spec(f"tests.chaos.{kind}") is not None:
             importlib.import_module(f"tests.chaos.{kind}").add_arguments(sub)
     options = parser.parse_args()
+    configure_logging(Settings(log_format="console"))  # to stderr: stdout is for the JSON alone
     found = importlib.import_module(f"tests.chaos.{options.kind}").run(options)
     if options.json:
         print(json.dumps(found, indent=1))

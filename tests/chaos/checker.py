@@ -38,11 +38,10 @@ def check(center: Center, acknowledged: dict[str, str]) -> list[Violation]:
     ]
 
 
-def unsettled(control: Control) -> list[OperationFact]:
-    """Operations that have not ended, by anybody."""
+def unsettled(control: Control) -> list[str]:
+    """Ids of operations that have not ended, by anybody."""
     with control.store.read() as session:
-        ids = session.execute(select(Operation.id, Operation.kind).where(Operation.ended_at.is_(None))).all()
-    return operation_facts(control, {row[0]: row[1] for row in ids})
+        return list(session.scalars(select(Operation.id).where(Operation.ended_at.is_(None))))
 
 
 def operation_facts(control: Control, acknowledged: dict[str, str]) -> list[OperationFact]:

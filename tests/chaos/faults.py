@@ -23,6 +23,8 @@ from hdcs_tasks.states import StepState
 from hdcs_tasks.store.models import Step
 
 RESTART_S = 1.0
+WATCH_EVERY_S = 0.05
+WATCH_ROUNDS = 200
 
 
 @dataclass(frozen=True)
@@ -96,18 +98,25 @@ class Faults:
     # --- the faults
 
     def kill_pool_child(self) -> str:
-        held = self._held()
-        node = self.dice.choice(sorted({h[2] for h in held})) if held else self.dice.choice(self.center.lab.nodes)
-        working = {h[3] for h in held if h[2] == node}
-        children = [pid for pid in self._programs(node) if _is_pool_child(pid)]
-        chosen = [pid for pid in children if _inner_pid(pid) in working] or children[:1]
-        if not chosen:
-            return f"{node} has no pool child right now"
-        self._interrupt("kill_pool_child", node, {_inner_pid(chosen[0])})
-        _kill(chosen[0], signal.SIGKILL)
-        return f"{node}, at work: {_inner_pid(chosen[0]) in working}"
+        """One that is in the middle of a step, if one is within some seconds."""
+        for _ in range(WATCH_ROUNDS):
+            for _, _, node, inner in self._held():
+                found = [pid for pid in self._programs(node) if _inner_pid(pid) == inner and _is_pool_child(pid)]
+                if found:
+                    self._interrupt("kill_pool_child", node, {inner})
+                    _kill(found[0], signal.SIGKILL)
+                    return f"{node}, at work"
+            time.sleep(WATCH_EVERY_S)
+        node = self.dice.choice(self.center.lab.nodes)
+        idle = [pid for pid in self._programs(node) if _is_pool_child(pid)]
+        _kill(idle[0], signal.SIGKILL) if idle else None
+        return f"{node}, idle"
 
     def kill_node_worker(self) -> str:
+        for _ in range(WATCH_ROUNDS):
+            if self._held():
+                break
+            time.sleep(WATCH_EVERY_S)
         node = self._node()
         pids = self._programs(node)
         self._interrupt("kill_node_worker", node)

@@ -122,7 +122,7 @@ class Run:
         self.tell(f"quiet after {quiet_s:.1f} s, {len(left)} operations left")
         return quiet_s
 
-    def _unsettled(self) -> list[Any]:
+    def _unsettled(self) -> list[str]:
         return checker.unsettled(self.center.cloud.control)
 
     def judge(self, when: str) -> None:
@@ -184,13 +184,14 @@ class Run:
 
     def report(self, quiet_s: float) -> dict[str, Any]:
         settings = self.center.cloud.control.settings
-        recovered = [s for one in self.faults.interrupted if (s := self._recovered_s(one)) is not None]
+        samples = [(one.fault, s) for one in self.faults.interrupted if (s := self._recovered_s(one)) is not None]
+        recovered = [seconds for _, seconds in samples]
         bound = settings.lease_ttl_s + settings.sweep_s + 5
         return {
             "operations": len(self.ledger.acknowledged), "faults": self.faults.counts, "violations": self.violations,
             "recovery_s": {
                 "p50": round(statistics.median(recovered), 2) if recovered else None,
-                "max": round(max(recovered), 2) if recovered else None, "bound": bound, "samples": len(recovered),
+                "max": round(max(recovered), 2) if recovered else None, "bound": bound, "samples": [[fault, round(seconds, 2)] for fault, seconds in samples],
             },
             "quiet_s": round(quiet_s, 1), "asked": dict(sorted(self.ledger.verbs.items())),
             "ended": dict(sorted(self.ledger.ended.items())), "refused": dict(sorted(self.ledger.refused.items())),

@@ -113,13 +113,13 @@ class Worker(threading.Thread):
             return operation
         return None
 
-    def by_task(self, name: str, **kwargs: Any) -> Ask:
+    def by_task(self, task: str, /, **kwargs: Any) -> Ask:
         """The same request as a plain Celery caller makes it: no result is no acknowledgement."""
 
         def ask(key: str) -> Operation:
             celery = self.cloud.control.celery
             result = celery.send_task(
-                name, kwargs=kwargs, queue="control", task_id=key, ignore_result=False, retry=False
+                task, kwargs=kwargs, queue="control", task_id=key, ignore_result=False, retry=False
             )
             answer = unwrap(result.get(timeout=8))
             return Operation(self.cloud.control, answer["id"])
