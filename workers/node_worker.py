@@ -9,6 +9,7 @@ from typing import Any
 
 from celery import bootsteps
 from celery.signals import worker_process_init
+from celery.worker import state
 
 import hdcs_tasks.backup.node_tasks
 import hdcs_tasks.image.node_tasks
@@ -47,6 +48,7 @@ class Membership:
     def join_until_taken(self) -> None:
         """Join before any work is taken. A refusal ends the process with its reason; silence is waited out."""
         while not self._stop.is_set():
+            state.maybe_shutdown()
             try:
                 pool_node.join(node_context())
                 joined_file(settings()).touch()
@@ -124,6 +126,7 @@ class JoinedStep(bootsteps.StartStopStep):
 
     def start(self, worker: Any) -> None:
         while not joined_file(settings()).exists():
+            state.maybe_shutdown()  # nobody else looks before the consumer runs
             time.sleep(JOINED_POLL_S)
 
 

@@ -187,11 +187,12 @@ class Run:
         samples = [(one.fault, s) for one in self.faults.interrupted if (s := self._recovered_s(one)) is not None]
         recovered = [seconds for _, seconds in samples]
         bound = settings.lease_ttl_s + settings.sweep_s + 5
+        shown = [[fault, round(seconds, 2)] for fault, seconds in samples]
         return {
             "operations": len(self.ledger.acknowledged), "faults": self.faults.counts, "violations": self.violations,
             "recovery_s": {
                 "p50": round(statistics.median(recovered), 2) if recovered else None,
-                "max": round(max(recovered), 2) if recovered else None, "bound": bound, "samples": [[fault, round(seconds, 2)] for fault, seconds in samples],
+                "max": round(max(recovered), 2) if recovered else None, "bound": bound, "samples": shown,
             },
             "quiet_s": round(quiet_s, 1), "asked": dict(sorted(self.ledger.verbs.items())),
             "ended": dict(sorted(self.ledger.ended.items())), "refused": dict(sorted(self.ledger.refused.items())),
