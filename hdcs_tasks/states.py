@@ -84,7 +84,7 @@ _VM: Mapping[StrEnum, frozenset[StrEnum]] = {
     ),
     _V.STOPPING: frozenset({_V.STOPPED, _V.RUNNING, _V.SUSPENDED, _V.FAILED, _V.DELETING}),
     _V.SUSPENDING: frozenset({_V.SUSPENDED, _V.RUNNING, _V.STOPPED, _V.FAILED, _V.STOPPING, _V.DELETING}),
-    _V.SUSPENDED: frozenset({_V.RESUMING, _V.STOPPING, _V.DELETING, _V.RUNNING, _V.STOPPED, _V.MIGRATING}),
+    _V.SUSPENDED: frozenset({_V.RESUMING, _V.SAVING, _V.STOPPING, _V.DELETING, _V.RUNNING, _V.STOPPED, _V.MIGRATING}),
     _V.RESUMING: frozenset({_V.RUNNING, _V.SUSPENDED, _V.STOPPED, _V.FAILED, _V.STOPPING, _V.DELETING}),
     _V.REBOOTING: frozenset({_V.RUNNING, _V.STOPPED, _V.FAILED, _V.STOPPING, _V.DELETING}),
     _V.SAVING: frozenset({_V.SAVED, _V.RUNNING, _V.SUSPENDED, _V.STOPPED, _V.FAILED, _V.STOPPING, _V.DELETING}),
@@ -152,6 +152,9 @@ MACHINES: Mapping[type[StrEnum], Mapping[StrEnum, frozenset[StrEnum]]] = {
 
 OPERATION_LIVE = frozenset({OperationState.QUEUED, OperationState.RUNNING})
 STEP_LIVE = frozenset({StepState.PENDING, StepState.PUBLISHED, StepState.PARKED})
+VM_RESTS = frozenset(
+    {VmState.STOPPED, VmState.RUNNING, VmState.SUSPENDED, VmState.SAVED, VmState.DELETED, VmState.FAILED}
+)
 VM_HOLDS_GUEST = frozenset(
     {
         VmState.STARTING, VmState.RUNNING, VmState.STOPPING, VmState.SUSPENDING, VmState.SUSPENDED, VmState.RESUMING,
@@ -172,3 +175,41 @@ def check(old: StrEnum, new: StrEnum, subject: str) -> None:
             f"{subject} is {old} and cannot become {new}",
             next="Wait for the operation that holds it, or look at it with: hdcs op list",
         )
+
+
+# --- the picture of all this: docs/states.md
+
+_TITLES: Mapping[type[StrEnum], tuple[str, StrEnum]] = {
+    VmState: ("VM", VmState.CREATING),
+    OperationState: ("Operation", OperationState.QUEUED),
+    StepState: ("Step of an operation", StepState.PENDING),
+    ServerNodeState: ("Server node", ServerNodeState.UP),
+    ImageState: ("Image copy", ImageState.ADDING),
+    BackupState: ("Backup", BackupState.CREATING),
+}
+
+
+def document() -> str:
+    """The text of docs/states.md: per machine a diagram and a table of its legal moves."""
+    parts = [
+        "# States\n\nMade by `python -m hdcs_tasks.states > docs/states.md`; a test compares. A state column is "
+        "written in one place, `hdcs_tasks/store/transitions.py`, by compare-and-set.\n"
+    ]
+    for machine, (title, first) in _TITLES.items():
+        moves = MACHINES[machine]
+        edges = [f"    [*] --> {first}"]
+        rows = []
+        for old in machine:
+            new = [state for state in machine if state in moves[old]]
+            edges += [f"    {old} --> {state}" for state in new] or [f"    {old} --> [*]"]
+            rows.append(f"| {old} | {', '.join(new) or 'an end'} |")
+        diagram = "\n".join(edges)
+        table = "\n".join(rows)
+        parts.append(
+            f"## {title}\n\n```mermaid\nstateDiagram-v2\n{diagram}\n```\n\n| from | to |\n| --- | --- |\n{table}\n"
+        )
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    print(document(), end="")

@@ -15,9 +15,9 @@ from hdcs_tasks.pool.control import get_domain_node
 from hdcs_tasks.states import BackupState, ImageState, VmState
 from hdcs_tasks.store.models import Backup, Image, Operation, Step, Vm, new_id
 from hdcs_tasks.store.transitions import move
-from hdcs_tasks.vm.control import add_start_step, forget, get_vm, guest_fields, vm_of
+from hdcs_tasks.vm.control import add_start_step, check_given, forget, get_vm, guest_fields, vm_of
 from hdcs_tasks.vm.control_clone import Shape, choose_homes, new_vm
-from hdcs_tasks.vm.rules import expand_names, given_in
+from hdcs_tasks.vm.rules import expand_names
 
 
 def create(control: Control, name: str, asked: Asked, *, full: bool = False) -> Operation:
@@ -26,8 +26,7 @@ def create(control: Control, name: str, asked: Asked, *, full: bool = False) -> 
         if (same := tx.same_request(asked)) is not None:
             return same
         vm = get_vm(tx.session, name)
-        if vm.state not in given_in("backup"):
-            raise WrongState(f"VM {vm.name} is {vm.state}: it cannot be backed up", next="Wait until it rests")
+        check_given(tx, vm, "backup", "be backed up")
         return tx.open("backup.create", asked=asked, vm=vm, request={"full": full})
 
 

@@ -9,6 +9,11 @@ import click
 from hdcs_tasks.cli import output
 from hdcs_tasks.cli.options import Face, format_option, pass_face
 
+CAPACITY = (
+    output.Column("domain_node", "domain node", lambda name: name or "all"),
+    output.Column("server_node", "server node", lambda name: name or "all"), output.Column("vms"),
+    output.Column("limit"),
+)  # fmt: skip
 EVENTS = (output.column("at", "at"), output.Column("kind"), output.Column("subject"), output.Column("message"))
 
 
@@ -33,7 +38,7 @@ def capacity(face: Face, profile: str, form: str) -> None:
     if form == "json":
         output.print_json(found)
     else:
-        output.print_rows(_capacity_rows(found), output.columns("domain_node", "server_node", "vms", "limit"), form)
+        output.print_rows(_capacity_rows(found), CAPACITY, form)
 
 
 def _capacity_rows(found: dict[str, Any]) -> list[dict[str, Any]]:

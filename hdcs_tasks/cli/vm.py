@@ -146,6 +146,7 @@ def usb(face: Face, name: str, policy: str, form: str) -> None:
       hdcs vm usb desk-001 -- '0x08,-1,-1,-1,1|-1,-1,-1,-1,0'
     """
     output.print_one(face.cloud.vms[name].set_usb(policy), form)
+    output.message("it takes effect at the next start")
 
 
 @vm.command()

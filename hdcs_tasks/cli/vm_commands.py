@@ -10,6 +10,7 @@ import click
 from hdcs_tasks.cli import waiting
 from hdcs_tasks.cli.options import (
     DURATION,
+    SELECTOR_KEYS,
     F,
     Face,
     Selection,
@@ -50,7 +51,7 @@ def _asked(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _chosen(face: Face, verb: str, options: dict[str, Any]) -> Selection:
-    selector = {key: options[key] for key in ("tag", "home", "server_node", "owner", "state")}
+    selector = {key: options[key] for key in SELECTOR_KEYS}
     return select(face, verb, options["names"], options["every"], selector)
 
 

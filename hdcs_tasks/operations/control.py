@@ -25,7 +25,7 @@ from hdcs_tasks.operations.rules import bulk_percent, is_touched
 from hdcs_tasks.reservations import Reservations
 from hdcs_tasks.states import OPERATION_LIVE, STEP_LIVE, OperationState, StepState
 from hdcs_tasks.store.engine import Store
-from hdcs_tasks.store.models import Event, Operation, Step, Vm, now
+from hdcs_tasks.store.models import Event, Operation, Step, Vm, new_id, now
 from hdcs_tasks.store.transitions import move
 
 log = logger(__name__)
@@ -130,6 +130,15 @@ def _guarded(action: Callable[[], object], if_it_fails: str) -> None:
         log.warning(if_it_fails, error=repr(error))
 
 
+def busy(blocking: Operation) -> Conflict:
+    """A VM's one live operation is in the way of another."""
+    return Conflict(
+        f"VM {blocking.subject} is busy: operation {blocking.id} ({blocking.kind}, {blocking.phase})",
+        next=f"Wait for it (hdcs op watch {blocking.id}) or cancel it (hdcs op cancel {blocking.id})",
+        details={"operation": blocking.id},
+    )
+
+
 class Tx:
     """A use case's transaction: the session, and what is to happen after the commit."""
 
@@ -138,6 +147,7 @@ class Tx:
         self.control = control
         self._undo = undo
         self._to_publish: list[Step] = []
+        self._opened: set[str] = set()  # operations of this transaction that have no step yet
         self._after: list[Callable[[], object]] = []
 
     # --- opening
@@ -169,20 +179,19 @@ class Tx:
         """
         blocking = self._in_the_way(vm, supersede) if vm is not None else None
         if blocking is not None and not supersede:
-            raise Conflict(
-                f"VM {vm.name if vm else ''} is busy: operation {blocking.id} ({blocking.kind}, {blocking.phase})",
-                next=f"Wait for it (hdcs op watch {blocking.id}) or cancel it (hdcs op cancel {blocking.id})",
-                details={"operation": blocking.id},
-            )
+            raise busy(blocking)
         operation = Operation(
             kind=kind, state=OperationState.QUEUED, subject=subject or (vm.name if vm else ""),
             vm_id=vm.id if vm else None, live_vm=vm.id if vm and not blocking else None,
             parent_id=parent.id if parent else None, waits_for=blocking.id if blocking else None,
             idempotency_key=None if parent else asked.idempotency_key, requested_by=asked.by, reason=asked.reason,
-            request=request or {},
+            request=request or {}, id=new_id(), phase="queued", percent=0.0, cancel_asked=False, needs_operator=False,
         )  # fmt: skip
         self.session.add(operation)
-        self.session.flush()
+        self._opened.add(operation.id)
+        if parent is None or blocking is not None:
+            # The children of a bulk request go to the database together: one by one they would take most of its time.
+            self.session.flush()
         if parent is not None and parent.state is OperationState.QUEUED:
             move(parent, OperationState.RUNNING)
             parent.started_at = now()
@@ -208,9 +217,11 @@ class Tx:
 
     def lock_operation(self, operation: Operation) -> None:
         """Lock parent, then operation: everybody in this order, else two that settle would deadlock on PostgreSQL."""
+        self.session.flush()
         for key in (operation.parent_id, operation.id):
             if key is not None:
-                self.session.get(Operation, key, with_for_update=ROW_LOCK)
+                # Read anew: what was read before the lock may have changed while waiting for it.
+                self.session.get(Operation, key, with_for_update=ROW_LOCK, populate_existing=True)
 
     def lock_step(self, step_id: str) -> Step | None:
         """The step, locked with the operations above it and read anew; None where there is none."""
@@ -218,9 +229,10 @@ class Tx:
         if step is None:
             return None
         self.lock_operation(step.operation)
-        return self.session.get(Step, step_id, with_for_update=ROW_LOCK)
+        return self.session.get(Step, step_id, with_for_update=ROW_LOCK, populate_existing=True)
 
     def step(
+<<<<<<< HEAD
         self, operation: Operation, name: str, queue: str, spec: dict[str, Any], *, node: str | None = None,
         patience_s: float | None = None,
     ) -> Step:  # fmt: skip
@@ -233,14 +245,26 @@ class Tx:
         ) or 0)  # fmt: skip
         wait_s = self.control.settings.park_deadline_s if patience_s is None else patience_s
         deadline = now() + timedelta(seconds=wait_s)
+=======
+        self, operation: Operation, name: str, queue: str, spec: dict[str, Any], *, node: str | None = None
+    ) -> Step:
+        """Add the operation's next step; it is published after the commit."""
+        deadline = now() + timedelta(seconds=self.control.settings.park_deadline_s)
+>>>>>>> main
         step = Step(
-            operation_id=operation.id, seq=seq, name=name, queue=queue, spec=spec, node=node,
-            state=StepState.PENDING, attempt=0, history=[], deadline_at=deadline,
+            id=new_id(), operation=operation, operation_id=operation.id, seq=self._next_seq(operation), name=name,
+            queue=queue, spec=spec, node=node, state=StepState.PENDING, attempt=0, history=[], deadline_at=deadline,
         )  # fmt: skip
         self.session.add(step)
-        self.session.flush()
         self.publish(step)
         return step
+
+    def _next_seq(self, operation: Operation) -> int:
+        if operation.id in self._opened:
+            self._opened.remove(operation.id)  # from its second step on, the record is asked
+            return 1
+        last = select(Step.seq).where(Step.operation_id == operation.id).order_by(Step.seq.desc()).limit(1)
+        return 1 + (self.session.scalar(last) or 0)
 
     def publish(self, step: Step, *, queue: str | None = None) -> None:
         """Issue the step's next attempt and send it after the commit, to its own queue or this time to another."""
@@ -318,10 +342,12 @@ class Tx:
             self.fail(operation, error)
 
     def _child_ended(self, parent_id: str) -> None:
-        parent = self.session.get(Operation, parent_id, with_for_update=ROW_LOCK)
+        self.session.flush()
+        parent = self.session.get(Operation, parent_id, with_for_update=ROW_LOCK, populate_existing=True)
         if parent is None or parent.state not in OPERATION_LIVE:
             return
-        children = list(self.session.scalars(select(Operation).where(Operation.parent_id == parent_id)))
+        siblings = select(Operation).where(Operation.parent_id == parent_id).order_by(Operation.created_at)
+        children = list(self.session.scalars(siblings.execution_options(populate_existing=True)))
         ended = [child for child in children if child.state not in OPERATION_LIVE]
         parent.percent = bulk_percent([100.0 if child in ended else child.percent for child in children])
         parent.phase = f"{len(ended)} of {len(children)}"

@@ -69,7 +69,7 @@ def _again(facts: StepFacts) -> Verdict:
 
 def backoff_s(attempt: int, base_s: float = 2.0, cap_s: float = 60.0) -> float:
     """Seconds before attempt ``attempt + 1``: doubles from ``base_s`` up to ``cap_s``."""
-    return float(min(cap_s, base_s * 2 ** max(0, attempt - 1)))
+    return float(min(cap_s, base_s * 2 ** min(30, max(0, attempt - 1))))
 
 
 def is_retryable(error: dict[str, object]) -> bool:

@@ -6,8 +6,9 @@ import ipaddress
 import secrets
 
 from hdcs_tasks.errors import Conflict, Invalid, NoCapacity, NotFound
-from hdcs_tasks.reservations.link import Link, Value, check_token
+from hdcs_tasks.reservations.link import Link, check_token
 from hdcs_tasks.reservations.model import PortUsage
+from hdcs_tasks.reservations.scripts import Value
 
 _RECLAIM_BATCH = 500
 

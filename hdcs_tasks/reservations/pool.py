@@ -8,8 +8,9 @@ from functools import lru_cache
 from typing import Any
 
 from hdcs_tasks.errors import Conflict, HdcsError, Invalid, NoCapacity
-from hdcs_tasks.reservations.link import Link, Value, check_token
+from hdcs_tasks.reservations.link import Link, check_token
 from hdcs_tasks.reservations.model import Claim, MixEntry, NodeCapacity, Placed, PlaceRequest, PoolNode, PoolNodeView
+from hdcs_tasks.reservations.scripts import Value
 
 _NODE_FIELDS = (
     "vcpus", "memory_mib", "used_vcpus", "used_memory_mib", "schedulable", "max_starts", "tags", "subnet", "ip_first",

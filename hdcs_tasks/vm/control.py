@@ -9,12 +9,12 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from hdcs_tasks.errors import Conflict, HdcsError, Invalid, NotFound, OutcomeUnknown, Unreachable, WrongState
-from hdcs_tasks.operations.control import Asked, Control, Tx, on_done, on_failed, on_start
+from hdcs_tasks.operations.control import Asked, Control, Tx, busy, on_done, on_failed, on_start
 from hdcs_tasks.operations.recovery import wake_parked
 from hdcs_tasks.pool import rules as pool_rules
 from hdcs_tasks.pool.control import IN_POOL, get_server_node
 from hdcs_tasks.routing import direct_queue, quick_queue
-from hdcs_tasks.states import VmState
+from hdcs_tasks.states import VM_RESTS, VmState
 from hdcs_tasks.store.models import Operation, Step, Vm, now
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.rules import COMMANDS, Command, check_usb, given_in, wrong_state_hint
@@ -73,12 +73,12 @@ def view(vm: Vm) -> dict[str, Any]:
     """The VM as callers see it."""
     moments = ("created_at", "started_at", "active_at", "ready_at", "observed_at")
     keys = (
-        "idle_after_s", "id", "name", "home", "server_node", "image_id", "profile", "vcpus", "memory_mib",
-        "disk_bytes", "usb", "mac", "port", "ip", "owner", "tags", "observed_state",
+        "home", "server_node", "image_id", "profile", "vcpus", "memory_mib", "disk_bytes", "usb", "mac", "port", "ip",
+        "owner", "tags", "idle_after_s", "observed_state",
     )  # fmt: skip
     return (
-        {key: getattr(vm, key) for key in keys}
-        | {"state": vm.state.value}
+        {"id": vm.id, "name": vm.name, "state": vm.state.value}
+        | {key: getattr(vm, key) for key in keys}
         | {key: at.isoformat() if (at := getattr(vm, key)) else None for key in moments}
     )
 
@@ -129,7 +129,7 @@ def start(control: Control, name: str, asked: Asked, *, pin: str | None = None) 
         if (same := tx.same_request(asked)) is not None:
             return same
         vm = get_vm(tx.session, name)
-        _check_given(vm, "start", given_in("start"))
+        check_given(tx, vm, "start")
         if pin is not None and get_server_node(tx.session, pin).domain_node != vm.home:
             raise WrongState(
                 f"server node {pin} is not of {vm.home}, where VM {vm.name} lives",
@@ -160,7 +160,7 @@ def _start_child(tx: Tx, vm: Vm, asked: Asked, parent: Operation) -> tuple[Opera
     """One VM of a bulk start; where it cannot start, the child that is to fail, and why."""
     request = {"was": vm.state.value}
     try:
-        _check_given(vm, "start", frozenset({VmState.STOPPED, VmState.SAVED}))
+        check_given(tx, vm, "start")
         child = tx.open("vm.start", asked=asked, vm=vm, parent=parent, request=request)
     except (WrongState, Conflict) as error:
         return tx.open("vm.start", asked=asked, subject=vm.name, parent=parent, request=request), error
@@ -240,12 +240,11 @@ def command(
 
     A forced stop supersedes what is in its way.
     """
-    what = COMMANDS[verb]
     with control.transaction() as tx:
         if (same := tx.same_request(asked)) is not None:
             return same
         vm = get_vm(tx.session, name)
-        _check_given(vm, verb, what.given_in)
+        check_given(tx, vm, verb)
         if vm.server_node is not None:
             _check_reachable(tx.session, vm)
         supersede = verb == "stop" and force
@@ -260,9 +259,17 @@ def _same_command(live: Operation, kind: str) -> bool:
     return live.kind == kind and bool(live.request.get("force")) and not live.cancel_asked
 
 
-def _check_given(vm: Vm, verb: str, given_in: frozenset[VmState]) -> None:
-    if vm.state not in given_in:
-        raise WrongState(f"VM {vm.name} is {vm.state}: it cannot {verb}", next=wrong_state_hint(verb, vm.state))
+def check_given(tx: Tx, vm: Vm, verb: str, said: str = "") -> None:
+    """Raise WrongState unless ``verb`` may be given to the VM as it is; Conflict where an operation moves it right now.
+
+    The state alone would not tell the caller what to wait for. ``said``: the verb in a sentence.
+    """
+    if vm.state in given_in(verb):
+        return
+    live = tx.live_operation(vm)
+    if live is not None and vm.state not in VM_RESTS:
+        raise busy(live)
+    raise WrongState(f"VM {vm.name} is {vm.state}: it cannot {said or verb}", next=wrong_state_hint(verb, vm.state))
 
 
 def _check_reachable(session: Session, vm: Vm) -> None:

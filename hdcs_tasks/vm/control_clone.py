@@ -89,7 +89,7 @@ def plan_clone(control: Control, request: CloneRequest) -> dict[str, Any]:
 
 def _check(tx: Tx, request: CloneRequest) -> tuple[list[str], Shape, Image]:
     if not isinstance(request.count, int):
-        raise Invalid(f"count {request.count!r} is not a number")
+        raise Invalid(f"count {request.count!r} is not a number", next="Ask for 1 VM or more")
     taken = set(tx.session.scalars(select(Vm.name).where(Vm.deleted_at.is_(None))))
     names = expand_names(request.name, request.count, taken)
     profile = get_profile(tx.session, request.profile)

@@ -16,8 +16,7 @@ from hdcs_tasks.routing import direct_queue
 from hdcs_tasks.states import ServerNodeState, VmState
 from hdcs_tasks.store.models import DomainNode, Operation, ServerNode, Step, Vm, now
 from hdcs_tasks.store.transitions import move
-from hdcs_tasks.vm.control import get_vm, leave_via, need_of, release_unused, vm_of
-from hdcs_tasks.vm.rules import wrong_state_hint
+from hdcs_tasks.vm.control import check_given, get_vm, leave_via, need_of, release_unused, vm_of
 
 PATIENCE_S = 30.0
 """A VM that cannot move runs on where it is, so a migration does not wait for room as long as a start does."""
@@ -29,10 +28,7 @@ def migrate(control: Control, name: str, asked: Asked, *, to: str | None = None,
         if (same := tx.same_request(asked)) is not None:
             return same
         vm = get_vm(tx.session, name)
-        if vm.state is not VmState.RUNNING or vm.server_node is None:
-            raise WrongState(
-                f"VM {vm.name} is {vm.state}: it cannot migrate", next=wrong_state_hint("migrate", vm.state)
-            )
+        check_given(tx, vm, "migrate")
         if to is not None:
             _check_target(tx, vm, to)
         else:

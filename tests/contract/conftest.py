@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,12 +56,12 @@ def reservations(redis_service: RedisServer) -> Reservations:
     return found
 
 
-def _fresh_postgres(server: PostgresServer) -> str:
-    """An empty database beside the others of this server; gone with the server."""
-    name = f"test_{uuid.uuid4().hex[:12]}"
+def _emptied(server: PostgresServer) -> str:
     with psycopg.connect(server.url.replace("+psycopg", ""), autocommit=True) as connection:
-        connection.execute(f'CREATE DATABASE "{name}"')  # type: ignore[arg-type]
-    return server.url.rpartition("/")[0] + f"/{name}"
+        connection.execute("SET lock_timeout = '10s'")
+        connection.execute("DROP SCHEMA public CASCADE")
+        connection.execute("CREATE SCHEMA public")
+    return server.url
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -70,7 +69,7 @@ def empty_database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """URL of a database without tables; each test runs on both kinds."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/hdcs.sqlite"
-    return _fresh_postgres(request.getfixturevalue("postgres_service"))
+    return _emptied(request.getfixturevalue("postgres_service"))
 
 
 @pytest.fixture
