@@ -103,9 +103,19 @@ class Run:
         time.sleep(4)
         for _ in range(faults if self.kinds else 0):
             todo = todo or self.dice.sample(self.kinds, len(self.kinds))
-            self.faults.inject(todo.pop())
+            self.faults.inject(kind := todo.pop())
             time.sleep(self.dice.uniform(2, 7))
+            if kind.startswith("kill_"):
+                self.wait_recovered()
         while not self.ledger.enough:
+            time.sleep(0.5)
+
+    def wait_recovered(self) -> None:
+        """Recovery is measured undisturbed: the next fault comes when what a kill interrupted goes on."""
+        recent = [one for one in self.faults.interrupted if time.time() - one.at < self.bound_s]
+        while recent and time.time() - recent[-1].at < self.bound_s + 5:
+            if all(self._recovered(one) for one in recent):
+                return
             time.sleep(0.5)
 
     def wait_until_quiet(self) -> float:
@@ -183,17 +193,9 @@ class Run:
             self._guarded(lambda o=operation: o.result(timeout_s=180))  # type: ignore[misc]
 
     def report(self, quiet_s: float) -> dict[str, Any]:
-        settings = self.center.cloud.control.settings
-        samples = [(one.fault, s) for one in self.faults.interrupted if (s := self._recovered_s(one)) is not None]
-        recovered = [seconds for _, seconds in samples]
-        bound = settings.lease_ttl_s + settings.sweep_s + 5
-        shown = [[fault, round(seconds, 2)] for fault, seconds in samples]
         return {
             "operations": len(self.ledger.acknowledged), "faults": self.faults.counts, "violations": self.violations,
-            "recovery_s": {
-                "p50": round(statistics.median(recovered), 2) if recovered else None,
-                "max": round(max(recovered), 2) if recovered else None, "bound": bound, "samples": shown,
-            },
+            "recovery_s": self.recovery(),
             "quiet_s": round(quiet_s, 1), "asked": dict(sorted(self.ledger.verbs.items())),
             "ended": dict(sorted(self.ledger.ended.items())), "refused": dict(sorted(self.ledger.refused.items())),
             "errors": self.ledger.errors, "starts_seen": sum(one.is_start for one in self.observer.seen()),
@@ -201,13 +203,37 @@ class Run:
             "seconds": round(time.monotonic() - self.began, 1),
         }  # fmt: skip
 
-    def _recovered_s(self, one: Interrupted) -> float | None:
-        """From the kill to the moment the next attempt was claimed; None where there was none (it had just ended)."""
+    def recovery(self) -> dict[str, Any]:
+        """Of steps whose executor was killed: seconds from the kill to the next attempt's claim, and to its issue
+        (where no other fault came in between: ``disturbed`` counts the others). ``bound``: what is promised."""
+        found = [(one, times) for one in self.faults.interrupted if (times := self._recovered(one)) is not None]
+        clean = [(one, times) for one, times in found if not self._disturbed(one, times[1])]
+        claimed = [times[1] - one.at for one, times in clean]
+        issued = [times[0] - one.at for one, times in clean if times[0]]
+        return {
+            "p50": round(statistics.median(claimed), 2) if claimed else None,
+            "max": round(max(claimed), 2) if claimed else None, "bound": self.bound_s,
+            "issued_max": round(max(issued), 2) if issued else None, "disturbed": len(found) - len(clean),
+            "samples": [[one.fault, round(times[1] - one.at, 2)] for one, times in clean],
+        }  # fmt: skip
+
+    @property
+    def bound_s(self) -> float:
+        settings = self.center.cloud.control.settings
+        return settings.lease_ttl_s + settings.sweep_s + 5
+
+    def _recovered(self, one: Interrupted) -> tuple[float, float] | None:
+        """When the next attempt was issued (0: not by the sweep) and claimed; None: there was none, it had ended."""
         with self.center.cloud.control.store.read() as session:
             step = session.get(Step, one.step)
             history = list(step.history) if step is not None else []
+        lost = [e["ended_at"] for e in history if e.get("attempt") == one.attempt and not e.get("started_at")]
         later = [e["started_at"] for e in history if e.get("attempt", 0) > one.attempt and e.get("started_at")]
-        return min(later) - one.at if later else None
+        return (min(lost, default=0.0), min(later)) if later else None
+
+    def _disturbed(self, one: Interrupted, until: float) -> bool:
+        spans = [(a, b) for kind, a, b in self.faults.spans if kind != one.fault or not a <= one.at <= b]
+        return any(a < until and b > one.at for a, b in spans)
 
 
 ACK_PATIENCE_S = 30.0
