@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +105,11 @@ def start(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     ctx = run.ctx
     guest = spec["guest"]
     run.progress(10, "choosing a server node")
-    placed = ctx.reservations.pool.place(
-        PlaceRequest(
-            ctx.domain_node, guest["vm_id"], run.step, spec["need"]["vcpus"], spec["need"]["memory_mib"],
-            pin=spec.get("pin"), order=ctx.settings.placement,
-        )
+    request = PlaceRequest(
+        ctx.domain_node, guest["vm_id"], run.step, spec["need"]["vcpus"], spec["need"]["memory_mib"],
+        pin=spec.get("pin"), order=ctx.settings.placement,
     )  # fmt: skip
+    placed = place(ctx, request)
     if placed.node != ctx.server_node:
         raise HandOver(placed.node, spec)
     run.progress(40, f"starting on {placed.node}")
@@ -123,6 +123,22 @@ def start(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
         raise
     ctx.reservations.pool.started(placed.node, guest["vm_id"])
     return {"node": placed.node, "port": placed.port, "ip": placed.ip}
+
+
+def place(ctx: NodeContext, request: PlaceRequest) -> Placed:
+    """Layer two's choice, which must be a living server node.
+
+    One that died may be chosen until the lease sweep sees it, and an attempt that was handed to it still has its claim
+    there. Nothing of this step can have begun on it: control sends a step that has to its own queue alone.
+    """
+    placed = ctx.reservations.pool.place(request)
+    if placed.node == ctx.server_node or ctx.reservations.leases.holder("node", placed.node):
+        return placed
+    log.warning("placed on a server node without a lease: placing again", vm=request.vm, node=placed.node)
+    ctx.reservations.pool.release(
+        request.domain_node, request.vm, placed.node, ctx.settings.dhcp_lease_s, step=request.step
+    )  # fmt: skip
+    return ctx.reservations.pool.place(replace(request, exclude=(*request.exclude, placed.node)))
 
 
 def _start_here(run: Run, spec: dict[str, Any], placed: Placed) -> None:

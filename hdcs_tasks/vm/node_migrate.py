@@ -9,7 +9,7 @@ from hdcs_tasks.hypervisor import agent, guests, migration, networks
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.node import HandOver, Run
 from hdcs_tasks.reservations import PlaceRequest
-from hdcs_tasks.vm.node import layout, lock, release, restore_checkpoints
+from hdcs_tasks.vm.node import layout, lock, place, release, restore_checkpoints
 
 log = logger(__name__)
 
@@ -17,12 +17,11 @@ log = logger(__name__)
 def prepare(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     """On the target: claim capacity and IP by layer two, and tell this node's DHCP of the VM."""
     ctx = run.ctx
-    placed = ctx.reservations.pool.place(
-        PlaceRequest(
-            spec["home"], spec["vm_id"], run.step, spec["need"]["vcpus"], spec["need"]["memory_mib"],
-            pin=spec.get("pin"), exclude=tuple(spec["exclude"]), order=ctx.settings.placement,
-        )
+    request = PlaceRequest(
+        spec["home"], spec["vm_id"], run.step, spec["need"]["vcpus"], spec["need"]["memory_mib"],
+        pin=spec.get("pin"), exclude=tuple(spec["exclude"]), order=ctx.settings.placement,
     )  # fmt: skip
+    placed = place(ctx, request)
     if placed.node != ctx.server_node:
         raise HandOver(placed.node, spec)
     layout(ctx)

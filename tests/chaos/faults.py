@@ -22,6 +22,12 @@ from hdcs_tasks.errors import HdcsError
 from hdcs_tasks.states import StepState
 from hdcs_tasks.store.models import Step
 
+KINDS = (
+    "kill_pool_child", "kill_node_worker", "kill_control", "kill_beat", "stop_worker", "terminate_worker",
+    "redis_restart", "redis_wipe", "libvirtd_kill", "cut_node",
+)  # fmt: skip
+"""Methods of Faults."""
+
 RESTART_S = 1.0
 WATCH_EVERY_S = 0.05
 WATCH_ROUNDS = 200
@@ -48,18 +54,9 @@ class Faults:
     interrupted: list[Interrupted] = field(default_factory=list)
     spans: list[tuple[str, float, float]] = field(default_factory=list)
 
-    @property
-    def kinds(self) -> dict[str, Callable[[], str]]:
-        return {
-            "kill_pool_child": self.kill_pool_child, "kill_node_worker": self.kill_node_worker,
-            "kill_control": self.kill_control, "kill_beat": self.kill_beat, "stop_worker": self.stop_worker,
-            "terminate_worker": self.terminate_worker, "redis_restart": self.redis_restart,
-            "redis_wipe": self.redis_wipe, "libvirtd_kill": self.libvirtd_kill, "cut_node": self.cut_node,
-        }  # fmt: skip
-
     def inject(self, kind: str) -> None:
         began = time.time()
-        what = self.kinds[kind]()
+        what: str = getattr(self, kind)()
         self.counts[kind] = self.counts.get(kind, 0) + 1
         self.spans.append((kind, began, time.time()))
         self.say(f"fault {kind}: {what} ({time.time() - began:.1f} s)")

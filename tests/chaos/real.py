@@ -20,7 +20,7 @@ from deploy.lab.center import Center, copy_logs
 from hdcs_tasks.errors import HdcsError
 from hdcs_tasks.store.models import Step
 from tests.chaos import checker, notes
-from tests.chaos.faults import Faults, Interrupted
+from tests.chaos.faults import KINDS, Faults, Interrupted
 from tests.chaos.invariants import Violation, violation
 from tests.chaos.observer import Observer
 from tests.chaos.work import Desk, Ledger, Worker
@@ -68,7 +68,7 @@ class Run:
         self.ledger = Ledger(options.operations)
         self.observer = Observer(center.lab.spaces)
         self.faults = Faults(center, self.dice, self.tell)
-        self.kinds = [k for k in self.faults.kinds if not options.faults or k in options.faults.split(",")]
+        self.kinds = [k for k in KINDS if not options.faults or k in options.faults.split(",")]
         self.workers = [Worker(center, self.ledger, n, options.seed, self.tell) for n in range(WORKERS)]
         self.violations: list[Violation] = []
 

@@ -13,7 +13,7 @@ import pytest
 from hdcs_tasks.errors import OutcomeUnknown, WrongState
 from hdcs_tasks.hypervisor.connection import HostPool
 from hdcs_tasks.operations.control import Asked, Control
-from hdcs_tasks.operations.node import NodeContext, Run
+from hdcs_tasks.operations.node import HandOver, NodeContext, Run
 from hdcs_tasks.operations.recovery import settle
 from hdcs_tasks.operations.spool import Spool
 from hdcs_tasks.operations.views import show
@@ -79,6 +79,11 @@ def messages(control: Control, queue: str) -> list[dict[str, Any]]:
     """The keyword arguments of every message that waits in a queue, oldest first."""
     raw = control.reservations.macs._link.do("LRANGE", f"hdcs:{queue}", 0, -1)
     return [json.loads(base64.b64decode(json.loads(text)["body"]))[1] for text in reversed(raw)]
+
+
+def only_step(control: Control, operation: str) -> Step:
+    with control.store.read() as session:
+        return session.query(Step).filter_by(operation_id=operation).one()
 
 
 def claims(control: Control) -> set[tuple[str, str, str]]:
@@ -168,27 +173,42 @@ def test_a_rebuild_keeps_the_claim_of_a_vm_that_is_just_starting(center: Control
 # --- starts and migrations
 
 
-def test_a_start_that_cannot_look_what_it_left_is_unknown(center: Control, tmp_path: Path) -> None:
-    """libvirtd is gone: the claim stays, since a guest may run under it."""
-    vm = add_vm(center, "desk", VmState.STOPPED)
-    operation = vm_control.start(center, "desk", Asked(), pin="node1")
-    with center.store.read() as session:
-        step = session.query(Step).filter_by(operation_id=operation.id).one()
+def start_without_libvirt(center: Control, tmp_path: Path, step: Step) -> None:
+    """Run the start's step as node1, whose libvirtd is gone."""
     config = center.settings.model_copy(update={"storage_root": tmp_path, "state_dir": tmp_path})
     hosts = HostPool("qemu+tcp://127.0.0.1:1/system", timeout_s=0.3)
     ctx = NodeContext(config, center.celery, center.reservations, hosts, Spool(tmp_path / "spool"))
     center.reservations.steps.claim(step.id, 1, "me", "node1", 9)
-    run = Run(ctx, step.id, 1, operation.id, "me", lambda _text: None, time.monotonic() + 60)
+    run = Run(ctx, step.id, 1, step.operation_id, "me", lambda _text: None, time.monotonic() + 60)
+    node.start(run, step.spec)
+
+
+def test_a_start_that_cannot_look_what_it_left_is_unknown(center: Control, tmp_path: Path) -> None:
+    """libvirtd is gone: the claim stays, since a guest may run under it."""
+    vm = add_vm(center, "desk", VmState.STOPPED)
+    step = only_step(center, vm_control.start(center, "desk", Asked(), pin="node1").id)
     with pytest.raises(OutcomeUnknown):
-        node.start(run, step.spec)
+        start_without_libvirt(center, tmp_path, step)
     assert [c.node for c in center.reservations.pool.claim_of(vm.id)] == ["node1"]
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_start_handed_to_a_node_that_died_goes_elsewhere(center: Control, tmp_path: Path, alive: bool) -> None:
+    vm = add_vm(center, "desk", VmState.STOPPED)
+    step = only_step(center, vm_control.start(center, "desk", Asked()).id)
+    place(center, vm.id, "node2", step=step.id)  # by the executor that handed it over
+    if alive:
+        center.reservations.leases.grant("node", "node2", "i", 60)
+    with pytest.raises(HandOver if alive else OutcomeUnknown):
+        start_without_libvirt(center, tmp_path, step)
+    where = [c.node for c in center.reservations.pool.claim_of(vm.id)]
+    assert where == (["node2"] if alive else ["node1"])
 
 
 def test_a_start_called_off_after_its_hand_over_gives_its_claim_back(center: Control) -> None:
     vm = add_vm(center, "desk", VmState.STOPPED)
     operation = vm_control.start(center, "desk", Asked())
-    with center.store.read() as session:
-        step = session.query(Step).filter_by(operation_id=operation.id).one()
+    step = only_step(center, operation.id)
     place(center, vm.id, "node2", step=step.id)
     error = {"code": "cancelled", "message": "cancelled before it began", "next": "", "details": {}}
     at = time.time()
@@ -210,6 +230,5 @@ def test_a_vm_without_another_server_node_does_not_migrate(center: Control) -> N
 def test_a_migration_does_not_wait_long_for_room(center: Control) -> None:
     running(center, "desk", "node1")
     operation = control_migrate.migrate(center, "desk", Asked())
-    with center.store.read() as session:
-        step = session.query(Step).filter_by(operation_id=operation.id).one()
+    step = only_step(center, operation.id)
     assert (step.deadline_at - step.created_at).total_seconds() <= control_migrate.PATIENCE_S
