@@ -12,6 +12,7 @@ import pytest
 
 from hdcs_tasks.errors import OutcomeUnknown, WrongState
 from hdcs_tasks.hypervisor.connection import HostPool
+from hdcs_tasks.monitor.control import list_events, take_sample
 from hdcs_tasks.operations.control import Asked, Control
 from hdcs_tasks.operations.node import HandOver, NodeContext, Run
 from hdcs_tasks.operations.recovery import settle
@@ -138,6 +139,20 @@ def test_a_closed_epoch_stops_the_sweep(center: Control) -> None:
     center.reservations.epoch.close()
     assert orphan_sweep(center) == []
     assert ghost in center.reservations.macs.all()
+
+
+def test_a_guest_without_record_is_told_once(center: Control) -> None:
+    vm = running(center, "desk", "node1")
+    at_work = add_vm(center, "starting", VmState.STOPPED)
+    vm_control.start(center, "starting", Asked())
+    later = time.time() + 60
+    for seconds in (0, 1):
+        for name in SUBNETS:
+            guests = [{"vm_id": vm_id, "state": "running", "cpu_percent": 0.0, "console_clients": 0}
+                      for vm_id in (vm.id, at_work.id)]  # fmt: skip
+            take_sample(center, {"node": name, "at": later + seconds, "guests": guests})
+    told = [e for e in list_events(center, 50) if e["kind"] == "guest.unrecorded"]
+    assert [(e["subject"], e["data"]["node"]) for e in told] == [("desk", "node2")]
 
 
 # --- the rebuild
