@@ -20,6 +20,7 @@ def schedule(config: Settings) -> dict[str, dict[str, Any]]:
         "leases": every("pool.lease_sweep", config.sweep_s),
         "reservations": every("pool.reservation_sweep", config.sweep_s),
         "orphans": every("pool.orphan_sweep", 2 * config.sweep_s),
+        "waiting": every("pool.waiting_sweep", config.sweep_s),
         "monitor": every("monitor.sample_sweep", config.sample_s),
         "idle": every("monitor.idle_sweep", config.sample_s),
     }

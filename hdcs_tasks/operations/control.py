@@ -38,6 +38,8 @@ Done = Callable[["Tx", Operation, Step, dict[str, Any]], None]
 Failed = Callable[["Tx", Operation, Step, HdcsError], None]
 ON_DONE: dict[str, Done] = {}
 ON_FAILED: dict[str, Failed] = {}
+NoRoom = Callable[["Tx", Operation, Step, HdcsError], bool]
+ON_NO_ROOM: dict[str, NoRoom] = {}
 ON_START: dict[str, Callable[[Tx, Operation], None]] = {}
 
 
@@ -68,6 +70,18 @@ def on_failed(*steps: str) -> Callable[[Failed], Failed]:
     def register(function: Failed) -> Failed:
         for step in steps:
             ON_FAILED[step] = function
+        return function
+
+    return register
+
+
+def on_no_room(*steps: str) -> Callable[[NoRoom], NoRoom]:
+    """Register what may find another way for these steps when layer two has no room: True, and it has added the steps
+    to take instead; False, and the step waits."""
+
+    def register(function: NoRoom) -> NoRoom:
+        for step in steps:
+            ON_NO_ROOM[step] = function
         return function
 
     return register

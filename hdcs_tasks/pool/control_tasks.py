@@ -9,7 +9,7 @@ from hdcs_tasks.operations.control_tasks import control
 from hdcs_tasks.operations.recovery import sweep_once
 from hdcs_tasks.operations.requests import request_task
 from hdcs_tasks.pool import control as pool
-from hdcs_tasks.pool import orphans, rebuild
+from hdcs_tasks.pool import orphans, rebuild, waiting
 from hdcs_tasks.pool.proof import JoinRequest
 
 
@@ -41,3 +41,8 @@ def reservation_sweep(period_s: float) -> None:
 @app.task(name="pool.orphan_sweep")
 def orphan_sweep(period_s: float) -> None:
     sweep_once(control(), "orphans", period_s, orphans.orphan_sweep)
+
+
+@app.task(name="pool.waiting_sweep")
+def waiting_sweep(period_s: float) -> None:
+    sweep_once(control(), "waiting", period_s, waiting.waiting_sweep)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hdcs_tasks.errors import BackupBroken, ClaimLost, HdcsError, NotFound, OutcomeUnknown
+from hdcs_tasks.errors import BackupBroken, ClaimLost, HdcsError, NoCapacity, NotFound, OutcomeUnknown
 from hdcs_tasks.hypervisor import disks, guests, networks, storage
 from hdcs_tasks.hypervisor.bitmaps import ensure_seed
 from hdcs_tasks.hypervisor.checkpoints import SEED, redefine_checkpoints
@@ -54,6 +54,7 @@ def clone(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
             next=f"Bring it here: hdcs image add {spec['image']} FILE --domain-node {run.ctx.domain_node}",
         )
     target = place.disk(spec["vm_id"])
+    _check_space(run.ctx)
     run.check()
     target.parent.mkdir(mode=0o711, exist_ok=True)
     try:
@@ -65,6 +66,19 @@ def clone(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
         remove_folder(target.parent)
         raise
     return {"node": run.ctx.server_node, "disk": str(target)}
+
+
+SPACE_LEFT_BYTES = 64 * 1024 * 1024
+
+
+def _check_space(ctx: NodeContext) -> None:
+    """A storage that is full pauses every guest on it: the last bytes are theirs."""
+    _, free = storage.disk_usage(ctx.settings.storage_root)
+    if free < SPACE_LEFT_BYTES:
+        raise NoCapacity(
+            f"storage of domain node {ctx.domain_node} is full: {free} bytes are free",
+            next="Delete VMs or images, or add storage",
+        )
 
 
 def image_path(place: storage.StorageLayout, name: str, version: int) -> Path:
@@ -105,11 +119,7 @@ def start(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     ctx = run.ctx
     guest = spec["guest"]
     run.progress(10, "choosing a server node")
-    request = PlaceRequest(
-        ctx.domain_node, guest["vm_id"], run.step, spec["need"]["vcpus"], spec["need"]["memory_mib"],
-        pin=spec.get("pin"), order=ctx.settings.placement,
-    )  # fmt: skip
-    placed = place(ctx, request)
+    placed = choose(ctx, place_request(run, spec, guest["vm_id"], start_s=ctx.settings.boot_slot_s))
     if placed.node != ctx.server_node:
         raise HandOver(placed.node, spec)
     run.progress(40, f"starting on {placed.node}")
@@ -121,11 +131,32 @@ def start(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:  # whatever it was: what was claimed is given back, or known to be in doubt
         _give_back_if_absent(ctx, guest, error)
         raise
-    ctx.reservations.pool.started(placed.node, guest["vm_id"])
-    return {"node": placed.node, "port": placed.port, "ip": placed.ip}
+    if spec.get("saved"):
+        # It comes back as it was and boots nothing; a booting guest counts until its agent answers.
+        ctx.reservations.pool.started(ctx.domain_node, placed.node, guest["vm_id"])
+    return {"node": placed.node, "port": placed.port, "ip": placed.ip, "decision": decision(run, spec, placed)}
 
 
-def place(ctx: NodeContext, request: PlaceRequest) -> Placed:
+def place_request(run: Run, spec: dict[str, Any], vm_id: str, *, start_s: float) -> PlaceRequest:
+    """Layer two's request from a step's spec (vm/control.py: placing_fields)."""
+    return PlaceRequest(
+        run.ctx.domain_node, vm_id, run.step, spec["need"]["vcpus"], spec["need"]["memory_mib"], pin=spec["pin"],
+        exclude=tuple(spec["exclude"]), order=spec["order"], tags=tuple(spec["node_tags"]), start_s=start_s,
+        marks=tuple(spec["marks"]), shuns=tuple(spec["shuns"]), seeks=tuple(spec["seeks"]), label=spec["label"],
+        hint=spec["hint"],
+    )  # fmt: skip
+
+
+def decision(run: Run, spec: dict[str, Any], placed: Placed) -> dict[str, Any]:
+    """What the operation keeps of the choice: counts, and the server nodes that were next in layer two's order."""
+    need, pool = spec["need"], run.ctx.reservations.pool
+    stand = pool.standing(run.ctx.domain_node, need["vcpus"], need["memory_mib"], spec["order"])
+    counts = {"fits": stand.fitting, "too little room": stand.open - stand.fitting, "closed": stand.nodes - stand.open}
+    best = [{"node": node, "free_vcpus": vcpus, "free_memory_mib": mib} for node, vcpus, mib in stand.best]
+    return {"node": placed.node, "order": spec["order"], "counts": counts, "best": best}
+
+
+def choose(ctx: NodeContext, request: PlaceRequest) -> Placed:
     """Layer two's choice, which must be a living server node.
 
     One that died may be chosen until the lease sweep sees it, and an attempt that was handed to it still has its claim

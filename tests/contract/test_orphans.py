@@ -32,6 +32,14 @@ pytestmark = pytest.mark.contract
 
 SUBNETS = {"node1": "10.9.0.0/24", "node2": "10.9.1.0/24"}
 NEED = 307
+FACTS = {
+    "cpu_mhz": 2000,
+    "sockets": 1,
+    "cores_per_socket": 4,
+    "threads_per_core": 2,
+    "max_vcpus": 64,
+    "memory_mib": 9000,
+}
 
 
 @pytest.fixture
@@ -44,7 +52,7 @@ def center(control: Control) -> Control:
         for name, subnet in SUBNETS.items():
             session.add(ServerNode(
                 name=name, domain_node="east", state=ServerNodeState.UP, ip="127.0.0.1", subnet=subnet,
-                instance="i", facts={}, vcpus=8, memory_mib=8192,
+                instance="i", facts=FACTS, vcpus=8, memory_mib=8192,
             ))  # fmt: skip
     for name, subnet in SUBNETS.items():
         control.reservations.pool.put_node("east", PoolNode(name, 8, 8192, subnet))
