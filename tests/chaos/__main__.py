@@ -9,6 +9,7 @@ import argparse
 import importlib
 import importlib.util
 import json
+import signal
 import sys
 
 from hdcs_tasks.config import Settings
@@ -27,6 +28,8 @@ def main() -> int:
             importlib.import_module(f"tests.chaos.{kind}").add_arguments(sub)
     options = parser.parse_args()
     configure_logging(Settings(log_format="console"))  # to stderr: stdout is for the JSON alone
+    # a kill ends the run like Ctrl-C: its lab is taken down
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     found = importlib.import_module(f"tests.chaos.{options.kind}").run(options)
     if options.json:
         print(json.dumps(found, indent=1))
