@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import select
 
+from hdcs_tasks.clock import now_s, random_hex
 from hdcs_tasks.errors import Cancelled, HdcsError, NoCapacity, OutcomeUnknown, from_dict
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.control import ON_NO_ROOM, Control, Tx, request_cancel, settle_done, settle_failed
@@ -245,7 +245,7 @@ def _observe(step: Step, status: StepStatus) -> None:
 
 def _new_attempt(tx: Tx, step: Step) -> None:
     error = {"code": OutcomeUnknown.code, "message": "executor lost"}
-    lost = {"attempt": step.attempt, "node": step.node, "ended_at": time.time(), "error": error}
+    lost = {"attempt": step.attempt, "node": step.node, "ended_at": now_s(), "error": error}
     step.history = [*step.history, lost]
     _publish_where_touched(tx, step)
     queue = step.sent_to or step.queue
@@ -264,8 +264,8 @@ def _publish_where_touched(tx: Tx, step: Step) -> None:
 
 def sweep_once(control: Control, name: str, period_s: float, sweep: Callable[[Control], Any]) -> Any:
     """Run a sweep if nobody ran it in this slot: two beats, or a beat that repeats, are harmless."""
-    slot = int(time.time() / period_s)
-    holder = f"{time.time_ns()}"
+    slot = int(now_s() / period_s)
+    holder = random_hex(8)
     if not control.reservations.leases.grant("sweep", f"{name}:{slot}", holder, 2 * period_s):
         return None
     return sweep(control)

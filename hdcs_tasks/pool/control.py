@@ -5,13 +5,13 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import secrets
-import time
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from hdcs_tasks.clock import now_s
 from hdcs_tasks.errors import Conflict, NotFound, Rejected, WrongState
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.control import Control, Tx
@@ -117,10 +117,10 @@ def _check_proof(domain_node: DomainNode, request: JoinRequest) -> None:
             f"{domain_node.name}",
             next=f"Make a new one (hdcs domain token {domain_node.name}) and put it into HDCS_JOIN_TOKEN_FILE",
         )
-    if abs(time.time() - request.at) > PROOF_AGE_S:
+    if abs(now_s() - request.at) > PROOF_AGE_S:
         raise Rejected(
             f"server node {request.server_node} was refused: its clock differs by "
-            f"{abs(time.time() - request.at):.0f} s from the control plane's",
+            f"{abs(now_s() - request.at):.0f} s from the control plane's",
             next="Synchronise the clocks (chrony or systemd-timesyncd), then start the node again",
         )
 
@@ -250,15 +250,24 @@ def lease_sweep(control: Control) -> list[str]:
     if not control.reservations.epoch.is_open():
         return []  # A lease missing after Redis was lost is not a lost node.
     with control.store.read() as session:
-        names = list(session.scalars(select(ServerNode.name).where(ServerNode.state.in_(IN_POOL))))
-    holders = control.reservations.leases.holders("node", names)
-    lost = [name for name in names if not holders.get(name)]
-    for name in lost:
-        with control.transaction() as tx:
-            node = get_server_node(tx.session, name)
-            if node.state in IN_POOL:
-                _take_out(control, tx, node, ServerNodeState.LOST, "lost: its lease ran out")
-    return lost
+        nodes = list(session.scalars(select(ServerNode).where(ServerNode.state != ServerNodeState.LEFT)))
+    holders = control.reservations.leases.holders("node", [node.name for node in nodes])
+    for node in nodes:
+        if node.state is ServerNodeState.LOST and holders.get(node.name) == node.instance:
+            # Its join took the lease and broke off before the record: without a lease it joins again.
+            control.reservations.leases.drop("node", node.name, node.instance)
+    suspects = [node.name for node in nodes if node.state in IN_POOL and not holders.get(node.name)]
+    return [name for name in suspects if _lose(control, name)]
+
+
+def _lose(control: Control, name: str) -> bool:
+    """Take a server node out whose lease is missing; False if it came back while we looked."""
+    with control.transaction() as tx:
+        node = tx.session.get(ServerNode, name, with_for_update=True)
+        if node is None or node.state not in IN_POOL or control.reservations.leases.holder("node", name):
+            return False
+        _take_out(control, tx, node, ServerNodeState.LOST, "lost: its lease ran out")
+        return True
 
 
 def _take_out(control: Control, tx: Tx, node: ServerNode, state: ServerNodeState, words: str) -> None:

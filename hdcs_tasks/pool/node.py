@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
 from celery.exceptions import TimeoutError as CeleryTimeoutError
 
+from hdcs_tasks.clock import now_s
 from hdcs_tasks.errors import Conflict, HdcsError, Invalid, Unreachable
 from hdcs_tasks.hypervisor import facts as host_facts
 from hdcs_tasks.hypervisor import guests, networks, storage
@@ -59,7 +59,7 @@ def _ask(ctx: NodeContext, facts: host_facts.HostFacts, timeout_s: float) -> dic
     shape = {key: value for key, value in asdict(facts).items() if key in _SHAPE}
     request = JoinRequest(
         config.domain_node, config.server_node, config.server_node_ip, instance_id(config), shape,
-        {"total_bytes": total, "free_bytes": free}, time.time(),
+        {"total_bytes": total, "free_bytes": free}, now_s(),
     ).signed(config.join_token_file.read_text())  # fmt: skip
     try:
         result = ctx.celery.send_task(
@@ -99,31 +99,15 @@ def report(ctx: NodeContext, run_id: str) -> None:
     send(ctx.celery, "pool.node_report", {"report": message}, CONTROL, expires_s=60)
 
 
-def tidy(ctx: NodeContext, claims: list[tuple[str, str]]) -> None:
-    """Give back what VMs without a guest here still hold here: the named claims (VM, step that made it), and every
-    DHCP host entry that no claim stands for. A VM that is being worked on is left for the next time."""
+def tidy(ctx: NodeContext) -> None:
+    """Remove every DHCP host entry whose VM holds no claim here. A VM being worked on is left for the next time."""
     if not ctx.reservations.epoch.is_open():
         return
-    for vm_id, step in claims:
-        with suppress(Conflict), vm_lock(ctx.settings.state_dir, vm_id):
-            _release_if_absent(ctx, vm_id, step)
     owned = {c.vm for c in ctx.reservations.pool.claims(ctx.domain_node) if c.node == ctx.server_node}
     for entry in networks.dhcp_hosts(ctx.host(), ctx.settings.network_name):
         vm_id = ctx.reservations.macs.owner(entry.mac) or ""
         if vm_id not in owned:
             _remove_dhcp_host(ctx, entry.mac, vm_id)
-
-
-def _release_if_absent(ctx: NodeContext, vm_id: str, step: str) -> None:
-    seen = guests.info(ctx.host(), vm_id)
-    if seen is not None and seen.active:
-        log.error("a guest runs here that the record has not", vm=vm_id, guest=seen.name, started_by=seen.operation)
-        return
-    guests.stop(ctx.host(), vm_id, force=True)  # a left-over definition
-    freed = ctx.reservations.pool.release(
-        ctx.domain_node, vm_id, ctx.server_node, ctx.settings.dhcp_lease_s, step=step
-    )  # fmt: skip
-    log.warning("claim without owner given back", vm=vm_id, step=step, freed=freed)
 
 
 def _remove_dhcp_host(ctx: NodeContext, mac: str, vm_id: str) -> None:

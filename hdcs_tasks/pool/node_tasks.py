@@ -13,5 +13,5 @@ def report(run_id: str) -> None:
 
 
 @app.task(name="pool.tidy_on_node")
-def tidy(claims: list[tuple[str, str]]) -> None:
-    node.tidy(node_context(), claims)
+def tidy() -> None:
+    node.tidy(node_context())

@@ -7,11 +7,12 @@ epoch closed → ask every living server node what runs on it → all answered, 
 from __future__ import annotations
 
 import json
-import time
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import select
 
+from hdcs_tasks.clock import now_s
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.control import Control
 from hdcs_tasks.operations.sending import broadcast
@@ -21,8 +22,7 @@ from hdcs_tasks.pool.rooms import vm_shape, vm_terms
 from hdcs_tasks.pool.rules import need_of
 from hdcs_tasks.reservations import Claim, PoolSnapshot, Snapshot
 from hdcs_tasks.routing import quick_queue
-from hdcs_tasks.states import VmState
-from hdcs_tasks.store.models import DomainNode, ServerNode, Vm
+from hdcs_tasks.store.models import DomainNode, Operation, ServerNode, Vm
 
 log = logger(__name__)
 
@@ -57,12 +57,12 @@ def _reports(control: Control, run_id: str, nodes: list[ServerNode]) -> tuple[di
     """Reports of this Redis's life so far, asking anew each time, and how long we have waited (s)."""
     kept = control.reservations.notes.read(f"rebuild:{run_id}")
     if "asked_at" not in kept:
-        control.reservations.notes.write(f"rebuild:{run_id}", "asked_at", str(time.time()), ttl_s=600)
-        kept["asked_at"] = str(time.time())
+        control.reservations.notes.write(f"rebuild:{run_id}", "asked_at", str(now_s()), ttl_s=600)
+        kept["asked_at"] = str(now_s())
     reports = {name: json.loads(text) for name, text in kept.items() if name != "asked_at"}
     silent = [quick_queue(node.domain_node, node.name) for node in nodes if node.name not in reports]
     broadcast(control.celery, REPORT_TASK, {"run_id": run_id}, silent, expires_s=5)
-    return reports, time.time() - float(kept["asked_at"])
+    return reports, now_s() - float(kept["asked_at"])
 
 
 def take_report(control: Control, report: dict[str, Any]) -> None:
@@ -76,9 +76,35 @@ def snapshot(control: Control, reports: dict[str, dict[str, Any]]) -> Snapshot:
         rows = list(session.scalars(select(DomainNode)))
         nodes = list(session.scalars(select(ServerNode)))
         vms = list(session.scalars(select(Vm).where(Vm.deleted_at.is_(None))))
-    pools = {row.name: _pool_snapshot(control, row, nodes, vms, reports) for row in rows}
+        busy = set(session.scalars(select(Operation.live_vm).where(Operation.live_vm.is_not(None))))
+    present = control.reservations.dump().pools
+    pools = {}
+    for row in rows:
+        pool = _pool_snapshot(control, row, nodes, vms, reports)
+        held = present[row.name].claims if row.name in present else ()
+        pools[row.name] = _with_busy(pool, [claim for claim in held if claim.vm in busy])
     subnets = {node.name: node.subnet for node in nodes}
     return Snapshot(macs={vm.id: vm.mac for vm in vms}, subnets=subnets, pools=pools)
+
+
+def _with_busy(pool: PoolSnapshot, held: list[Claim]) -> PoolSnapshot:
+    """The snapshot with what VMs under way still hold in Redis.
+
+    A report is older than the rebuild: a guest may start or arrive after it, on a claim that outlived the restart.
+    """
+    claims, ports = list(pool.claims), dict(pool.ports)
+    known = {(claim.vm, claim.node) for claim in claims}
+    ips = {claim.ip for claim in claims if claim.ip}
+    for claim in held:
+        owned = ports.get(claim.vm)
+        taken = claim.ip in ips or (owned is None and claim.port in ports.values())
+        if (claim.vm, claim.node) in known or taken:
+            continue
+        if claim.port:
+            ports.setdefault(claim.vm, claim.port)
+        claims.append(claim._replace(port=ports.get(claim.vm, 0)))
+        ips |= {claim.ip} - {""}
+    return replace(pool, claims=tuple(claims), ports=ports)
 
 
 def _pool_snapshot(
@@ -95,7 +121,6 @@ def _pool_snapshot(
             need = need_of(vm_shape(vm), control.settings.capacity)
             ip = seen.get("ip") or (vm.ip if vm.server_node == node.name else None) or ""
             claims.append(Claim(row.name, vm_id, node.name, need.vcpus, need.memory_mib, port, ip, ""))
-    claims += _in_transit(control, row.name, homed, claims, ports)
     return PoolSnapshot(
         row.port_first, row.port_last, tuple(pool_node_of(n) for n in here if n.state in IN_POOL), tuple(claims),
         {vm: port for vm, port in ports.items() if port}, {vm.id: vm.disk_bytes for vm in homed.values()},
@@ -113,29 +138,3 @@ def _held(node: ServerNode, homed: dict[str, Vm], reports: dict[str, dict[str, A
     return {
         vm.id: {"ip": vm.ip, "console_port": vm.port} for vm in homed.values() if vm.server_node == node.name
     }  # fmt: skip
-
-
-def _in_transit(
-    control: Control, domain_node: str, homed: dict[str, Vm], claims: list[Claim], ports: dict[str, int]
-) -> list[Claim]:
-    """Claims that Redis still has of VMs that are just starting or moving: their guest may be seen only later.
-
-    Where Redis was emptied there are none, and no executor of before can go on either (its step is gone).
-    """
-    held = {(claim.vm, claim.node) for claim in claims}
-    ips = {claim.ip for claim in claims if claim.ip}
-    kept = []
-    for claim in control.reservations.pool.claims(domain_node):
-        vm = homed.get(claim.vm)
-        moving = vm is not None and vm.state in (VmState.STARTING, VmState.MIGRATING)
-        if not moving or (claim.vm, claim.node) in held or claim.ip in ips:
-            continue
-        if claim.port and ports.get(claim.vm, claim.port) != claim.port:
-            continue
-        if claim.port and claim.vm not in ports and claim.port in ports.values():
-            continue
-        if claim.port:
-            ports[claim.vm] = claim.port
-        ips.add(claim.ip)
-        kept.append(claim)
-    return kept

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable, Sequence
 
+from hdcs_tasks.clock import random_hex
 from hdcs_tasks.reservations.link import Link, check_token
 from hdcs_tasks.reservations.model import Check, ClaimAnswer, StepStatus
 from hdcs_tasks.reservations.scripts import Call, Value
@@ -33,7 +33,7 @@ class Steps:
     def issue_many(self, attempts: Iterable[tuple[str, int, str]]) -> list[bool]:
         """``issue`` for each (step, attempt, server node or ''), pipelined."""
         calls: list[Call] = [
-            (self._keys(step), (attempt, secrets.token_hex(8), node, KEY_TTL_S)) for step, attempt, node in attempts
+            (self._keys(step), (attempt, random_hex(8), node, KEY_TTL_S)) for step, attempt, node in attempts
         ]
         return [bool(answer) for answer in self._link.call_many("step_issue", calls)]
 

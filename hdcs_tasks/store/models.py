@@ -5,7 +5,6 @@ State columns are written by ``store.transitions.move`` and by nothing else.
 
 from __future__ import annotations
 
-import uuid
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any
@@ -27,6 +26,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
+from hdcs_tasks.clock import new_id as new_id
+from hdcs_tasks.clock import now as now
 from hdcs_tasks.states import BackupState, ImageState, OperationState, ServerNodeState, StepState, VmState
 
 
@@ -60,14 +61,6 @@ class StateColumn(TypeDecorator[StrEnum]):
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> StrEnum | None:
         return None if value is None else self.machine(value)
-
-
-def now() -> datetime:
-    return datetime.now(UTC)
-
-
-def new_id() -> str:
-    return str(uuid.uuid4())
 
 
 # PostgreSQL's INTEGER ends at 2 GiB.

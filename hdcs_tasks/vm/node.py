@@ -13,7 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hdcs_tasks.errors import BackupBroken, ClaimLost, HdcsError, NoCapacity, NotFound, OutcomeUnknown
+from hdcs_tasks.errors import (
+    BackupBroken,
+    ClaimLost,
+    HdcsError,
+    NoCapacity,
+    NotFound,
+    OutcomeUnknown,
+    Unreachable,
+)
 from hdcs_tasks.hypervisor import disks, guests, networks, storage
 from hdcs_tasks.hypervisor.bitmaps import ensure_seed
 from hdcs_tasks.hypervisor.checkpoints import SEED, redefine_checkpoints
@@ -129,11 +137,11 @@ def start(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     except ClaimLost:
         raise  # a newer attempt observes and settles; the claim on capacity stays with the VM
     except Exception as error:  # whatever it was: what was claimed is given back, or known to be in doubt
-        _give_back_if_absent(ctx, guest, error)
+        _undo_start(run, guest, error)
         raise
     if spec.get("saved"):
         # It comes back as it was and boots nothing; a booting guest counts until its agent answers.
-        ctx.reservations.pool.started(ctx.domain_node, placed.node, guest["vm_id"])
+        _start_ended(ctx, guest["vm_id"])
     return {"node": placed.node, "port": placed.port, "ip": placed.ip, "decision": decision(run, spec, placed)}
 
 
@@ -216,20 +224,35 @@ def restore_checkpoints(host: Host, place: storage.StorageLayout, vm_id: str) ->
         log.warning("backup chain broken; the next backup is a full one", vm=vm_id, error=str(error))
 
 
-def _give_back_if_absent(ctx: NodeContext, guest: dict[str, Any], error: Exception) -> None:
+def _start_ended(ctx: NodeContext, vm_id: str) -> None:
+    """The guest runs: that Redis does not hear of it now must not fail its start; the entry runs out by itself."""
+    try:
+        ctx.reservations.pool.started(ctx.domain_node, ctx.server_node, vm_id)
+    except Unreachable as error:
+        log.info("end of a start not noted", vm=vm_id, error=str(error))
+
+
+def _undo_start(run: Run, guest: dict[str, Any], error: Exception) -> None:
     """After a failed start: whatever was claimed is free again, once the guest is seen not to run here.
 
-    OutcomeUnknown when that cannot be seen: the claim stays, and whoever observes this node next decides.
+    Running under this step: a cancelled start ends it, any other leaves it to the next attempt, which finds it. What
+    cannot be seen is not guessed. Raises OutcomeUnknown.
     """
+    ctx, vm_id = run.ctx, guest["vm_id"]
     try:
-        seen = guests.info(ctx.host(), guest["vm_id"])
+        seen = guests.info(ctx.host(), vm_id)
+        if seen is not None and seen.active and seen.step == run.step and run.is_cancelled():
+            guests.stop(ctx.host(), vm_id, force=True)
+            seen = None
         if seen is None or not seen.active:
-            release(ctx, guest["vm_id"], guest["mac"])
-    except HdcsError as unseen:
-        raise OutcomeUnknown(
-            f"the start of VM {guest['name']} failed ({error}), and what it left cannot be seen: {unseen.message}",
-            next=f"Observe server node {ctx.server_node} before starting it again",
-        ) from error
+            release(ctx, vm_id, guest["mac"])
+            return
+        if seen.step != run.step:
+            return  # another's guest: the error is a Conflict that says so
+        what = f"it runs, but its start did not end: {error}"
+    except HdcsError as blind:
+        what = f"its start failed ({error}), and what it left cannot be seen: {blind}"
+    raise OutcomeUnknown(f"VM {guest['name']}: {what}", next="The next attempt observes") from error
 
 
 def release(ctx: NodeContext, vm_id: str, mac: str) -> None:

@@ -7,7 +7,9 @@ minute everything must have settled, and after two more sweeps nothing may be le
 from __future__ import annotations
 
 import argparse
+import json
 import random
+import signal
 import statistics
 import sys
 import time
@@ -17,7 +19,9 @@ from typing import Any
 
 from deploy.lab import Lab, default_root, free_net
 from deploy.lab.center import Center, copy_logs
+from hdcs_tasks.config import Settings
 from hdcs_tasks.errors import HdcsError
+from hdcs_tasks.logs import configure_logging
 from hdcs_tasks.store.models import Step
 from tests.chaos import checker, notes
 from tests.chaos.faults import KINDS, Faults, Interrupted
@@ -32,11 +36,21 @@ OPERATIONS_PER_FAULT = 8
 ENV = {"HDCS_NODE_CONCURRENCY": "2", "HDCS_SWEEP_S": "2", "HDCS_LEASE_TTL_S": "9"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def main(arguments: list[str]) -> int:
+    """``python -m tests.chaos real``: JSON alone on stdout, progress on stderr; 1 where there is a violation."""
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos real", description=__doc__)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--operations", type=int, default=200, metavar="N", help="acknowledged requests, at least")
     parser.add_argument("--faults", default="", metavar="KIND,…", help="only these kinds")
     parser.add_argument("--keep-logs", type=Path, metavar="FOLDER", help="copy the lab's logs and database there")
+    parser.add_argument("--json", action="store_true", help="JSON on stdout (else a line each)")
+    options = parser.parse_args(arguments)
+    configure_logging(Settings(log_format="console"))  # to stderr
+    # a kill ends the run like Ctrl-C: its lab is taken down
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    found = run(options)
+    print(json.dumps(found, indent=1) if options.json else "\n".join(f"{k}: {v}" for k, v in found.items()))
+    return 1 if found["violations"] else 0
 
 
 def say(text: str) -> None:

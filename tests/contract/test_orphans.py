@@ -19,7 +19,7 @@ from hdcs_tasks.operations.recovery import settle
 from hdcs_tasks.operations.spool import Spool
 from hdcs_tasks.operations.views import show
 from hdcs_tasks.pool import rebuild
-from hdcs_tasks.pool.orphans import orphan_sweep
+from hdcs_tasks.pool.tidy import dhcp_sweep, tidy_sweep
 from hdcs_tasks.reservations import PlaceRequest, PoolNode
 from hdcs_tasks.routing import quick_queue
 from hdcs_tasks.states import ServerNodeState, VmState
@@ -99,7 +99,7 @@ def claims(control: Control) -> set[tuple[str, str, str]]:
     return {(c.vm, c.node, c.ip) for c in control.reservations.pool.claims("east")}
 
 
-# --- the orphan sweep
+# --- the sweeps
 
 
 def test_what_nobody_owns_goes_at_the_second_sweep(center: Control) -> None:
@@ -108,45 +108,38 @@ def test_what_nobody_owns_goes_at_the_second_sweep(center: Control) -> None:
     center.reservations.disks.claim("east", ghost, 1024, 10**9)
     center.reservations.ports.take("east", ghost)
     vm = running(center, "desk", "node1")
-    assert orphan_sweep(center) == [], "a VM's first reservations are older than its record"
+    assert tidy_sweep(center) == 0, "a VM's first reservations are older than its record"
     assert ghost in center.reservations.macs.all()
-    assert len(orphan_sweep(center)) == 3
+    assert tidy_sweep(center) == 3
     assert list(center.reservations.macs.all()) == [vm.id]
     assert list(center.reservations.disks.all("east")) == [vm.id]
     assert center.reservations.ports.cooling("east") == {ghost}
 
 
-def test_a_claim_is_freed_by_its_server_node_alone(center: Control) -> None:
-    stopped = add_vm(center, "desk", VmState.STOPPED)
-    placed = place(center, stopped.id, "node2", step="dead-step")
-    for _ in range(3):
-        orphan_sweep(center)
-    assert (stopped.id, "node2", placed.ip) in claims(center), "nobody has looked whether its guest runs"
-    told = [m["claims"] for m in messages(center, quick_queue("east", "node2"))]
-    assert told == [[], [[stopped.id, "dead-step"]], [[stopped.id, "dead-step"]]]
-    assert all(not m["claims"] for m in messages(center, quick_queue("east", "node1")))
-    # a start that came in between owns the claim now
-    place(center, stopped.id, "node2", step="new-step")
-    assert not center.reservations.pool.release("east", stopped.id, "node2", 60, step="dead-step")
-    assert center.reservations.pool.release("east", stopped.id, "node2", 60, step="new-step")
+def test_a_resting_vm_gives_its_claim_back_and_one_at_work_does_not(center: Control) -> None:
+    rests, works = add_vm(center, "rests", VmState.STOPPED), add_vm(center, "works", VmState.STOPPED)
+    vm_control.start(center, "works", Asked())
+    for vm in (rests, works):
+        place(center, vm.id, "node2", step=vm.id)
+    tidy_sweep(center)
+    assert {vm_id for vm_id, _, _ in claims(center)} == {works.id}
 
 
-def test_a_vm_at_work_loses_nothing(center: Control) -> None:
+def test_a_claim_is_released_for_the_step_that_made_it(center: Control) -> None:
     vm = add_vm(center, "desk", VmState.STOPPED)
-    vm_control.start(center, "desk", Asked())
-    place(center, vm.id, "node1")
-    for _ in range(3):
-        assert orphan_sweep(center) == []
-    assert all(not m["claims"] for m in messages(center, quick_queue("east", "node1")))
+    place(center, vm.id, "node2", step="old")
+    place(center, vm.id, "node2", step="new")
+    assert not center.reservations.pool.release("east", vm.id, "node2", 60, step="old")
+    assert center.reservations.pool.release("east", vm.id, "node2", 60, step="new")
 
 
-def test_a_closed_epoch_stops_the_sweep(center: Control) -> None:
-    ghost = new_id()
-    center.reservations.macs.take(ghost)
-    orphan_sweep(center)
-    center.reservations.epoch.close()
-    assert orphan_sweep(center) == []
-    assert ghost in center.reservations.macs.all()
+def test_server_nodes_are_asked_to_tidy_unless_lost(center: Control) -> None:
+    with center.store.session() as session:
+        row = session.get(ServerNode, "node2")
+        assert row is not None
+        move(row, ServerNodeState.LOST)
+    assert dhcp_sweep(center) == 1
+    assert messages(center, quick_queue("east", "node1")) == [{}]
 
 
 def test_a_guest_without_record_is_told_once(center: Control) -> None:
