@@ -352,7 +352,8 @@ def rooms(world: World) -> Iterator[None]:
     with ExitStack() as stack:
         for room in (vm_node, node_migrate, pool_node, monitor_node):
             for name, stand_in in (
-                ("guests", world), ("networks", world), ("disks", world), ("migration", world), ("vm_lock", world.vm_lock),
+                ("guests", world), ("networks", world), ("disks", world), ("migration", world),
+                ("vm_lock", world.vm_lock),
                 ("restore_checkpoints", nothing), ("ensure_seed", nothing),
                 ("agent", SimpleNamespace(renew_network=nothing)),
             ):  # fmt: skip
