@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 
 import pytest
+from sqlalchemy import event
 
-from hdcs_tasks.operations.control import Tx
 from hdcs_tasks.operations.node import Run
 from hdcs_tasks.reservations import scripts
 from hdcs_tasks.reservations.scripts import _source
+from hdcs_tasks.store.models import Operation
 from tests.chaos.sim.center import Ground
 from tests.chaos.sim.history import History
 from tests.chaos.sim.run import histories, replay
@@ -21,8 +21,8 @@ ENOUGH = 400
 
 
 @pytest.fixture(scope="module")
-def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
-    yield Ground(tmp_path_factory.mktemp("sim"))
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
+    return Ground(tmp_path_factory.mktemp("sim"))
 
 
 def first_violation(ground: Ground, *kinds: str) -> str | None:
@@ -38,8 +38,10 @@ def test_a_thousand_histories_without_a_violation() -> None:
     result = histories(1, SEEDS, processes=2)
     assert result["histories"] == SEEDS
     assert result["violations"] == []
-    assert {"crash control", "crash node", "message lost", "message doubled", "message late", "Redis wiped",
-            "Redis restarted, its last second lost", "server node lost", "stopped past its lease"} <= set(result["faults"])  # fmt: skip
+    assert set(result["faults"]) >= {
+        "crash control", "crash node", "message lost", "message doubled", "message late", "Redis wiped",
+        "Redis restarted, its last second lost", "server node lost", "stopped past its lease",
+    }  # fmt: skip
 
 
 def test_a_seed_tells_the_same_history_each_time() -> None:
@@ -55,18 +57,21 @@ def test_without_the_fence_check_a_side_effect_is_seen(ground: Ground, monkeypat
 
 
 @pytest.mark.timeout(600)
-def test_without_one_live_operation_per_vm_the_record_breaks(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Tx, "_in_the_way", lambda self, vm, lock: None)
-    monkeypatch.setattr(Operation, "live_vm", None)
-    assert first_violation(
-        ground,
-        "record is not the world",
-        "VM stuck",
-        "VM runs twice",
-        "not settled",
-        "claim leaked",
-        "unforeseen error",
-    )
+def test_without_one_live_operation_per_vm_the_record_breaks(ground: Ground) -> None:
+    def forget(mapper: object, connection: object, operation: Operation) -> None:
+        operation.live_vm = None  # what the unique column, and whoever asks for it, goes by
+
+    event.listen(Operation, "before_insert", forget)
+    event.listen(Operation, "before_update", forget)
+    try:
+        found = first_violation(
+            ground, "record is not the world", "VM stuck", "VM runs twice", "not settled", "claim leaked", "claim lost",
+            "unforeseen error",
+        )  # fmt: skip
+    finally:
+        event.remove(Operation, "before_insert", forget)
+        event.remove(Operation, "before_update", forget)
+    assert found
 
 
 @pytest.mark.timeout(600)
