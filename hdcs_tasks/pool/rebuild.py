@@ -130,11 +130,11 @@ def _pool_snapshot(
 
 
 def _held(node: ServerNode, homed: dict[str, Vm], reports: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What this server node holds: what it reported, or for a silent one (its guests run on, also where its worker
-    left in order) what the record says."""
-    report = reports.get(node.name)
-    if report is not None:
-        return {g["vm_id"]: g for g in report["guests"] if g["vm_id"] in homed}
-    return {
+    """What this server node holds: what it reported, and what the record says: a guest may run since the report, and
+    those of a silent node run on, also where its worker left in order. One that has gone is found by the next sample,
+    and then gives back what it held."""
+    reported = {g["vm_id"]: g for g in reports.get(node.name, {"guests": []})["guests"] if g["vm_id"] in homed}
+    recorded = {
         vm.id: {"ip": vm.ip, "console_port": vm.port} for vm in homed.values() if vm.server_node == node.name
     }  # fmt: skip
+    return recorded | reported

@@ -73,6 +73,8 @@ def clone(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     except HdcsError:
         remove_folder(target.parent)
         raise
+    for left in target.parent.glob(f"{target.name}.*.partial"):
+        left.unlink(missing_ok=True)  # of an attempt that was killed
     return {"node": run.ctx.server_node, "disk": str(target)}
 
 
