@@ -20,5 +20,6 @@ def schedule(config: Settings) -> dict[str, dict[str, Any]]:
         "leases": every("pool.lease_sweep", config.sweep_s),
         "reservations": every("pool.reservation_sweep", config.sweep_s),
         "monitor": every("monitor.sample_sweep", config.sample_s),
+        "policies": every("backup.policy_sweep", config.policy_sweep_s),
         "idle": every("monitor.idle_sweep", config.sample_s),
     }

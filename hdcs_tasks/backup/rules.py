@@ -6,7 +6,7 @@ Times are aware datetimes in UTC.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
@@ -231,7 +231,7 @@ def last_due(words: str, now: datetime) -> datetime:
 # --- what to prove
 
 
-def choose_drills(by_vm: dict[str, Sequence[Point]], count: int) -> list[Point]:
+def choose_drills(by_vm: Mapping[str, Sequence[Point]], count: int) -> list[Point]:
     """The points to prove next: of each VM the newest ready one, VMs never or longest ago proven first."""
     candidates: list[tuple[datetime, Point]] = []
     for points in by_vm.values():

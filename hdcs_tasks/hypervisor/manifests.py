@@ -86,13 +86,16 @@ def check_name(what: str, name: object) -> str:
     return name
 
 
+def is_vm_id(vm_id: object) -> bool:
+    try:
+        return isinstance(vm_id, str) and str(UUID(vm_id)) == vm_id
+    except ValueError:
+        return False
+
+
 def check_vm_id(vm_id: object) -> str:
     """``vm_id`` if it is a UUID in its usual writing; else Invalid."""
-    try:
-        good = isinstance(vm_id, str) and str(UUID(vm_id)) == vm_id
-    except ValueError:
-        good = False
-    if not good:
+    if not is_vm_id(vm_id):
         raise Invalid(f"{vm_id!r} is not a VM id", next="A VM id is a UUID; see: hdcs vm list")
     return cast(str, vm_id)
 

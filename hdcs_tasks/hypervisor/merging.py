@@ -18,7 +18,6 @@ from hdcs_tasks.hypervisor import disks, manifests
 from hdcs_tasks.hypervisor.bases import storage_errors
 from hdcs_tasks.hypervisor.jobs import IsCancelled, OnProgress
 from hdcs_tasks.hypervisor.manifests import Point
-from hdcs_tasks.hypervisor.processes import run
 from hdcs_tasks.hypervisor.repository import Repository, flatten, write_durably
 
 _INTENT = ".merge.partial"
@@ -51,7 +50,11 @@ def merge(
     partial.unlink(missing_ok=True)
     try:
         flatten(repository.file(point), partial, backing, on_progress, cancelled, deadline_s)
-        _check_same(repository, point, partial, deadline_s)
+        if not repository.compare(point, partial, cancelled=cancelled, timeout_s=deadline_s):
+            raise BackupBroken(
+                f"merging into {point.id} did not give the same content; the chain is as it was",
+                next="Verify the point; look at the storage's health",
+            )
         draft = replace(point, parent=below.id if below else None, kind="inc" if below else "full")
         merged = repository.complete(partial, draft, on_progress=None, cancelled=cancelled)
         with storage_errors(f"merging into {point.id}"):
@@ -85,12 +88,3 @@ def _finish(repository: Repository, merged: Point) -> None:
     file = repository.file(merged)
     os.replace(_intent(repository, merged), file.with_name(merged.manifest_name))
     disks.sync(file.parent)
-
-
-def _check_same(repository: Repository, point: Point, partial: Path, timeout_s: float) -> None:
-    argv = ["qemu-img", "compare", "-f", "qcow2", "-F", "qcow2", str(repository.file(point)), str(partial)]
-    if run(argv, timeout_s=timeout_s, ok=(0, 1)).exit_code != 0:
-        raise BackupBroken(
-            f"merging into {point.id} did not give the same content; the chain is as it was",
-            next="Verify the point; look at the storage's health",
-        )

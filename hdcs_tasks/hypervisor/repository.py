@@ -119,6 +119,10 @@ class Repository:
             started[key] = min(point.created_at, started.get(key, point.created_at))
         return sorted(found, key=lambda p: (p.vm_id, started[p.vm_id, p.chain], p.chain, p.seq))
 
+    def vm_ids(self) -> list[str]:
+        """Ids of the VMs that have a folder here, sorted."""
+        return sorted(path.name for path in self.folder.iterdir() if path.is_dir() and manifests.is_vm_id(path.name))
+
     def get(self, vm_id: str, point_id: str) -> Point:
         """The point with this id; raises NotFound (also when its manifest is damaged, and says so)."""
         damaged: list[str] = []
@@ -215,10 +219,12 @@ class Repository:
             self._check_backing(self.file(link), link, below, _image_info(self.file(link)))
             below = link
 
-    def compare(self, point: Point, disk: Path, *, timeout_s: float = 3600) -> bool:
+    def compare(
+        self, point: Point, disk: Path, *, cancelled: IsCancelled | None = None, timeout_s: float = 3600
+    ) -> bool:
         """Whether ``disk`` (of no running guest) has exactly the content of ``point``."""
         argv = ["qemu-img", "compare", "-f", "qcow2", "-F", "qcow2", str(self.file(point)), str(disk)]
-        return run(argv, timeout_s=timeout_s, ok=(0, 1)).exit_code == 0
+        return run(argv, timeout_s=timeout_s, cancelled=cancelled, ok=(0, 1)).exit_code == 0
 
     def delete(self, vm_id: str, chain: str, seq: int, point_id: str) -> bool:
         """Delete a point, also one whose manifest is damaged; False if it was gone.
@@ -267,6 +273,10 @@ class Repository:
             orphan = path.suffix == ".qcow2" and not path.with_suffix(".json").exists()
             if orphan or (path.name.startswith(".") and _PARTIAL in path.name):
                 yield path
+
+    def forget_empty(self, vm_id: str, chain: str) -> None:
+        """Remove a chain's folder, and the VM's, if nothing is in them."""
+        self._remove_empty(self.chain_folder(vm_id, chain))
 
     def _chain(self, point: Point) -> list[Point]:
         return [p for p in self.points(point.vm_id) if p.chain == point.chain]
@@ -331,7 +341,7 @@ def flatten(
     cancelled: IsCancelled | None,
     timeout_s: float,
 ) -> None:
-    """Write to ``target`` what ``source`` (qcow2, any chain) shows, as one layer on ``backing`` or (None) on nothing."""
+    """Write what ``source`` (qcow2, any chain) shows to ``target``: one layer on ``backing``, or (None) on nothing."""
     if backing is not None:
         extract_layer(source, target, backing, on_progress, cancelled, timeout_s)
         return
