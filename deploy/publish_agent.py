@@ -5,7 +5,7 @@
     STORAGE/agent/current                -> releases/HASH, switched in one step
     STORAGE/agent/releases/HASH/app,lib  the code, and the libraries a server node uses
 
-    deploy/agent STORAGE [--env-file FILE]
+    deploy/agent STORAGE [--domain-node NAME] [--env-file FILE]
 
 Running workers keep the release they started from; the two before the current one are kept for them.
 """
@@ -26,6 +26,7 @@ from importlib import metadata
 from pathlib import Path
 
 from hdcs_tasks.errors import HdcsError, Invalid, NotFound
+from hdcs_tasks.hypervisor.storage import prepare
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 LOCK = CHECKOUT / "deploy" / "requirements.lock"
@@ -151,9 +152,14 @@ def _drop_old(releases: Path, current: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="deploy/agent", description=__doc__.splitlines()[0])
     parser.add_argument("storage", type=Path, help="mount point of the domain node's shared storage")
+    parser.add_argument(
+        "--domain-node", metavar="NAME", help="make a new storage this domain node's: its folders and its marker file"
+    )
     parser.add_argument("--env-file", type=Path, help="HDCS_* settings the server nodes share; becomes agent/node.env")
     args = parser.parse_args()
     try:
+        if args.domain_node:
+            prepare(args.storage, args.domain_node)
         release = publish(args.storage, args.env_file)
     except HdcsError as error:
         print(f"agent: {error}", file=sys.stderr)

@@ -27,7 +27,7 @@ def check_name(kind: str, name: str) -> str:
     """``name`` if it can safely be a queue, host, file and XML name (RFC 1123 label, lower case); else Invalid."""
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name in _RESERVED:
         raise Invalid(
-            f"{name!r} is not a name for a {kind}",
+            f"{name!r} is not a valid {kind} name",
             next="Use 1 to 63 of a-z, 0-9 and '-', beginning and ending with a letter or digit"
             + (f"; reserved: {', '.join(sorted(_RESERVED))}" if name in _RESERVED else ""),
         )

@@ -78,15 +78,14 @@ _V = VmState
 _VM: Mapping[StrEnum, frozenset[StrEnum]] = {
     _V.CREATING: frozenset({_V.STOPPED, _V.FAILED, _V.DELETING, _V.DELETED}),
     _V.STOPPED: frozenset({_V.STARTING, _V.DELETING, _V.RUNNING, _V.MIGRATING}),
-    _V.STARTING: frozenset({_V.RUNNING, _V.STOPPED, _V.SAVED, _V.FAILED, _V.STOPPING, _V.DELETING}),
+    # CREATING again: a clone refused by layer two is planned anew in another domain node.
+    _V.STARTING: frozenset({_V.CREATING, _V.RUNNING, _V.STOPPED, _V.SAVED, _V.FAILED, _V.STOPPING, _V.DELETING}),
     _V.RUNNING: frozenset(
         {_V.STOPPING, _V.SUSPENDING, _V.REBOOTING, _V.SAVING, _V.MIGRATING, _V.STOPPED, _V.SUSPENDED, _V.DELETING}
     ),
     _V.STOPPING: frozenset({_V.STOPPED, _V.RUNNING, _V.SUSPENDED, _V.FAILED, _V.DELETING}),
     _V.SUSPENDING: frozenset({_V.SUSPENDED, _V.RUNNING, _V.STOPPED, _V.FAILED, _V.STOPPING, _V.DELETING}),
-    _V.SUSPENDED: frozenset(
-        {_V.RESUMING, _V.SAVING, _V.STOPPING, _V.DELETING, _V.RUNNING, _V.STOPPED, _V.MIGRATING}
-    ),
+    _V.SUSPENDED: frozenset({_V.RESUMING, _V.SAVING, _V.STOPPING, _V.DELETING, _V.RUNNING, _V.STOPPED, _V.MIGRATING}),
     _V.RESUMING: frozenset({_V.RUNNING, _V.SUSPENDED, _V.STOPPED, _V.FAILED, _V.STOPPING, _V.DELETING}),
     _V.REBOOTING: frozenset({_V.RUNNING, _V.STOPPED, _V.FAILED, _V.STOPPING, _V.DELETING}),
     _V.SAVING: frozenset({_V.SAVED, _V.RUNNING, _V.SUSPENDED, _V.STOPPED, _V.FAILED, _V.STOPPING, _V.DELETING}),
@@ -154,6 +153,9 @@ MACHINES: Mapping[type[StrEnum], Mapping[StrEnum, frozenset[StrEnum]]] = {
 
 OPERATION_LIVE = frozenset({OperationState.QUEUED, OperationState.RUNNING})
 STEP_LIVE = frozenset({StepState.PENDING, StepState.PUBLISHED, StepState.PARKED})
+VM_RESTS = frozenset(
+    {VmState.STOPPED, VmState.RUNNING, VmState.SUSPENDED, VmState.SAVED, VmState.DELETED, VmState.FAILED}
+)
 VM_HOLDS_GUEST = frozenset(
     {
         VmState.STARTING, VmState.RUNNING, VmState.STOPPING, VmState.SUSPENDING, VmState.SUSPENDED, VmState.RESUMING,

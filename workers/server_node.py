@@ -1,5 +1,6 @@
 """One per server node: joins its domain node's pool and does the work. Holds no database credentials.
 
+    \b
     python -m workers.server_node --domain-node east --name node1 --ip 10.0.0.11 --token-file /etc/hdcs/token
 
 It runs two Celery workers: ``east@node1`` (prefork: long work of the domain node's queue and of its own) and
@@ -35,7 +36,8 @@ REFUSED = 78
 @click.option("--domain-node", envvar="HDCS_DOMAIN_NODE", required=True, help="Domain node to join.")
 @click.option("--name", envvar="HDCS_SERVER_NODE", required=True, help="This server's name.")
 @click.option("--ip", envvar="HDCS_SERVER_NODE_IP", required=True, help="Address the other server nodes reach it by.")
-@click.option("--token-file", envvar="HDCS_JOIN_TOKEN_FILE", type=click.Path(path_type=Path), required=True)
+@click.option("--token-file", envvar="HDCS_JOIN_TOKEN_FILE", type=click.Path(path_type=Path), required=True,
+              help="File that holds the domain node's join token.")  # fmt: skip
 @click.option("--role", type=click.Choice(ROLES), hidden=True, help="Run one of the two workers in this process.")
 def main(domain_node: str, name: str, ip: str, token_file: Path, role: str | None) -> None:
     os.environ.update(

@@ -26,7 +26,7 @@ from deploy.lab.center import Center, wait_for
 from deploy.lab.flower import Flower
 from deploy.lab.golden_image import build
 from deploy.lab.keep import print_how_to_use
-from deploy.lab.lab import Lab, default_root
+from deploy.lab.lab import Lab, default_root, free_net
 from hdcs_tasks.cloud import Operation
 from hdcs_tasks.errors import HdcsError
 from hdcs_tasks.hypervisor import agent
@@ -68,7 +68,8 @@ class Demo:
         """Time the block and print its line when it has ended."""
         started = time.monotonic()
         made = Step(name, 0.0)
-        yield made
+        with self.console.status(f"{name} …", refresh_per_second=2):  # on a terminal only
+            yield made
         made.seconds = round(time.monotonic() - started, 2)
         self.steps.append(made)
         shown = ", ".join(
@@ -79,8 +80,10 @@ class Demo:
     def done(self, operation: Operation, step: Step) -> dict[str, Any]:
         """Wait for an operation; its steps' queues and server nodes become the line's ``where``."""
         result = operation.result(timeout_s=OPERATION_S)
-        steps = operation.show()["steps"]
-        step.where = " → ".join(f"{s['name']} ({s['queue']}) on {s['node']}" for s in steps)
+        shown = operation.show()
+        children = [self.cloud.operations[child["id"]].show() for child in shown["children"]]
+        steps = [found for each in (shown, *children) for found in each["steps"]]
+        step.where = (", " if children else " → ").join(f"{s['name']} ({s['queue']}) on {s['node']}" for s in steps)
         step.evidence["steps"] = [{key: s[key] for key in ("name", "queue", "node", "attempt")} for s in steps]
         return result
 
@@ -135,7 +138,7 @@ class Demo:
     def clone(self) -> None:
         with self.step(f"{DESKS} desktops cloned and started at once") as step:
             operation = self.cloud.vms.clone("mini", name="desk-{:03d}", count=DESKS, profile="tiny", start=True)
-            operation.result(timeout_s=OPERATION_S)
+            self.done(operation, step)
             vms = self.cloud.vms.list()
             keys = ("name", "home", "server_node", "port", "mac", "ip")
             step.evidence["vms"] = [{key: vm[key] for key in keys} for vm in vms]
@@ -273,41 +276,65 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="leave the data center and Flower running")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
     args = parser.parse_args()
-    # a terminal that closes or a kill ends the block below like Ctrl-C: nothing is left behind
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if args.json:
+        _check_writable(parser, args.json)
+    # a terminal that closes or a kill ends the story like Ctrl-C: nothing is left behind
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     console = Console(stderr=False, highlight=False)
-    center = Center(Lab("demo"))
-    demo = Demo(center, console)
+    demo = Demo(Center(Lab("demo", net=free_net())), console)
     started = time.monotonic()
-    error = None
+    keep = False
+    try:
+        error = _tell(demo)
+        seconds = round(time.monotonic() - started, 1)
+        if args.json:
+            args.json.write_text(_as_json(demo, seconds, error))
+        console.print(demo.table())
+        keep = args.keep and error is None
+        if keep:
+            print_how_to_use(demo.center, console)
+    finally:
+        if not keep:
+            _take_down(demo.center)
+    if not keep and error is None:
+        console.print(
+            f"Done in {seconds:.0f} s, and all of it is gone again. To look around in it, and at Flower: "
+            "[bold]./deploy/demo --keep[/]"
+        )
+    return 1 if error else 0
+
+
+def _check_writable(parser: argparse.ArgumentParser, file: Path) -> None:
+    """Not after minutes of work."""
+    try:
+        file.touch()
+    except OSError as error:
+        parser.error(f"--json {file} cannot be written: {error.strerror}")
+
+
+def _tell(demo: Demo) -> str | None:
+    """The whole story; what made it fail, told and with the logs kept, or None."""
+    console = demo.console
     try:
         with demo.step("data center up"):
-            center.up(lambda text: console.print(f"  [dim]{text}[/]"))
+            demo.center.up(lambda text: console.print(f"  [dim]{text}[/]"))
         demo.run()
     except (KeyboardInterrupt, Exception) as failure:  # noqa: BLE001 - whatever it was: told, logged, and cleaned up after
-        error = str(failure) or type(failure).__name__
-        kept = _keep_logs(center)
-        console.print(f"[red]✗ {error}[/]\n  logs: {kept}", soft_wrap=True)
+        interrupted = isinstance(failure, KeyboardInterrupt)
+        error = "interrupted" if interrupted else str(failure) or type(failure).__name__
+        console.print(f"[red]✗ {error}[/]\n  logs: {_keep_logs(demo.center)}", soft_wrap=True)
         if not isinstance(failure, HdcsError | KeyboardInterrupt):
             console.print_exception()
-    seconds = round(time.monotonic() - started, 1)
-    if args.json:
-        args.json.write_text(_as_json(demo, seconds, error))
-    console.print(demo.table())
-    return _end(center, console, keep=args.keep and error is None, error=error, seconds=seconds)
+        return error
+    return None
 
 
-def _end(center: Center, console: Console, *, keep: bool, error: str | None, seconds: float) -> int:
-    if keep:
-        print_how_to_use(center, console)
-    else:
-        center.down()
-        if error is None:
-            console.print(
-                f"Done in {seconds:.0f} s, and all of it is gone again. To look around in it, and at Flower: "
-                "[bold]./deploy/demo --keep[/]"
-            )
-    return 1 if error else 0
+def _take_down(center: Center) -> None:
+    """A second Ctrl-C must not leave half of it; it takes under a second."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    center.down()
 
 
 def _keep_logs(center: Center) -> Path:

@@ -14,8 +14,7 @@ from hdcs_tasks.operations.control import Asked, Control, Tx, on_done, on_failed
 from hdcs_tasks.states import OPERATION_LIVE, STEP_LIVE, BackupState
 from hdcs_tasks.store.models import Backup, Image, Operation, Step, Vm, new_id
 from hdcs_tasks.store.transitions import move
-from hdcs_tasks.vm.control import get_vm, guest_fields, vm_of
-from hdcs_tasks.vm.rules import given_in
+from hdcs_tasks.vm.control import check_given, get_vm, guest_fields, vm_of
 
 DEAD = (BackupState.FAILED, BackupState.DELETED)
 
@@ -32,8 +31,7 @@ def create(
         if (same := tx.same_request(asked)) is not None:
             return same
         vm = get_vm(tx.session, name)
-        if vm.state not in given_in("backup"):
-            raise WrongState(f"VM {vm.name} is {vm.state}: it cannot be backed up", next="Wait until it rests")
+        check_given(tx, vm, "backup", "be backed up")
         request = {"full": full, "vm_id": vm.id, "bandwidth_mib_s": bandwidth_mib_s, "policy": policy}
         return tx.open("backup.create", asked=asked, vm=vm, request=request)
 

@@ -15,7 +15,7 @@ from hdcs_tasks.states import BackupState, ImageState, VmState
 from hdcs_tasks.store.models import Backup, Image, ImageCopy, Operation, Step, Vm, new_id, now
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import add_start_step, forget, get_vm, vm_of
-from hdcs_tasks.vm.control_clone import Shape, choose_homes, new_vm
+from hdcs_tasks.vm.control_clone import Shape, choose_homes, new_vm, rooms_of
 from hdcs_tasks.vm.rules import expand_names
 
 
@@ -90,11 +90,11 @@ def _new_vm(tx: Tx, backup: Backup, name: str, image: Image | None) -> Vm:
         definition["profile"], definition["vcpus"], definition["memory_mib"], disk_bytes, definition.get("usb", "off")
     )
     row = get_domain_node(tx.session, backup.domain_node)
-    home = choose_homes(tx.control, [row], shape, 1)[0]
+    tags = definition.get("tags", ())
+    home = choose_homes(tx.control, rooms_of(tx, [row]), shape, tags, 1)[0][0]
     return new_vm(
-        tx, name, shape, home, image_id=image.id if image else None, owner=definition.get("owner", ""),
-        tags=definition.get("tags", ()),
-    )  # fmt: skip
+        tx, name, shape, home, image_id=image.id if image else None, owner=definition.get("owner", ""), tags=tags
+    )
 
 
 # --- the image below: by its hash

@@ -14,7 +14,7 @@ CHECKS = output.columns("check", "ok", "message", "next")
 @format_option
 @click.pass_context
 def doctor(ctx: click.Context, form: str) -> None:
-    """Check the control plane: database, Redis, workers, server nodes. Exit code 1 if a check fails.
+    """Check database, Redis, server nodes and reservations. Exit code 1 if a check fails.
 
     \b
     Examples:
@@ -36,7 +36,8 @@ def dashboard(port: int) -> None:
     Examples:
       hdcs dashboard
     """
-    click.echo(f"start:  celery -A hdcs_tasks.app flower --address=127.0.0.1 --port={port}")
+    command = "celery -A hdcs_tasks.app flower --conf=deploy/flowerconfig.py"
+    click.echo(f"start:  HDCS_FLOWER_AUTH=USER:PASSWORD HDCS_FLOWER_PORT={port} {command}")
     click.echo(f"open:   http://127.0.0.1:{port}/")
     click.echo(f"remote: ssh -L {port}:127.0.0.1:{port} HOST    (then open the same address here)")
 

@@ -85,18 +85,18 @@ def create(
 
 
 @backup.command("list")
-@click.option("--vm", default=None, help="Only those of this VM (name or id; it may be gone).")
+@click.argument("vm", required=False)
 @click.option("--unproven", is_flag=True, help="Only those no drill has brought up yet.")
 @format_option
 @pass_face
 def list_(face: Face, vm: str | None, unproven: bool, form: str) -> None:
-    """List the backups, the oldest first.
+    """List the backups, the oldest first; only those of VM (name or id; it may be gone) where one is given.
 
     \b
     Examples:
       hdcs backup list
       hdcs backup list --unproven
-      hdcs backup list --vm desk-001 -f json
+      hdcs backup list desk-001 -f json
     """
     output.print_rows(face.cloud.backups.list(vm, unproven=unproven), COLUMNS, form)
 
@@ -106,13 +106,18 @@ def list_(face: Face, vm: str | None, unproven: bool, form: str) -> None:
 @format_option
 @pass_face
 def show(face: Face, backup_id: str, form: str) -> None:
-    """Show one backup with its manifest. An id may be cut to 6 or more characters.
+    """Show one backup, in json and csv with its manifest. An id may be cut to 6 or more characters.
 
     \b
     Examples:
       hdcs backup show 5be20c1f
+      hdcs backup show 5be20c1f -f json
     """
-    output.print_one(face.cloud.backups.show(backup_id), form)
+    shown = face.cloud.backups.show(backup_id)
+    if form == "table":
+        manifest = shown.pop("manifest") or {}
+        shown |= {key: manifest.get(key) for key in ("consistency", "base", "sha256")}
+    output.print_one(shown, form)
 
 
 @backup.command()

@@ -108,7 +108,8 @@ def run(args: Sequence[str], connect: Callable[[], Cloud] = connect) -> int:
         if debugging():
             traceback.print_exc()
         known = as_hdcs_error(error)
-        message(str(known))
+        # One error, one line: a driver's message may have several, and scripts read lines.
+        message(" ".join(str(known).split()).replace("?. ", "? "))
         return known.exit_code
 
 

@@ -105,7 +105,7 @@ _SHOW_BY_UNIT: tuple[tuple[str, Callable[[Any], str]], ...] = (
 def column(key: str, title: str = "") -> Column:
     """A column whose human form follows from the unit in its name."""
     show = next((show for unit, show in _SHOW_BY_UNIT if key.endswith(unit)), in_seconds if key == "seconds" else plain)
-    heading = title
+    heading = "took" if key == "seconds" and not title else title
     if not heading:
         heading = key.replace("_", " ")
         for unit in (" bytes", " mib", " s"):

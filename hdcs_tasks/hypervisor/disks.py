@@ -115,7 +115,8 @@ def probe(path: Path, *, root: Path | None = None, fmt: str | None = None) -> Di
     if fmt is not None and fmt not in FORMATS:
         raise Invalid(f"disk format {fmt!r} is not known", next=f"Use {', '.join(FORMATS)}")
     if found != (fmt or found) or (found == "raw" and fmt is None):
-        raise _refuse(path, f"its content is {found}, not {fmt or 'an image'}", "Say its format, or check the file")
+        hint = "Check the file; a raw disk becomes an image with: qemu-img convert -f raw -O qcow2 FILE NEW"
+        raise _refuse(path, f"its content is {found}, not {fmt or 'an image'}", hint)
     _check_inside(path, path, root)
     try:
         answer = _image(

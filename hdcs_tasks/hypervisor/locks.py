@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import UUID
 
-from hdcs_tasks.errors import Conflict, Invalid
+from hdcs_tasks.errors import Invalid, Unavailable
 
 _POLL_S = 0.05
 
 
 @contextmanager
 def vm_lock(state_dir: Path, vm_id: str, timeout_s: float = 0) -> Iterator[None]:
-    """Hold ``<state_dir>/locks/<vm_id>`` inside the block; raises Conflict when another has it for ``timeout_s``.
+    """Hold ``<state_dir>/locks/<vm_id>`` inside the block; raises Unavailable when another has it for ``timeout_s``.
 
     The kernel frees it when the process dies. It is not handed to children (they run with closed descriptors), and
     one thread waits for another's as for another process's. The file stays: removing it would split the lock.
@@ -47,7 +47,7 @@ def _take(handle: int, vm_id: str, timeout_s: float) -> None:
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 holder = os.pread(handle, 32, 0).decode(errors="replace").strip() or "unknown"
-                raise Conflict(
+                raise Unavailable(
                     f"VM {vm_id} is being worked on by process {holder} of this server node",
                     next="Wait for that work to end; see: hdcs op list",
                 ) from None

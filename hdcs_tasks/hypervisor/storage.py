@@ -118,7 +118,7 @@ def check(root: Path, domain_node: str) -> StorageLayout:
     if owner is None:
         raise Rejected(
             f"{root} is not the storage of domain node {domain_node}: no {MARKER} there",
-            next=f"Mount the storage of {domain_node} there; a new one has to be prepared first",
+            next=f"Mount that of {domain_node} there; for a new one: deploy/agent {root} --domain-node {domain_node}",
         )
     if owner != domain_node:
         raise Rejected(f"storage {root} belongs to domain node {owner}, not {domain_node}", next="Mount the right one")

@@ -14,6 +14,7 @@ from hdcs_tasks.monitor.rules import Activity, has_gone, is_active, is_idle
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.sending import broadcast
 from hdcs_tasks.pool.control import IN_POOL
+from hdcs_tasks.pool.waiting import wake_waiting
 from hdcs_tasks.routing import quick_queue
 from hdcs_tasks.states import VmState
 from hdcs_tasks.store.models import DomainNode, Event, Operation, ServerNode, Vm, now
@@ -78,10 +79,22 @@ def take_event(control: Control, event: dict[str, Any]) -> None:
             return
         if event["kind"] == "agent_up":
             vm.ready_at = datetime.fromtimestamp(event["at"], UTC)
+            _booted(tx, vm, event["node"])
         elif vm.server_node == event["node"] and tx.live_operation(vm) is None and vm.state is VmState.RUNNING:
             gone = vm.name
     if gone is not None:
         settle_gone(control, gone, f"ended by itself on {event['node']}")
+
+
+def _booted(tx: Tx, vm: Vm, node: str) -> None:
+    """It no longer counts as a start under way: the next in line may begin."""
+    control, vm_id, home = tx.control, vm.id, vm.home
+
+    def free_its_slot() -> None:
+        if control.reservations.pool.started(home, node, vm_id):
+            wake_waiting(control, home)
+
+    tx.after(free_its_slot)
 
 
 def settle_gone(control: Control, name: str, why: str) -> Operation | None:

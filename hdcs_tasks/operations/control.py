@@ -25,7 +25,7 @@ from hdcs_tasks.operations.rules import bulk_percent, is_touched
 from hdcs_tasks.reservations import Reservations
 from hdcs_tasks.states import OPERATION_LIVE, STEP_LIVE, OperationState, StepState
 from hdcs_tasks.store.engine import Store
-from hdcs_tasks.store.models import Event, Operation, Step, Vm, now
+from hdcs_tasks.store.models import Event, Operation, Step, Vm, new_id, now
 from hdcs_tasks.store.transitions import move
 
 log = logger(__name__)
@@ -38,6 +38,8 @@ Done = Callable[["Tx", Operation, Step, dict[str, Any]], None]
 Failed = Callable[["Tx", Operation, Step, HdcsError], None]
 ON_DONE: dict[str, Done] = {}
 ON_FAILED: dict[str, Failed] = {}
+NoRoom = Callable[["Tx", Operation, Step, HdcsError], bool]
+ON_NO_ROOM: dict[str, NoRoom] = {}
 ON_START: dict[str, Callable[[Tx, Operation], None]] = {}
 
 
@@ -71,6 +73,18 @@ def on_failed(*steps: str) -> Callable[[Failed], Failed]:
     def register(function: Failed) -> Failed:
         for step in steps:
             ON_FAILED[step] = function
+        return function
+
+    return register
+
+
+def on_no_room(*steps: str) -> Callable[[NoRoom], NoRoom]:
+    """Register what may find another way for these steps when layer two has no room: True, and it has added the steps
+    to take instead; False, and the step waits."""
+
+    def register(function: NoRoom) -> NoRoom:
+        for step in steps:
+            ON_NO_ROOM[step] = function
         return function
 
     return register
@@ -133,6 +147,15 @@ def _guarded(action: Callable[[], object], if_it_fails: str) -> None:
         log.warning(if_it_fails, error=repr(error))
 
 
+def busy(blocking: Operation) -> Conflict:
+    """A VM's one live operation is in the way of another."""
+    return Conflict(
+        f"VM {blocking.subject} is busy: operation {blocking.id} ({blocking.kind}, {blocking.phase})",
+        next=f"Wait for it (hdcs op watch {blocking.id}) or cancel it (hdcs op cancel {blocking.id})",
+        details={"operation": blocking.id},
+    )
+
+
 class Tx:
     """A use case's transaction: the session, and what is to happen after the commit."""
 
@@ -141,6 +164,7 @@ class Tx:
         self.control = control
         self._undo = undo
         self._to_publish: list[Step] = []
+        self._opened: set[str] = set()  # operations of this transaction that have no step yet
         self._after: list[Callable[[], object]] = []
 
     # --- opening
@@ -172,20 +196,19 @@ class Tx:
         """
         blocking = self._in_the_way(vm, supersede) if vm is not None else None
         if blocking is not None and not supersede:
-            raise Conflict(
-                f"VM {vm.name if vm else ''} is busy: operation {blocking.id} ({blocking.kind}, {blocking.phase})",
-                next=f"Wait for it (hdcs op watch {blocking.id}) or cancel it (hdcs op cancel {blocking.id})",
-                details={"operation": blocking.id},
-            )
+            raise busy(blocking)
         operation = Operation(
             kind=kind, state=OperationState.QUEUED, subject=subject or (vm.name if vm else ""),
             vm_id=vm.id if vm else None, live_vm=vm.id if vm and not blocking else None,
             parent_id=parent.id if parent else None, waits_for=blocking.id if blocking else None,
             idempotency_key=None if parent else asked.idempotency_key, requested_by=asked.by, reason=asked.reason,
-            request=request or {},
+            request=request or {}, id=new_id(), phase="queued", percent=0.0, cancel_asked=False, needs_operator=False,
         )  # fmt: skip
         self.session.add(operation)
-        self.session.flush()
+        self._opened.add(operation.id)
+        if parent is None or blocking is not None:
+            # The children of a bulk request go to the database together: one by one they would take most of its time.
+            self.session.flush()
         if parent is not None and parent.state is OperationState.QUEUED:
             move(parent, OperationState.RUNNING)
             parent.started_at = now()
@@ -229,18 +252,21 @@ class Tx:
         self, operation: Operation, name: str, queue: str, spec: dict[str, Any], *, node: str | None = None
     ) -> Step:
         """Add the operation's next step; it is published after the commit."""
-        seq = 1 + (self.session.scalar(
-            select(Step.seq).where(Step.operation_id == operation.id).order_by(Step.seq.desc()).limit(1)
-        ) or 0)  # fmt: skip
         deadline = now() + timedelta(seconds=self.control.settings.park_deadline_s)
         step = Step(
-            operation_id=operation.id, seq=seq, name=name, queue=queue, spec=spec, node=node,
-            state=StepState.PENDING, attempt=0, history=[], deadline_at=deadline,
+            id=new_id(), operation=operation, operation_id=operation.id, seq=self._next_seq(operation), name=name,
+            queue=queue, spec=spec, node=node, state=StepState.PENDING, attempt=0, history=[], deadline_at=deadline,
         )  # fmt: skip
         self.session.add(step)
-        self.session.flush()
         self.publish(step)
         return step
+
+    def _next_seq(self, operation: Operation) -> int:
+        if operation.id in self._opened:
+            self._opened.remove(operation.id)  # from its second step on, the record is asked
+            return 1
+        last = select(Step.seq).where(Step.operation_id == operation.id).order_by(Step.seq.desc()).limit(1)
+        return 1 + (self.session.scalar(last) or 0)
 
     def publish(self, step: Step, *, queue: str | None = None) -> None:
         """Issue the step's next attempt and send it after the commit, to its own queue or this time to another."""

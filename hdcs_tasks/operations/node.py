@@ -11,14 +11,13 @@ from __future__ import annotations
 import json
 import os
 import threading
-import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from celery import Celery
 
+from hdcs_tasks.clock import monotonic_s, now_s, random_hex, start_thread, wait
 from hdcs_tasks.config import Settings
 from hdcs_tasks.errors import Cancelled, ClaimLost, HdcsError, OutcomeUnknown, Unreachable
 from hdcs_tasks.hypervisor.connection import Host, HostPool
@@ -98,7 +97,7 @@ class Run:
         if answer == "cancel":
             self._cancel = True
             raise Cancelled("cancelled by request")
-        if answer != "ok" or time.monotonic() > self.deadline:
+        if answer != "ok" or monotonic_s() > self.deadline:
             self._lost = True
             raise ClaimLost(f"step {self.step} attempt {self.attempt} is no longer ours")
 
@@ -106,12 +105,16 @@ class Run:
         """Whether long work should stop: cancelled, or the claim was lost. For callbacks; cheap."""
         return self._cancel or self._lost
 
+    def is_cancelled(self) -> bool:
+        """Whether the step is to be undone: somebody asked for that, and the claim is still ours."""
+        return self._cancel and not self._lost
+
     def progress(self, percent: float, phase: str, eta_s: float | None = None) -> None:
         """Tell how far the step is; at most about twice a second reaches Redis and Flower."""
         at, last, old_phase = self._sent
-        if phase == old_phase and (time.monotonic() - at < 0.5 or abs(percent - last) < 0.5):
+        if phase == old_phase and (monotonic_s() - at < 0.5 or abs(percent - last) < 0.5):
             return
-        self._sent = (time.monotonic(), percent, phase)
+        self._sent = (monotonic_s(), percent, phase)
         try:
             self.ctx.reservations.steps.progress(self.step, self.attempt, self.holder, percent, phase, eta_s)
         except Unreachable as error:
@@ -121,16 +124,16 @@ class Run:
     def renew_forever(self) -> None:
         """Body of the lease thread: renew until stopped, lost, or past the deadline (a hung call must end somewhen)."""
         ttl = self.ctx.settings.lease_ttl_s
-        last = time.monotonic()
-        while not self._stopped.wait(min(1.0, ttl / 6)) and time.monotonic() < self.deadline:
+        last = monotonic_s()
+        while not wait(self._stopped, min(1.0, ttl / 6)) and monotonic_s() < self.deadline:
             try:
-                if time.monotonic() - last > ttl / 3:
+                if monotonic_s() - last > ttl / 3:
                     self._lost = not self.ctx.reservations.steps.renew(self.step, self.attempt, self.holder, ttl)
-                    last = time.monotonic()
+                    last = monotonic_s()
                 else:
                     self._watch()
             except Unreachable:
-                self._lost = time.monotonic() - last > ttl
+                self._lost = monotonic_s() - last > ttl
             if self._lost:
                 return
 
@@ -148,20 +151,18 @@ def execute(
     *, step: str, attempt: int, operation: str, spec: dict[str, Any],
 ) -> str:  # fmt: skip
     """Run one message. Returns what became of it, for the log: claimed work ends as done, failed, handed or lost."""
-    holder = f"{ctx.server_node}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+    holder = f"{ctx.server_node}:{os.getpid()}:{random_hex(4)}"
     ttl = ctx.settings.lease_ttl_s
     answer = ctx.reservations.steps.claim(step, attempt, holder, ctx.server_node, ttl)
     if answer is ClaimAnswer.CANCELLED:
-        now_s = time.time()
-        report = _report(ctx, step, attempt, now_s) | {"error": Cancelled("cancelled before it began").to_dict()}
+        report = _report(ctx, step, attempt, now_s()) | {"error": Cancelled("cancelled before it began").to_dict()}
         deliver(ctx, report)
         return "cancelled"
     if answer is not ClaimAnswer.CLAIMED:
         log.info("message without a claim: nothing to do", step=step, attempt=attempt, answer=str(answer))
         return str(answer)
-    run = Run(ctx, step, attempt, operation, holder, on_progress, time.monotonic() + ctx.settings.step_deadline_s)
-    renewer = threading.Thread(target=run.renew_forever, name=f"lease-{step[:8]}", daemon=True)
-    renewer.start()
+    run = Run(ctx, step, attempt, operation, holder, on_progress, monotonic_s() + ctx.settings.step_deadline_s)
+    start_thread(run.renew_forever, f"lease-{step[:8]}")
     try:
         return _work(run, name, handler, spec)
     finally:
@@ -169,7 +170,7 @@ def execute(
 
 
 def _work(run: Run, name: str, handler: Handler, spec: dict[str, Any]) -> str:
-    started = time.time()
+    started = now_s()
     report = _report(run.ctx, run.step, run.attempt, started)
     try:
         report["result"] = handler(run, spec)
@@ -191,14 +192,14 @@ def _work(run: Run, name: str, handler: Handler, spec: dict[str, Any]) -> str:
         report.pop("result", None)
         unforeseen = HdcsError(f"{name} failed unexpectedly: {error!r}", next="See the server node's log")
         report["error"] = unforeseen.to_dict()
-    report["ended_at"] = time.time()
+    report["ended_at"] = now_s()
     deliver(run.ctx, report, holder=run.holder)
     return "failed" if "error" in report else "done"
 
 
 def _report(ctx: NodeContext, step: str, attempt: int, started: float) -> dict[str, Any]:
     return {
-        "step": step, "attempt": attempt, "node": ctx.server_node, "started_at": started, "ended_at": time.time()
+        "step": step, "attempt": attempt, "node": ctx.server_node, "started_at": started, "ended_at": now_s()
     }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from kombu.exceptions import KombuError
 
 from hdcs_tasks.errors import Unreachable
 from hdcs_tasks.logs import logger
-from hdcs_tasks.operations.sending import send
+from hdcs_tasks.operations.sending import batch, send
 from hdcs_tasks.reservations import Reservations
 from hdcs_tasks.store.models import Step
 
@@ -29,9 +29,8 @@ class Publisher:
         if not steps:
             return
         try:
-            for step in steps:
-                self.reservations.steps.issue(step.id, step.attempt, step.node)
-            with self.celery.producer_pool.acquire(block=True, timeout=10) as producer:
+            self.reservations.steps.issue_many((step.id, step.attempt, step.node or "") for step in steps)
+            with batch(self.celery) as producer:
                 for step in steps:
                     self._send(step, producer)
         except (Unreachable, KombuError) as error:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from celery import Celery
@@ -12,11 +13,26 @@ from hdcs_tasks.errors import from_dict
 from hdcs_tasks.routing import queue_for
 
 
+@contextmanager
+def batch(celery: Celery) -> Iterator[Any]:
+    """A producer whose messages leave together at the end of the block, in one round trip. Raises kombu's errors;
+    which of the messages were delivered is not known then, so they must be safe to send again."""
+    with celery.producer_pool.acquire(block=True, timeout=10) as found:
+        producer: Any = found  # the stubs are older than batch()
+        with producer.batch():
+            yield producer
+
+
 def send(
     celery: Celery, name: str, message: dict[str, Any], queue: str, *, task_id: str | None = None,
     expires_s: float | None = None, producer: Any = None,
 ) -> None:  # fmt: skip
-    """Send one task message to a queue of ``routing``, described for Flower. Raises kombu's OperationalError."""
+    """Send one task message to a queue of ``routing``, described for Flower; ``producer`` is a ``batch``'s, else the
+    message makes a batch with its event. Raises kombu's OperationalError."""
+    if producer is None:
+        with batch(celery) as producer:
+            send(celery, name, message, queue, task_id=task_id, expires_s=expires_s, producer=producer)
+        return
     target: Any = queue_for(queue)  # the stubs know no Queue here
     celery.send_task(
         name, kwargs=message, queue=target, task_id=task_id, expires=expires_s, ignore_result=True,
@@ -26,8 +42,9 @@ def send(
 
 def broadcast(celery: Celery, name: str, message: dict[str, Any], queues: Iterable[str], expires_s: float) -> None:
     """The same short-lived message to several queues."""
-    for queue in queues:
-        send(celery, name, message, queue, expires_s=expires_s)
+    with batch(celery) as producer:
+        for queue in queues:
+            send(celery, name, message, queue, expires_s=expires_s, producer=producer)
 
 
 def unwrap(answer: dict[str, Any]) -> dict[str, Any]:

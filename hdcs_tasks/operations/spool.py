@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
+from hdcs_tasks.clock import now_s
 from hdcs_tasks.logs import logger
 
 log = logger(__name__)
@@ -43,13 +43,13 @@ class Spool:
 
     def pending(self) -> list[dict[str, Any]]:
         """Every report still kept, oldest first."""
-        reports = []
-        for path in sorted(self.folder.glob("*.json"), key=_mtime):
+        reports: list[dict[str, Any]] = []
+        for path in self.folder.glob("*.json"):
             try:
                 reports.append(json.loads(path.read_text()))
             except (OSError, ValueError) as error:
                 log.error("spooled outcome unreadable", path=str(path), error=str(error))
-        return reports
+        return sorted(reports, key=lambda report: (report["ended_at"], report["step"]))
 
     def drop(self, report: dict[str, Any]) -> None:
         self._path(report).unlink(missing_ok=True)
@@ -58,19 +58,12 @@ class Spool:
     def is_due(self, report: dict[str, Any]) -> bool:
         """Whether to send a report (again): 3 s after it was made, then in pauses that grow from 5 to 60 s, so that
         a control plane that was away for long finds a handful of copies and not thousands."""
-        name, now_s = self._path(report).name, time.time()
+        name, at_s = self._path(report).name, now_s()
         due_s, pause_s = self._sent.get(name, (report["ended_at"] + FIRST_RESEND_S, 5.0))
-        if now_s < due_s:
+        if at_s < due_s:
             return False
-        self._sent[name] = (now_s + pause_s, min(60.0, 2 * pause_s))
+        self._sent[name] = (at_s + pause_s, min(60.0, 2 * pause_s))
         return True
 
     def _path(self, report: dict[str, Any]) -> Path:
         return self.folder / f"{report['step']}.{report['attempt']}.json"
-
-
-def _mtime(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0

@@ -5,17 +5,17 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import secrets
-import time
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from hdcs_tasks.clock import now_s
 from hdcs_tasks.errors import Conflict, NotFound, Rejected, WrongState
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.control import Control, Tx
-from hdcs_tasks.pool import rules
+from hdcs_tasks.pool import policy, rules, waiting
 from hdcs_tasks.pool.proof import JoinRequest, proof_of, token_key
 from hdcs_tasks.reservations import PoolNode
 from hdcs_tasks.routing import check_name
@@ -117,10 +117,10 @@ def _check_proof(domain_node: DomainNode, request: JoinRequest) -> None:
             f"{domain_node.name}",
             next=f"Make a new one (hdcs domain token {domain_node.name}) and put it into HDCS_JOIN_TOKEN_FILE",
         )
-    if abs(time.time() - request.at) > PROOF_AGE_S:
+    if abs(now_s() - request.at) > PROOF_AGE_S:
         raise Rejected(
             f"server node {request.server_node} was refused: its clock differs by "
-            f"{abs(time.time() - request.at):.0f} s from the control plane's",
+            f"{abs(now_s() - request.at):.0f} s from the control plane's",
             next="Synchronise the clocks (chrony or systemd-timesyncd), then start the node again",
         )
 
@@ -137,11 +137,9 @@ def _take_lease(control: Control, request: JoinRequest) -> None:
 
 
 def _record(tx: Tx, request: JoinRequest, subnet: str) -> ServerNode:
-    config = tx.control.settings.capacity
-    facts = rules.NodeFacts(**request.facts)
-    vcpus = rules.schedulable_vcpus(facts, config)
-    memory_mib = rules.schedulable_memory_mib(facts, config)
     node = tx.session.get(ServerNode, request.server_node)
+    pool = get_domain_node(tx.session, request.domain_node)
+    vcpus, memory_mib = _promised(tx.control, pool, request.facts, node.rules if node else {})
     if node is not None and node.domain_node != request.domain_node:
         if node.state in IN_POOL:
             raise Conflict(
@@ -168,6 +166,15 @@ def _record(tx: Tx, request: JoinRequest, subnet: str) -> ServerNode:
     return node
 
 
+def _promised(control: Control, pool: DomainNode, facts: dict[str, Any], ruled: dict[str, Any]) -> tuple[int, int]:
+    """vCPUs and MiB a server node of this domain node may promise to guests, by the rules that hold for it."""
+    config = policy.capacity_settings(
+        control.settings.capacity, policy.read(policy.PoolPolicy, pool.rules), policy.read(policy.NodePolicy, ruled)
+    )
+    known = rules.NodeFacts(**facts)
+    return rules.schedulable_vcpus(known, config), rules.schedulable_memory_mib(known, config)
+
+
 def _elect_primary(session: Session, domain_node: DomainNode) -> None:
     """The living server node with the lowest IP holds the storage-primary role."""
     session.flush()
@@ -180,15 +187,49 @@ def _elect_primary(session: Session, domain_node: DomainNode) -> None:
 
 def put_in_pool(control: Control, tx: Tx, node: ServerNode) -> None:
     """Make Redis's pool show this node after the commit."""
-    pool_node = pool_node_of(node)
-    tx.after(lambda: control.reservations.pool.put_node(node.domain_node, pool_node))
+    pool_node, domain_node = pool_node_of(node), node.domain_node
+    tx.after(lambda: control.reservations.pool.put_node(domain_node, pool_node))
+    tx.after(lambda: waiting.wake_waiting(control, domain_node))
 
 
 def pool_node_of(node: ServerNode) -> PoolNode:
+    ruled = policy.read(policy.NodePolicy, node.rules)
     return PoolNode(
         name=node.name, vcpus=node.vcpus, memory_mib=node.memory_mib, subnet=node.subnet,
-        schedulable=node.state is ServerNodeState.UP and not node.draining,
+        max_starts=rules.starts_at_once(rules.NodeFacts(**node.facts), ruled.max_starts, node.pace),
+        schedulable=node.state is ServerNodeState.UP and not node.draining, tags=ruled.tags,
     )  # fmt: skip
+
+
+# --- what operators rule
+
+
+def set_domain_rules(control: Control, name: str, **changes: Any) -> dict[str, Any]:
+    """Change placement rules of a domain node (``policy.PoolPolicy``; None: the default again). Its view; Invalid."""
+    with control.transaction() as tx:
+        row = get_domain_node(tx.session, name)
+        row.rules = policy.changed(policy.PoolPolicy, row.rules, changes)
+        max_starts = policy.read(policy.PoolPolicy, row.rules).max_starts
+        tx.after(lambda: control.reservations.pool.limit_starts(name, max_starts))
+        for node in tx.session.scalars(select(ServerNode).where(ServerNode.domain_node == name)):
+            _count_anew(control, tx, row, node)
+    return show_domain_node(control, name)
+
+
+def set_node_rules(control: Control, name: str, **changes: Any) -> dict[str, Any]:
+    """Change placement rules of a server node (``policy.NodePolicy``; None: the default again). Its view; Invalid."""
+    with control.transaction() as tx:
+        node = get_server_node(tx.session, name)
+        node.rules = policy.changed(policy.NodePolicy, node.rules, changes)
+        _count_anew(control, tx, get_domain_node(tx.session, node.domain_node), node)
+    return show_server_node(control, name)
+
+
+def _count_anew(control: Control, tx: Tx, pool: DomainNode, node: ServerNode) -> None:
+    """What is claimed stays, also where it now is more than may be promised: then nothing more fits."""
+    node.vcpus, node.memory_mib = _promised(control, pool, node.facts, node.rules)
+    if node.state in IN_POOL:
+        put_in_pool(control, tx, node)
 
 
 # --- leaving and losing
@@ -209,15 +250,24 @@ def lease_sweep(control: Control) -> list[str]:
     if not control.reservations.epoch.is_open():
         return []  # A lease missing after Redis was lost is not a lost node.
     with control.store.read() as session:
-        names = list(session.scalars(select(ServerNode.name).where(ServerNode.state.in_(IN_POOL))))
-    holders = control.reservations.leases.holders("node", names)
-    lost = [name for name in names if not holders.get(name)]
-    for name in lost:
-        with control.transaction() as tx:
-            node = get_server_node(tx.session, name)
-            if node.state in IN_POOL:
-                _take_out(control, tx, node, ServerNodeState.LOST, "lost: its lease ran out")
-    return lost
+        nodes = list(session.scalars(select(ServerNode).where(ServerNode.state != ServerNodeState.LEFT)))
+    holders = control.reservations.leases.holders("node", [node.name for node in nodes])
+    for node in nodes:
+        if node.state is ServerNodeState.LOST and holders.get(node.name) == node.instance:
+            # Its join took the lease and broke off before the record: without a lease it joins again.
+            control.reservations.leases.drop("node", node.name, node.instance)
+    suspects = [node.name for node in nodes if node.state in IN_POOL and not holders.get(node.name)]
+    return [name for name in suspects if _lose(control, name)]
+
+
+def _lose(control: Control, name: str) -> bool:
+    """Take a server node out whose lease is missing; False if it came back while we looked."""
+    with control.transaction() as tx:
+        node = tx.session.get(ServerNode, name, with_for_update=True)
+        if node is None or node.state not in IN_POOL or control.reservations.leases.holder("node", name):
+            return False
+        _take_out(control, tx, node, ServerNodeState.LOST, "lost: its lease ran out")
+        return True
 
 
 def _take_out(control: Control, tx: Tx, node: ServerNode, state: ServerNodeState, words: str) -> None:
@@ -273,7 +323,7 @@ def node_view(node: ServerNode) -> dict[str, Any]:
     return {
         "name": node.name, "domain_node": node.domain_node, "state": node.state.value, "draining": node.draining,
         "ip": node.ip, "subnet": node.subnet, "vcpus": node.vcpus, "memory_mib": node.memory_mib,
-        "facts": node.facts, "joined_at": node.joined_at.isoformat(),
+        "rules": node.rules, "facts": node.facts, "joined_at": node.joined_at.isoformat(),
         "observed_at": node.observed_at.isoformat() if node.observed_at else None,
     }  # fmt: skip
 
@@ -324,5 +374,5 @@ def _domain_node_view(control: Control, row: DomainNode, nodes: list[ServerNode]
         "port_first": row.port_first, "port_last": row.port_last,
         "ports_used": used, "ports_cooling": cooling, "ports_free": free,
         "storage_total_bytes": row.storage_total_bytes, "storage_free_bytes": row.storage_free_bytes,
-        "disk_promised_bytes": control.reservations.disks.used(row.name),
+        "disk_promised_bytes": control.reservations.disks.used(row.name), "rules": row.rules,
     }  # fmt: skip

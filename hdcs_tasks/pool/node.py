@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
 from typing import Any
 
 from celery.exceptions import TimeoutError as CeleryTimeoutError
 
+from hdcs_tasks.clock import now_s
 from hdcs_tasks.errors import HdcsError, Invalid, Unreachable
 from hdcs_tasks.hypervisor import facts as host_facts
 from hdcs_tasks.hypervisor import guests, networks, storage
@@ -57,7 +57,7 @@ def _ask(ctx: NodeContext, facts: host_facts.HostFacts, timeout_s: float) -> dic
     shape = {key: value for key, value in asdict(facts).items() if key in _SHAPE}
     request = JoinRequest(
         config.domain_node, config.server_node, config.server_node_ip, instance_id(config), shape,
-        {"total_bytes": total, "free_bytes": free}, time.time(),
+        {"total_bytes": total, "free_bytes": free}, now_s(),
     ).signed(config.join_token_file.read_text())  # fmt: skip
     try:
         result = ctx.celery.send_task(

@@ -7,20 +7,23 @@ epoch closed → ask every living server node what runs on it → all answered, 
 from __future__ import annotations
 
 import json
-import time
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import select
 
+from hdcs_tasks.clock import now_s
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.control import Control
 from hdcs_tasks.operations.sending import broadcast
 from hdcs_tasks.pool.control import IN_POOL, pool_node_of
-from hdcs_tasks.pool.rules import memory_need_mib
+from hdcs_tasks.pool.policy import PoolPolicy, read
+from hdcs_tasks.pool.rooms import vm_shape, vm_terms
+from hdcs_tasks.pool.rules import need_of
 from hdcs_tasks.reservations import Claim, PoolSnapshot, Snapshot
 from hdcs_tasks.routing import quick_queue
 from hdcs_tasks.states import VM_HOLDS_GUEST, ServerNodeState
-from hdcs_tasks.store.models import DomainNode, ServerNode, Vm
+from hdcs_tasks.store.models import DomainNode, Operation, ServerNode, Vm
 
 log = logger(__name__)
 
@@ -55,12 +58,12 @@ def _reports(control: Control, run_id: str, nodes: list[ServerNode]) -> tuple[di
     """Reports of this Redis's life so far, asking anew each time, and how long we have waited (s)."""
     kept = control.reservations.notes.read(f"rebuild:{run_id}")
     if "asked_at" not in kept:
-        control.reservations.notes.write(f"rebuild:{run_id}", "asked_at", str(time.time()), ttl_s=600)
-        kept["asked_at"] = str(time.time())
+        control.reservations.notes.write(f"rebuild:{run_id}", "asked_at", str(now_s()), ttl_s=600)
+        kept["asked_at"] = str(now_s())
     reports = {name: json.loads(text) for name, text in kept.items() if name != "asked_at"}
     silent = [quick_queue(node.domain_node, node.name) for node in nodes if node.name not in reports]
     broadcast(control.celery, REPORT_TASK, {"run_id": run_id}, silent, expires_s=5)
-    return reports, time.time() - float(kept["asked_at"])
+    return reports, now_s() - float(kept["asked_at"])
 
 
 def take_report(control: Control, report: dict[str, Any]) -> None:
@@ -74,9 +77,35 @@ def snapshot(control: Control, reports: dict[str, dict[str, Any]]) -> Snapshot:
         rows = list(session.scalars(select(DomainNode)))
         nodes = list(session.scalars(select(ServerNode)))
         vms = list(session.scalars(select(Vm).where(Vm.deleted_at.is_(None))))
-    pools = {row.name: _pool_snapshot(control, row, nodes, vms, reports) for row in rows}
+        busy = set(session.scalars(select(Operation.live_vm).where(Operation.live_vm.is_not(None))))
+    present = control.reservations.dump().pools
+    pools = {}
+    for row in rows:
+        pool = _pool_snapshot(control, row, nodes, vms, reports)
+        held = present[row.name].claims if row.name in present else ()
+        pools[row.name] = _with_busy(pool, [claim for claim in held if claim.vm in busy])
     subnets = {node.name: node.subnet for node in nodes}
     return Snapshot(macs={vm.id: vm.mac for vm in vms}, subnets=subnets, pools=pools)
+
+
+def _with_busy(pool: PoolSnapshot, held: list[Claim]) -> PoolSnapshot:
+    """The snapshot with what VMs under way still hold in Redis.
+
+    A report is older than the rebuild: a guest may start or arrive after it, on a claim that outlived the restart.
+    """
+    claims, ports = list(pool.claims), dict(pool.ports)
+    known = {(claim.vm, claim.node) for claim in claims}
+    ips = {claim.ip for claim in claims if claim.ip}
+    for claim in held:
+        owned = ports.get(claim.vm)
+        taken = claim.ip in ips or (owned is None and claim.port in ports.values())
+        if (claim.vm, claim.node) in known or taken:
+            continue
+        if claim.port:
+            ports.setdefault(claim.vm, claim.port)
+        claims.append(claim._replace(port=ports.get(claim.vm, 0)))
+        ips |= {claim.ip} - {""}
+    return replace(pool, claims=tuple(claims), ports=ports)
 
 
 def _pool_snapshot(
@@ -90,11 +119,14 @@ def _pool_snapshot(
         for vm_id, seen in _held(node, homed, reports).items():
             vm = homed[vm_id]
             port = ports.setdefault(vm_id, seen.get("console_port") or 0) or vm.port or 0
-            need = memory_need_mib(vm.memory_mib, vm.vcpus, 1, control.settings.capacity)
-            claims.append(Claim(row.name, vm_id, node.name, vm.vcpus, need, port, seen.get("ip") or "", ""))
+            need = need_of(vm_shape(vm), control.settings.capacity)
+            ip = seen.get("ip") or ""
+            claims.append(Claim(row.name, vm_id, node.name, need.vcpus, need.memory_mib, port, ip, ""))
     return PoolSnapshot(
         row.port_first, row.port_last, tuple(pool_node_of(n) for n in here if n.state in IN_POOL), tuple(claims),
         {vm: port for vm, port in ports.items() if port}, {vm.id: vm.disk_bytes for vm in homed.values()},
+        {vm.id: vm_terms(vm).marks for vm in homed.values() if vm.tags or vm.rules},
+        read(PoolPolicy, row.rules).max_starts,
     )  # fmt: skip
 
 

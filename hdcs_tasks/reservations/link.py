@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import redis
 from redis.backoff import ExponentialBackoff
-from redis.exceptions import NoScriptError
 from redis.retry import Retry
 
 from hdcs_tasks.errors import Invalid, RebuildPending, Unavailable, Unreachable
+from hdcs_tasks.reservations.scripts import Call, Scripts, Value
 
-_FOLDER = Path(__file__).parent
-_NEEDS = re.compile(r"^-- needs: (.+)$", re.MULTILINE)
 _CLOSED = "HDCSCLOSED"
 _TOKEN = re.compile(r"[^\s,;|]{1,200}")
-
-Value = str | int | float
-Call = tuple[Sequence[str], Sequence[Value]]  # keys, arguments
 
 
 def connect(url: str) -> redis.Redis:
@@ -46,43 +37,35 @@ def check_token(kind: str, text: str) -> str:
     return text
 
 
-@cache
-def script_text(name: str) -> str:
-    """A script with the libraries its ``-- needs:`` line names in front of it."""
-    text = (_FOLDER / f"{name}.lua").read_text(encoding="utf-8")
-    needs = _NEEDS.search(text)
-    libraries = needs.group(1).split(", ") if needs else []
-    return "\n".join([*((_FOLDER / f"{lib}.lua").read_text(encoding="utf-8") for lib in libraries), text])
-
-
-@cache
-def script_sha(name: str) -> str:
-    return hashlib.sha1(script_text(name).encode(), usedforsecurity=False).hexdigest()
-
-
-@contextmanager
-def redis_errors() -> Iterator[None]:
+class redis_errors:
     """Redis's exceptions as ours; the only place that knows both."""
-    try:
-        yield
-    except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as e:
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        if error is not None:
+            _translate(error)
+
+
+def _translate(e: BaseException) -> None:
+    """Raise what ``e`` means to our callers; return where it is not Redis's."""
+    if isinstance(e, redis.exceptions.ConnectionError | redis.exceptions.TimeoutError):
         raise Unreachable(
             f"Redis does not answer: {e}",
             next="Check HDCS_REDIS_URL and that the Redis server runs; asking again is safe",
         ) from e
-    except redis.exceptions.ReadOnlyError as e:
+    if isinstance(e, redis.exceptions.ReadOnlyError):
         raise Unreachable(
             f"Redis takes no writes here: {e}", next="HDCS_REDIS_URL must name the primary, not a replica"
         ) from e
-    except redis.exceptions.OutOfMemoryError as e:
+    if isinstance(e, redis.exceptions.OutOfMemoryError):
         raise Unavailable(f"Redis is out of memory: {e}", next="Raise its maxmemory; asking again is safe") from e
-    except redis.exceptions.ResponseError as e:
-        if _CLOSED in str(e):
-            raise RebuildPending(
-                "reservations are closed: Redis restarted or was emptied since they were last rebuilt",
-                next="The control plane rebuilds them from record and world; asking again is safe",
-            ) from e
-        raise
+    if isinstance(e, redis.exceptions.ResponseError) and _CLOSED in str(e):
+        raise RebuildPending(
+            "reservations are closed: Redis restarted or was emptied since they were last rebuilt",
+            next="The control plane rebuilds them from record and world; asking again is safe",
+        ) from e
 
 
 class Link:
@@ -93,6 +76,7 @@ class Link:
             raise Invalid("a Redis client without decode_responses", next="Use Reservations.from_settings")
         self.client = client
         self._raw: Any = client  # redis-py leaves execute_command untyped
+        self._scripts = Scripts(client)
         self.prefix = prefix
 
     def key(self, *parts: str) -> str:
@@ -104,35 +88,18 @@ class Link:
             return self._raw.execute_command(*command)
 
     def call(self, name: str, keys: Sequence[str], *args: Value) -> Any:
-        """Run a script by its hash; where Redis does not know it yet, by its text."""
+        """Run a script once."""
         with redis_errors():
-            try:
-                return self._raw.execute_command("EVALSHA", script_sha(name), len(keys), *keys, *args)
-            except NoScriptError:
-                return self._raw.execute_command("EVAL", script_text(name), len(keys), *keys, *args)
+            return self._scripts.run(name, ((keys, args),))[0]
 
     def call_many(self, name: str, calls: Iterable[Call], batch: int = 500) -> list[Any]:
         """Run a script many times, ``batch`` calls to a round trip."""
         answers: list[Any] = []
         waiting = list(calls)
         for at in range(0, len(waiting), batch):
-            answers += self._batch(name, waiting[at : at + batch])
+            with redis_errors():
+                answers += self._scripts.run(name, waiting[at : at + batch])
         return answers
-
-    def _batch(self, name: str, calls: Sequence[Call]) -> list[Any]:
-        with redis_errors():
-            for _ in range(3):
-                pipe = self._raw.pipeline(transaction=False)
-                for keys, args in calls:
-                    pipe.execute_command("EVALSHA", script_sha(name), len(keys), *keys, *args)
-                answers = pipe.execute(raise_on_error=False)
-                if not any(isinstance(a, NoScriptError) for a in answers):
-                    break
-                self._raw.execute_command("SCRIPT", "LOAD", script_text(name))
-            for answer in answers:
-                if isinstance(answer, redis.exceptions.RedisError):
-                    raise answer
-            return list(answers)
 
     def commands(self, commands: Iterable[Sequence[Value]]) -> list[Any]:
         """Many plain commands, pipelined."""

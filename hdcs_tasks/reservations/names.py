@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import ipaddress
-import secrets
 
+from hdcs_tasks.clock import random_hex
 from hdcs_tasks.errors import Conflict, Invalid, NoCapacity, NotFound
-from hdcs_tasks.reservations.link import Link, Value, check_token
+from hdcs_tasks.reservations.link import Link, check_token
 from hdcs_tasks.reservations.model import PortUsage
+from hdcs_tasks.reservations.scripts import Value
 
 _RECLAIM_BATCH = 500
 
 
 def random_mac(prefix: str) -> str:
     """``prefix`` ("52:54:00") and three random bytes; whether it is free is decided in Redis."""
-    text = secrets.token_hex(3)
+    text = random_hex(3)
     return f"{prefix}:{text[:2]}:{text[2:4]}:{text[4:]}"
 
 

@@ -8,6 +8,7 @@
 -- KEYS[4]  ips:<server node>      see span.lua
 -- KEYS[5]  starts:<server node>   zset   see pool_place.lua
 -- KEYS[6]  ports:<domain node>    see span.lua
+-- KEYS[7]  starting:<domain node> zset   see pool_place.lua
 -- ARGV     vm, server node, ip_cooling_ms, port_cooling_ms or '': the caller sees to the port
 local kept, gone = {}, nil
 for _, claim in ipairs(claims_read(redis.call('HGET', KEYS[2], ARGV[1]))) do
@@ -21,6 +22,7 @@ if not gone then
 end
 claims_write(KEYS[2], ARGV[1], kept)
 redis.call('ZREM', KEYS[5], ARGV[1])
+redis.call('ZREM', KEYS[7], ARGV[1])
 span_cool(KEYS[4], ARGV[1], tonumber(ARGV[3]))
 local facts = redis.call('HMGET', KEYS[3], 'vcpus', 'memory_mib', 'used_vcpus', 'used_memory_mib', 'schedulable')
 if facts[1] then

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable, Sequence
 
-from hdcs_tasks.reservations.link import Call, Link, Value, check_token
+from hdcs_tasks.clock import random_hex
+from hdcs_tasks.reservations.link import Link, check_token
 from hdcs_tasks.reservations.model import Check, ClaimAnswer, StepStatus
+from hdcs_tasks.reservations.scripts import Call, Value
 
 KEY_TTL_S = 7 * 24 * 3600
 _FIELDS = ("attempt", "holder", "node", "done", "cancel", "percent", "phase", "eta_s")
@@ -27,13 +28,12 @@ class Steps:
 
         ``node``: the server node it was claimed on before, kept for whoever looks; the queue decides who gets it.
         """
-        nonce = secrets.token_hex(8)
-        return bool(self._link.call("step_issue", self._keys(step), attempt, nonce, node or "", KEY_TTL_S))
+        return self.issue_many([(step, attempt, node or "")])[0]
 
-    def issue_many(self, attempts: Iterable[tuple[str, int]]) -> list[bool]:
-        """``issue`` for each (step, attempt), pipelined."""
+    def issue_many(self, attempts: Iterable[tuple[str, int, str]]) -> list[bool]:
+        """``issue`` for each (step, attempt, server node or ''), pipelined."""
         calls: list[Call] = [
-            (self._keys(step), (attempt, secrets.token_hex(8), "", KEY_TTL_S)) for step, attempt in attempts
+            (self._keys(step), (attempt, random_hex(8), node, KEY_TTL_S)) for step, attempt, node in attempts
         ]
         return [bool(answer) for answer in self._link.call_many("step_issue", calls)]
 

@@ -5,7 +5,6 @@ State columns are written by ``store.transitions.move`` and by nothing else.
 
 from __future__ import annotations
 
-import uuid
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any
@@ -27,6 +26,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
+from hdcs_tasks.clock import new_id as new_id
+from hdcs_tasks.clock import now as now
 from hdcs_tasks.states import BackupState, ImageState, OperationState, ServerNodeState, StepState, VmState
 
 
@@ -62,14 +63,6 @@ class StateColumn(TypeDecorator[StrEnum]):
         return None if value is None else self.machine(value)
 
 
-def now() -> datetime:
-    return datetime.now(UTC)
-
-
-def new_id() -> str:
-    return str(uuid.uuid4())
-
-
 # PostgreSQL's INTEGER ends at 2 GiB.
 Bytes = Annotated[int, mapped_column(BigInteger)]
 
@@ -89,7 +82,10 @@ class Base(DeclarativeBase):
 
 
 class DomainNode(Base):
-    """A resource pool: server nodes that share one storage. ``token_key`` proves join requests, never the token."""
+    """A resource pool: server nodes that share one storage. ``token_key`` proves join requests, never the token.
+
+    ``rules`` here, of a server node, a profile and a VM: what an operator ruled about placement (pool/policy.py).
+    """
 
     __tablename__ = "domain_node"
 
@@ -100,11 +96,15 @@ class DomainNode(Base):
     storage_primary: Mapped[str | None] = mapped_column(String(63))
     storage_total_bytes: Mapped[Bytes | None]
     storage_free_bytes: Mapped[Bytes | None]
+    rules: Mapped[dict[str, Any]] = mapped_column(default=dict)
     created_at: Mapped[datetime] = mapped_column(default=now)
 
 
 class ServerNode(Base):
-    """One host. ``instance`` is the worker process that joined last; ``draining`` survives its restarts."""
+    """One host. ``instance`` is the worker process that joined last; ``draining`` survives its restarts.
+
+    ``pace``: starts under way at once, as the load measured on it allows; None: not measured yet.
+    """
 
     __tablename__ = "server_node"
 
@@ -118,6 +118,8 @@ class ServerNode(Base):
     facts: Mapped[dict[str, Any]]
     vcpus: Mapped[int]
     memory_mib: Mapped[int]
+    rules: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    pace: Mapped[int | None]
     joined_at: Mapped[datetime] = mapped_column(default=now)
     state_at: Mapped[datetime] = mapped_column(default=now)
     observed_at: Mapped[datetime | None]
@@ -133,6 +135,7 @@ class Profile(Base):
     memory_mib: Mapped[int]
     disk_bytes: Mapped[Bytes | None]
     usb: Mapped[str] = mapped_column(String(255), default="off")
+    rules: Mapped[dict[str, Any]] = mapped_column(default=dict)
 
 
 class Image(Base):
@@ -193,6 +196,7 @@ class Vm(Base):
     ip: Mapped[str | None] = mapped_column(String(45))
     owner: Mapped[str] = mapped_column(String(255), default="")
     tags: Mapped[list[Any]] = mapped_column(default=list)
+    rules: Mapped[dict[str, Any]] = mapped_column(default=dict)
     idle_after_s: Mapped[float | None]
     created_at: Mapped[datetime] = mapped_column(default=now)
     state_at: Mapped[datetime] = mapped_column(default=now)
@@ -205,7 +209,10 @@ class Vm(Base):
 
 
 class Operation(Base):
-    """One asked-for change. ``live_vm`` is the VM's id while the operation lives: one live operation per VM."""
+    """One asked-for change. ``live_vm`` is the VM's id while the operation lives: one live operation per VM.
+
+    ``decision``: why the scheduler put it where it is, or refused (pool/rules.py: Decision).
+    """
 
     __tablename__ = "operation"
 
@@ -221,6 +228,7 @@ class Operation(Base):
     requested_by: Mapped[str] = mapped_column(String(255), default="")
     reason: Mapped[str] = mapped_column(Text, default="")
     request: Mapped[dict[str, Any]]
+    decision: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     result: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     error: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     needs_operator: Mapped[bool] = mapped_column(default=False)

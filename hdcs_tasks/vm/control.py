@@ -9,12 +9,13 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from hdcs_tasks.errors import Conflict, HdcsError, Invalid, NotFound, OutcomeUnknown, Unreachable, WrongState
-from hdcs_tasks.operations.control import Asked, Control, Tx, on_done, on_failed, on_start
-from hdcs_tasks.operations.recovery import wake_parked
+from hdcs_tasks.operations.control import Asked, Control, Tx, busy, on_done, on_failed, on_start
 from hdcs_tasks.pool import rules as pool_rules
-from hdcs_tasks.pool.control import IN_POOL, get_server_node
+from hdcs_tasks.pool.control import IN_POOL, get_domain_node, get_server_node
+from hdcs_tasks.pool.rooms import order_of, vm_shape, vm_terms
+from hdcs_tasks.pool.waiting import wake_waiting
 from hdcs_tasks.routing import direct_queue, quick_queue
-from hdcs_tasks.states import VmState
+from hdcs_tasks.states import VM_RESTS, VmState
 from hdcs_tasks.store.models import Operation, Step, Vm, now
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.rules import COMMANDS, Command, check_usb, given_in, wrong_state_hint
@@ -73,12 +74,12 @@ def view(vm: Vm) -> dict[str, Any]:
     """The VM as callers see it."""
     moments = ("created_at", "started_at", "active_at", "ready_at", "observed_at")
     keys = (
-        "idle_after_s", "id", "name", "home", "server_node", "image_id", "profile", "vcpus", "memory_mib",
-        "disk_bytes", "usb", "mac", "port", "ip", "owner", "tags", "observed_state",
+        "home", "server_node", "image_id", "profile", "vcpus", "memory_mib", "disk_bytes", "usb", "mac", "port", "ip",
+        "owner", "tags", "rules", "idle_after_s", "observed_state",
     )  # fmt: skip
     return (
-        {key: getattr(vm, key) for key in keys}
-        | {"state": vm.state.value}
+        {"id": vm.id, "name": vm.name, "state": vm.state.value}
+        | {key: getattr(vm, key) for key in keys}
         | {key: at.isoformat() if (at := getattr(vm, key)) else None for key in moments}
     )
 
@@ -117,10 +118,21 @@ def guest_fields(vm: Vm) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def need_of(control: Control, vm: Vm) -> dict[str, int]:
-    """What layer two claims for this VM: vCPUs, and guest memory with the host's overhead in MiB."""
-    memory = pool_rules.memory_need_mib(vm.memory_mib, vm.vcpus, 1, control.settings.capacity)
-    return {"vcpus": vm.vcpus, "memory_mib": memory}
+def placing_fields(tx: Tx, vm: Vm, terms: pool_rules.Terms) -> dict[str, Any]:
+    """What layer two needs to know to place this VM: its claim (vCPUs, MiB with overhead), the terms it may run under,
+    the order of its domain node, and what to call it in a refusal."""
+    need = pool_rules.need_of(vm_shape(vm), tx.control.settings.capacity)
+    return {
+        "need": need._asdict(), "pin": terms.pin, "exclude": list(terms.exclude), "node_tags": list(terms.node_tags),
+        "marks": list(terms.marks), "shuns": list(terms.shuns), "seeks": list(terms.together),
+        "order": order_of(tx.control, get_domain_node(tx.session, vm.home)),
+        "label": label_of(vm), "hint": f"See: hdcs pool capacity {vm.profile}",
+    }  # fmt: skip
+
+
+def label_of(vm: Vm) -> str:
+    """What a refusal calls the VM's shape: ``profile small (2048 MiB)``."""
+    return f"profile {vm.profile} ({vm.memory_mib} MiB)"
 
 
 def start(control: Control, name: str, asked: Asked, *, pin: str | None = None) -> Operation:
@@ -129,15 +141,21 @@ def start(control: Control, name: str, asked: Asked, *, pin: str | None = None) 
         if (same := tx.same_request(asked)) is not None:
             return same
         vm = get_vm(tx.session, name)
-        _check_given(vm, "start", given_in("start"))
-        if pin is not None and get_server_node(tx.session, pin).domain_node != vm.home:
-            raise WrongState(
-                f"server node {pin} is not of {vm.home}, where VM {vm.name} lives",
-                next=f"Migrate it first: hdcs vm migrate {vm.name} …",
-            )
+        check_given(tx, vm, "start")
+        if pin is not None:
+            check_pin(tx.session, vm, pin)
         operation = tx.open("vm.start", asked=asked, vm=vm, request={"was": vm.state.value, "pin": pin})
         add_start_step(tx, operation, vm, pin=pin)
         return operation
+
+
+def check_pin(session: Session, vm: Vm, pin: str) -> None:
+    """WrongState unless server node ``pin`` is of the VM's home."""
+    if get_server_node(session, pin).domain_node != vm.home:
+        raise WrongState(
+            f"server node {pin} is not of {vm.home}, where VM {vm.name} lives",
+            next=f"Migrate it first: hdcs vm migrate {vm.name} …",
+        )
 
 
 def start_many(control: Control, names: Sequence[str], asked: Asked) -> Operation:
@@ -160,7 +178,7 @@ def _start_child(tx: Tx, vm: Vm, asked: Asked, parent: Operation) -> tuple[Opera
     """One VM of a bulk start; where it cannot start, the child that is to fail, and why."""
     request = {"was": vm.state.value}
     try:
-        _check_given(vm, "start", frozenset({VmState.STOPPED, VmState.SAVED}))
+        check_given(tx, vm, "start")
         child = tx.open("vm.start", asked=asked, vm=vm, parent=parent, request=request)
     except (WrongState, Conflict) as error:
         return tx.open("vm.start", asked=asked, subject=vm.name, parent=parent, request=request), error
@@ -175,8 +193,8 @@ def add_start_step(tx: Tx, operation: Operation, vm: Vm, *, pin: str | None = No
     # Not when it has started: a fast guest's agent may be heard of first.
     vm.ready_at = None
     spec = {
-        "shown": {"vm": vm.name, "pool": vm.home}, "guest": guest_fields(vm), "need": need_of(tx.control, vm),
-        "pin": pin, "saved": saved, "isolated": isolated,
+        "shown": {"vm": vm.name, "pool": vm.home}, "guest": guest_fields(vm), "saved": saved, "isolated": isolated,
+        **placing_fields(tx, vm, vm_terms(vm, pin=pin)),
     }  # fmt: skip
     return tx.step(operation, "vm.start_on_node", vm.home, spec)
 
@@ -184,6 +202,7 @@ def add_start_step(tx: Tx, operation: Operation, vm: Vm, *, pin: str | None = No
 @on_done("vm.start_on_node")
 def _started(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
     vm = vm_of(tx, operation)
+    operation.decision = result.pop("decision", None)
     vm.server_node, vm.port, vm.ip = result["node"], result["port"], result["ip"]
     vm.started_at = vm.active_at = now()
     vm.observed_state, vm.observed_at = "running", now()
@@ -201,6 +220,7 @@ def _not_started(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> 
     saved = bool(step.spec.get("saved"))
     leave_via(vm, VmState.STARTING, VmState.SAVED if saved else VmState.STOPPED)
     cool_port(tx, vm)
+    wake_others(tx, vm.home)
 
 
 def leave_via(vm: Vm, via: VmState, to: VmState) -> None:
@@ -226,12 +246,11 @@ def command(
 
     A forced stop supersedes what is in its way.
     """
-    what = COMMANDS[verb]
     with control.transaction() as tx:
         if (same := tx.same_request(asked)) is not None:
             return same
         vm = get_vm(tx.session, name)
-        _check_given(vm, verb, what.given_in)
+        check_given(tx, vm, verb)
         if vm.server_node is not None:
             _check_reachable(tx.session, vm)
         supersede = verb == "stop" and force
@@ -246,9 +265,17 @@ def _same_command(live: Operation, kind: str) -> bool:
     return live.kind == kind and bool(live.request.get("force")) and not live.cancel_asked
 
 
-def _check_given(vm: Vm, verb: str, given_in: frozenset[VmState]) -> None:
-    if vm.state not in given_in:
-        raise WrongState(f"VM {vm.name} is {vm.state}: it cannot {verb}", next=wrong_state_hint(verb, vm.state))
+def check_given(tx: Tx, vm: Vm, verb: str, said: str = "") -> None:
+    """Raise WrongState unless ``verb`` may be given to the VM as it is; Conflict where an operation moves it right now.
+
+    The state alone would not tell the caller what to wait for. ``said``: the verb in a sentence.
+    """
+    if vm.state in given_in(verb):
+        return
+    live = tx.live_operation(vm)
+    if live is not None and vm.state not in VM_RESTS:
+        raise busy(live)
+    raise WrongState(f"VM {vm.name} is {vm.state}: it cannot {said or verb}", next=wrong_state_hint(verb, vm.state))
 
 
 def _check_reachable(session: Session, vm: Vm) -> None:
@@ -309,10 +336,15 @@ for _verb, _what in COMMANDS.items():
 
 def released(tx: Tx, vm: Vm) -> None:
     """The guest was observed gone: record it, cool the port, and wake who waits for room."""
-    control, home = tx.control, vm.home
     vm.server_node = vm.ip = vm.ready_at = None
     cool_port(tx, vm)
-    tx.after(lambda: wake_parked(control, home))
+    wake_others(tx, vm.home)
+
+
+def wake_others(tx: Tx, domain_node: str) -> None:
+    """Room was freed there: whoever waits for it and fits goes on, the oldest first."""
+    control = tx.control
+    tx.after(lambda: wake_waiting(control, domain_node))
 
 
 # --- delete
@@ -372,3 +404,5 @@ def forget(tx: Tx, vm: Vm) -> None:
     cool_port(tx, vm)
     tx.after(lambda: control.reservations.macs.release(vm_id))
     tx.after(lambda: control.reservations.disks.release(home, vm_id))
+    if vm.tags or vm.rules:
+        tx.after(lambda: control.reservations.marks.forget(home, vm_id))

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from hdcs_tasks.errors import HdcsError, Invalid, OutcomeUnknown, Rejected, WrongState
+from sqlalchemy.orm import Session
+
+from hdcs_tasks.errors import HdcsError, Invalid, OutcomeUnknown, Rejected, WrongState, from_dict
 from hdcs_tasks.operations.control import Asked, Control, Tx, on_done, on_failed, on_start
 from hdcs_tasks.pool.control import IN_POOL, get_server_node
+from hdcs_tasks.pool.rooms import vm_terms
 from hdcs_tasks.routing import direct_queue
 from hdcs_tasks.states import VmState
 from hdcs_tasks.store.models import DomainNode, Operation, ServerNode, Step, Vm, now
 from hdcs_tasks.store.transitions import move
-from hdcs_tasks.vm.control import get_vm, leave_via, need_of, vm_of
-from hdcs_tasks.vm.rules import wrong_state_hint
+from hdcs_tasks.vm.control import check_given, get_vm, leave_via, placing_fields, vm_of, wake_others
 
 
 def migrate(control: Control, name: str, asked: Asked, *, to: str | None = None, live: bool = True) -> Operation:
@@ -24,22 +26,24 @@ def migrate(control: Control, name: str, asked: Asked, *, to: str | None = None,
         if (same := tx.same_request(asked)) is not None:
             return same
         vm = get_vm(tx.session, name)
-        if vm.state is not VmState.RUNNING or vm.server_node is None:
-            raise WrongState(
-                f"VM {vm.name} is {vm.state}: it cannot migrate", next=wrong_state_hint("migrate", vm.state)
-            )
-        if to is not None:
-            _check_target(tx, vm, to)
+        check_migrate(tx, vm, to)
         return tx.open("vm.migrate", asked=asked, vm=vm, request={"to": to, "live": live, "source": vm.server_node})
 
 
-def _check_target(tx: Tx, vm: Vm, to: str) -> None:
-    if tx.session.get(DomainNode, to) is not None:
+def check_migrate(tx: Tx, vm: Vm, to: str | None) -> None:
+    """WrongState, Conflict, Rejected or Invalid unless the VM may move to ``to`` (None: anywhere in its home)."""
+    check_given(tx, vm, "migrate")
+    if to is not None:
+        _check_target(tx.session, vm, to)
+
+
+def _check_target(session: Session, vm: Vm, to: str) -> None:
+    if session.get(DomainNode, to) is not None:
         raise Rejected(
             f"VM {vm.name} cannot move to domain node {to}: only moves inside a domain node are built so far",
             next=f"Name a server node of {vm.home}: hdcs node list",
         )
-    node = get_server_node(tx.session, to)
+    node = get_server_node(session, to)
     if node.domain_node != vm.home:
         raise Invalid(f"server node {to} is of {node.domain_node}, VM {vm.name} of {vm.home}", next="hdcs node list")
     if node.name == vm.server_node:
@@ -54,7 +58,8 @@ def _begin(tx: Tx, operation: Operation) -> None:
     source = get_server_node(tx.session, operation.request["source"])
     move(vm, VmState.MIGRATING)
     to = operation.request.get("to")
-    spec = _spec(vm, source) | {"need": need_of(tx.control, vm), "pin": to, "exclude": [source.name]}
+    terms = vm_terms(vm, pin=to, exclude=[source.name], pinned=False, start=False)
+    spec = _spec(vm, source) | placing_fields(tx, vm, terms)
     spec["shown"] = {"vm": vm.name, "from": source.name, "to": to or "?"}
     tx.step(operation, "vm.migrate_prepare_on_node", vm.home, spec)
 
@@ -69,6 +74,7 @@ def _spec(vm: Vm, source: ServerNode) -> dict[str, Any]:
 @on_done("vm.migrate_prepare_on_node")
 def _prepared(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
     vm = vm_of(tx, operation)
+    operation.decision = result.get("decision")
     target = {key: result[key] for key in ("node", "address", "ip", "port")}
     operation.request = operation.request | {"target": target}
     if operation.cancel_asked:
@@ -107,6 +113,7 @@ def _finished(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) 
 def _cleaned(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
     vm = vm_of(tx, operation)
     leave_via(vm, VmState.MIGRATING, VmState.RUNNING)
+    wake_others(tx, vm.home)
     measured = {key: value for key, value in operation.request["measured"].items() if key != "checkpoints"}
     tx.finish(operation, measured | operation.request.get("finish", {}) | {
         "from": operation.request["source"], "to": operation.request["target"]["node"], "ip": vm.ip,
@@ -138,9 +145,9 @@ def _undo_target(tx: Tx, operation: Operation, vm: Vm) -> None:
 
 @on_done("vm.migrate_undo_on_node")
 def _undone(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
-    leave_via(vm_of(tx, operation), VmState.MIGRATING, VmState.RUNNING)
-    from hdcs_tasks.errors import from_dict
-
+    vm = vm_of(tx, operation)
+    leave_via(vm, VmState.MIGRATING, VmState.RUNNING)
+    wake_others(tx, vm.home)
     tx.fail(operation, from_dict(operation.error or {"code": "cancelled", "message": "cancelled; it runs on"}))
 
 

@@ -12,7 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hdcs_tasks.errors import BackupBroken, ClaimLost, HdcsError, NotFound
+from hdcs_tasks.errors import (
+    BackupBroken,
+    ClaimLost,
+    HdcsError,
+    NoCapacity,
+    NotFound,
+    OutcomeUnknown,
+    Unavailable,
+    Unreachable,
+)
 from hdcs_tasks.hypervisor import disks, guests, networks, storage
 from hdcs_tasks.hypervisor.bitmaps import ensure_seed
 from hdcs_tasks.hypervisor.checkpoints import SEED, redefine_checkpoints
@@ -53,6 +62,7 @@ def clone(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
             next=f"Bring it here: hdcs image add {spec['image']} FILE --domain-node {run.ctx.domain_node}",
         )
     target = place.disk(spec["vm_id"])
+    _check_space(run.ctx)
     run.check()
     target.parent.mkdir(mode=0o711, exist_ok=True)
     try:
@@ -64,6 +74,19 @@ def clone(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
         remove_folder(target.parent)
         raise
     return {"node": run.ctx.server_node, "disk": str(target)}
+
+
+SPACE_LEFT_BYTES = 64 * 1024 * 1024
+
+
+def _check_space(ctx: NodeContext) -> None:
+    """A storage that is full pauses every guest on it: the last bytes are theirs."""
+    _, free = storage.disk_usage(ctx.settings.storage_root)
+    if free < SPACE_LEFT_BYTES:
+        raise NoCapacity(
+            f"storage of domain node {ctx.domain_node} is full: {free} bytes are free",
+            next="Delete VMs or images, or add storage",
+        )
 
 
 def image_path(place: storage.StorageLayout, name: str, version: int) -> Path:
@@ -104,12 +127,7 @@ def start(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     ctx = run.ctx
     guest = spec["guest"]
     run.progress(10, "choosing a server node")
-    placed = ctx.reservations.pool.place(
-        PlaceRequest(
-            ctx.domain_node, guest["vm_id"], run.step, spec["need"]["vcpus"], spec["need"]["memory_mib"],
-            pin=spec.get("pin"), order=ctx.settings.placement,
-        )
-    )  # fmt: skip
+    placed = ctx.reservations.pool.place(place_request(run, spec, guest["vm_id"], start_s=ctx.settings.boot_slot_s))
     if placed.node != ctx.server_node:
         raise HandOver(placed.node, spec)
     run.progress(40, f"starting on {placed.node}")
@@ -118,11 +136,32 @@ def start(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
             _start_here(run, spec, placed)
     except ClaimLost:
         raise  # a newer attempt observes and settles; the claim on capacity stays with the VM
-    except HdcsError:
-        _give_back_if_absent(ctx, guest)
+    except HdcsError as error:
+        _undo_start(run, guest, error)
         raise
-    ctx.reservations.pool.started(placed.node, guest["vm_id"])
-    return {"node": placed.node, "port": placed.port, "ip": placed.ip}
+    if spec.get("saved"):
+        # It comes back as it was and boots nothing; a booting guest counts until its agent answers.
+        _start_ended(ctx, guest["vm_id"])
+    return {"node": placed.node, "port": placed.port, "ip": placed.ip, "decision": decision(run, spec, placed)}
+
+
+def place_request(run: Run, spec: dict[str, Any], vm_id: str, *, start_s: float) -> PlaceRequest:
+    """Layer two's request from a step's spec (vm/control.py: placing_fields)."""
+    return PlaceRequest(
+        run.ctx.domain_node, vm_id, run.step, spec["need"]["vcpus"], spec["need"]["memory_mib"], pin=spec["pin"],
+        exclude=tuple(spec["exclude"]), order=spec["order"], tags=tuple(spec["node_tags"]), start_s=start_s,
+        marks=tuple(spec["marks"]), shuns=tuple(spec["shuns"]), seeks=tuple(spec["seeks"]), label=spec["label"],
+        hint=spec["hint"],
+    )  # fmt: skip
+
+
+def decision(run: Run, spec: dict[str, Any], placed: Placed) -> dict[str, Any]:
+    """What the operation keeps of the choice: counts, and the server nodes that were next in layer two's order."""
+    need, pool = spec["need"], run.ctx.reservations.pool
+    stand = pool.standing(run.ctx.domain_node, need["vcpus"], need["memory_mib"], spec["order"])
+    counts = {"fits": stand.fitting, "too little room": stand.open - stand.fitting, "closed": stand.nodes - stand.open}
+    best = [{"node": node, "free_vcpus": vcpus, "free_memory_mib": mib} for node, vcpus, mib in stand.best]
+    return {"node": placed.node, "order": spec["order"], "counts": counts, "best": best}
 
 
 def _start_here(run: Run, spec: dict[str, Any], placed: Placed) -> None:
@@ -172,11 +211,35 @@ def restore_checkpoints(host: Host, place: storage.StorageLayout, vm_id: str) ->
         log.warning("backup chain broken; the next backup is a full one", vm=vm_id, error=str(error))
 
 
-def _give_back_if_absent(ctx: NodeContext, guest: dict[str, Any]) -> None:
-    """After a failed start: whatever was claimed is free again, once the guest is seen not to run here."""
-    seen = guests.info(ctx.host(), guest["vm_id"])
-    if seen is None or not seen.active:
-        release(ctx, guest["vm_id"], guest["mac"])
+def _start_ended(ctx: NodeContext, vm_id: str) -> None:
+    """The guest runs: that Redis does not hear of it now must not fail its start; the entry runs out by itself."""
+    try:
+        ctx.reservations.pool.started(ctx.domain_node, ctx.server_node, vm_id)
+    except Unreachable as error:
+        log.info("end of a start not noted", vm=vm_id, error=str(error))
+
+
+def _undo_start(run: Run, guest: dict[str, Any], error: HdcsError) -> None:
+    """After a failed start: whatever was claimed is free again, once the guest is seen not to run here.
+
+    Running under this step: a cancelled start ends it, any other leaves it to the next attempt, which finds it. What
+    cannot be seen is not guessed. Raises OutcomeUnknown.
+    """
+    ctx, vm_id = run.ctx, guest["vm_id"]
+    try:
+        seen = guests.info(ctx.host(), vm_id)
+        if seen is not None and seen.active and seen.step == run.step and run.is_cancelled():
+            guests.stop(ctx.host(), vm_id, force=True)
+            seen = None
+        if seen is None or not seen.active:
+            release(ctx, vm_id, guest["mac"])
+            return
+        if seen.step != run.step:
+            return  # another's guest: the error is a Conflict that says so
+        what = f"it runs, but its start did not end: {error}"
+    except Unavailable as blind:
+        what = f"its start failed ({error}), and what it left cannot be seen: {blind}"
+    raise OutcomeUnknown(f"VM {guest['name']}: {what}", next="The next attempt observes") from error
 
 
 def release(ctx: NodeContext, vm_id: str, mac: str) -> None:

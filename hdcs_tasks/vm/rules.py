@@ -21,7 +21,7 @@ def expand_names(pattern: str, count: int, taken: Collection[str]) -> list[str]:
     be free. Raises Invalid for a bad pattern, count or name, Conflict for a taken name.
     """
     if not 1 <= count <= COUNT_MAX:
-        raise Invalid(f"a count of {count} is not between 1 and {COUNT_MAX}")
+        raise Invalid(f"a count of {count} is not between 1 and {COUNT_MAX}", next="Ask for 1 VM or more")
     fields = _FIELD.findall(pattern)
     if not fields:
         return [_single(pattern, count, taken)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.bench.report import report
 
-NAMES = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in {"__init__", "__main__", "report"})
+NAMES = ("boot_storm", "dispatch", "placement", "reservations")
 
 
 def main() -> int:
@@ -19,6 +19,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="JSON on stdout (else a table)")
     parser.add_argument("--quick", action="store_true", help="fewer rounds: seconds instead of a minute")
     parser.add_argument("--cluster", type=Path, help="placement: server nodes from a file (format: placement.py)")
+    parser.add_argument("--first-seed", type=int, default=0, help="placement: the first of the seeds drawn")
     parser.add_argument("--requests", type=Path, help="placement: VMs to place, in this order")
     options = parser.parse_args()
     found = report(options.name, importlib.import_module(f"tests.bench.{options.name}").run(options))

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -213,7 +214,6 @@ def test_doctor(cloud: Cloud, hdcs: Hdcs) -> None:
         ("vm clone mini --name Bad_Name --profile tiny", 2, "not a name"),
         ("vm clone mini --name a --count 2 --profile tiny", 2, "{:03d}"),
         ("vm clone mini --name a --profile large", 5, "node1"),
-        ("vm clone mini --name a --profile large --dry-run", 5, "node1"),
         ("vm list --state sleepy", 2, "Known: creating"),
         ("vm stop --state sleepy", 2, "Known: creating"),
         ("image add mini mini.qcow2", 2, "absolute path"),
@@ -307,9 +307,17 @@ def test_the_same_key_is_the_same_operation(cloud: Cloud, hdcs: Hdcs) -> None:
 def test_dry_run_tells_and_changes_nothing(cloud: Cloud, hdcs: Hdcs) -> None:
     words = ("vm", "clone", "mini", "--name", "a-{}", "--count", "2", "--profile", "tiny", "--dry-run")
     code, out, _ = hdcs(*words)
-    assert code == 0 and [line.split() for line in out.splitlines()[1:]] == [["a-1", "east"], ["a-2", "east"]]
+    rows = [line.split() for line in out.splitlines()[1:3]]
+    assert code == 0 and rows == [["a-1", "east", "node1"], ["a-2", "east", "node1"]]
+    assert "node1" in out.splitlines()[-1]  # every server node, and why or why not
     assert json.loads(hdcs(*words, "-f", "json")[1])["fits"] is True
     assert cloud.vms.list() == []
+
+
+def test_a_refused_dry_run_still_explains(cloud: Cloud, hdcs: Hdcs) -> None:
+    code, out, err = hdcs("vm", "clone", "mini", "--name", "a", "--profile", "large", "--dry-run")
+    assert code == 5 and "node1" in out and "7680 MiB free" in out
+    assert "no domain node fits profile large (8 vCPU, 16384 MiB): east: node1 7680 MiB free" in err
 
 
 def test_op_list_show_and_cancel(cloud: Cloud, hdcs: Hdcs) -> None:
@@ -334,6 +342,9 @@ def test_op_show_tells_every_attempt(cloud: Cloud, hdcs: Hdcs) -> None:
     answer(cloud, error={"code": "hypervisor_refused", "message": "image is locked"})
     table = hdcs("op", "show", operation)[1]
     assert "hypervisor_refused: image is locked" in table and "node1" in table
+    (row,) = [line.split() for line in table.splitlines() if "vm.start_on_node" in line]
+    assert row[:6] == ["1", "vm.start_on_node", "east", "failed", "1", "node1"]
+    assert 0.9 < float(row[row.index("s", 8) - 1]) < 5, "answer() began a second ago"
     code, out, err = hdcs("op", "watch", operation)
     assert code == 1 and "failed" in out and "image is locked" in err
 
@@ -408,6 +419,47 @@ def test_a_restart_of_redis_does_not_end_a_wait(tmp_path: Path, own_redis: Redis
             process.wait()
 
 
+# --- on a terminal
+
+
+def on_a_terminal(config: Settings, words: list[str], question: bytes, answered: bytes) -> tuple[int, str]:
+    """Run the program on a terminal of its own, type ``answered`` when ``question`` is there: exit code, screen."""
+    environment = os.environ | {"HDCS_REDIS_URL": config.redis_url, "HDCS_DATABASE_URL": config.database_url}
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        os.execve(sys.executable, [sys.executable, "-m", "hdcs_tasks.cli", *words], environment)
+    screen = b""
+    while True:
+        try:
+            data = os.read(terminal, 65536)
+        except OSError:  # how Linux says that the other end is closed
+            break
+        screen += data
+        if answered and question in screen:
+            os.write(terminal, answered)
+            answered = b""
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), screen.decode()
+
+
+def test_harm_is_asked_about_on_a_terminal(cloud: Cloud, config: Settings) -> None:
+    clone(cloud, "desk-1")
+    code, screen = on_a_terminal(config, ["vm", "delete", "desk-1"], b"[y/N]", b"n\n")
+    assert code == 1 and "Delete VM desk-1 with its disk?" in screen and "nothing was done" in screen
+    assert cloud.operations.list(kind="vm.delete") == []
+    code, screen = on_a_terminal(config, ["vm", "delete", "desk-1", "--no-wait"], b"[y/N]", b"y\n")
+    (operation,) = cloud.operations.list(kind="vm.delete")
+    assert code == 0 and operation["id"] in screen
+
+
+def test_a_terminal_shows_a_bar_and_ctrl_c_detaches(cloud: Cloud, config: Settings) -> None:
+    clone(cloud, "desk-1")
+    code, screen = on_a_terminal(config, ["vm", "start", "desk-1"], b"vm.start_on_node", b"\x03")
+    assert code == 130 and "━" in screen and "detached: the operation goes on" in screen
+    assert "Traceback" not in screen
+
+
 # --- many at once
 
 
@@ -440,3 +492,5 @@ def test_one_refused_does_not_keep_the_others(cloud: Cloud, hdcs: Hdcs, answerin
     assert [view["state"] for view in json.loads(out)] == ["done"]
     assert "1 of 2 failed: nobody" in err
     assert cloud.vms["a"].show()["state"] == "suspended"
+    code, out, err = hdcs("vm", "suspend", "nobody", "noone", "-f", "csv")
+    assert (code, out) == (3, "") and "2 of 2 failed" in err

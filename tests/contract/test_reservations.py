@@ -72,7 +72,7 @@ def test_step_attempt_has_one_executor(reservations: Reservations) -> None:
     assert not steps.finish("s", 1, "b")
     assert steps.check("s", 1, "a") == "lost"
     assert steps.claim("s", 1, "b", "n2", 30) is ClaimAnswer.DONE
-    assert steps.issue_many([("s", 2), ("t", 1), ("t", 1)]) == [True, True, False]
+    assert steps.issue_many([("s", 2, ""), ("t", 1, ""), ("t", 1, "")]) == [True, True, False]
     assert [s and s.attempt for s in steps.statuses(["s", "t", "u"])] == [2, 1, None]
     steps.forget("s")
     assert steps.status("s") is None
@@ -364,7 +364,7 @@ def test_starts_under_way_are_bounded(reservations: Reservations) -> None:
     pool.place(request("b"))
     with pytest.raises(NoCapacity, match="starts under way"):
         pool.place(request("c"))
-    pool.started("n1", "a")
+    pool.started("east", "n1", "a")
     pool.place(request("c", start_s=0.05))
     time.sleep(0.1)
     pool.place(request("d"))
@@ -537,6 +537,6 @@ def test_scripts_are_loaded_again_when_redis_forgot_them(reservations: Reservati
     reservations._link.do("SCRIPT", "FLUSH")
     reservations.macs.take("b")
     reservations._link.do("SCRIPT", "FLUSH")
-    assert reservations.steps.issue_many([("s", 1), ("t", 1)]) == [True, True]
+    assert reservations.steps.issue_many([("s", 1, ""), ("t", 1, "")]) == [True, True]
     with pytest.raises(Invalid):
         reservations.steps.issue("a b", 1)

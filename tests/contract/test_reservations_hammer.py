@@ -110,7 +110,7 @@ def race(url: str, number: int, found: multiprocessing.Queue[list[str]]) -> None
 
 
 def test_each_attempt_is_claimed_once(redis_service: RedisServer, reservations: Reservations) -> None:
-    reservations.steps.issue_many((f"s{n}", 1) for n in range(200))
+    reservations.steps.issue_many((f"s{n}", 1, "") for n in range(200))
     context = multiprocessing.get_context("spawn")
     found: multiprocessing.Queue[list[str]] = context.Queue()
     workers = [context.Process(target=race, args=(redis_service.url, n, found)) for n in range(PROCESSES)]

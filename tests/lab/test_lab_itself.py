@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from deploy.lab import LOCAL, SRV, Lab, free_net
-from deploy.lab.space import marked, pids, start_time
+from deploy.lab.space import marked, start_time
 from hdcs_tasks.errors import Conflict, NotFound
+from tests.lab.traces import NOTHING, left_by, namespaces
 
 pytestmark = [pytest.mark.lab, pytest.mark.usefixtures("lab_possible")]
 NET = free_net("10.98")
@@ -29,44 +30,6 @@ def small(tmp_path: Path) -> Iterator[Lab]:
         yield made
     finally:
         made.down()
-
-
-def _left_by(lab: Lab, namespaces: set[str], timeout_s: float = 3) -> dict[str, object]:
-    """``_traces``, once the machine's init has collected the dead (it is not ours to hurry)."""
-    deadline = time.monotonic() + timeout_s
-    while (traces := _traces(lab, namespaces)) != NOTHING and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return traces
-
-
-def _traces(lab: Lab, namespaces: set[str]) -> dict[str, object]:
-    """What a lab could leave: processes, namespaces anybody is still in, links, mounts, folder."""
-    living = {n for pid in pids() for kind in ("net", "mnt", "pid") if (n := _link(f"/proc/{pid}/ns/{kind}"))}
-    shown = subprocess.run(["ip", "-o", "address"], capture_output=True, text=True, check=True).stdout
-    return {
-        "processes": list(marked(lab.mark)),
-        "namespaces": living & namespaces,
-        "links": re.findall(rf"{lab.link}|{re.escape(NET)}\.\d+", shown),
-        "mounts": [
-            m for m in Path("/proc/self/mounts").read_text().splitlines() if str(lab.root) in m or str(SRV) in m
-        ],
-        "folder": lab.root.exists(),
-    }
-
-
-NOTHING = {"processes": [], "namespaces": set(), "links": [], "mounts": [], "folder": False}
-
-
-def _link(path: str) -> str:
-    try:
-        return os.readlink(path)
-    except OSError:
-        return ""
-
-
-def _namespaces(lab: Lab) -> set[str]:
-    spaces = [lab.hub, *lab.spaces.values()]
-    return {_link(f"/proc/{s.pid}/ns/{kind}") for s in spaces for kind in ("net", "mnt", "pid")}
 
 
 def test_up_answers_everywhere_and_down_leaves_nothing(tmp_path: Path) -> None:
@@ -87,11 +50,11 @@ def test_up_answers_everywhere_and_down_leaves_nothing(tmp_path: Path) -> None:
             peer = lab.ip(lab.nodes[0])
             assert "qemu" in lab.run(node, ["virsh", "-q", "-c", f"qemu+tcp://{peer}/system", "uri"]).stdout
         assert len(uuids) == 4, "every server node is a host of its own"
-        inside = _namespaces(lab)
+        inside = namespaces(lab)
         assert len(inside) == 15
     finally:
         lab.down()
-    assert _left_by(lab, inside) == NOTHING
+    assert left_by(lab, inside) == NOTHING
 
 
 def test_storage_is_shared_inside_a_domain_node_only(small: Lab) -> None:
@@ -168,10 +131,10 @@ def test_a_lab_killed_half_way_is_cleaned_by_the_next_up(tmp_path: Path, after_s
     try:
         lab.up()
         assert not set(left) & set(marked(lab.mark))
-        inside = _namespaces(lab)
+        inside = namespaces(lab)
     finally:
         lab.down()
-    assert _left_by(lab, inside) == NOTHING
+    assert left_by(lab, inside) == NOTHING
 
 
 def test_it_refuses_a_net_in_use_and_a_folder_that_is_no_lab(small: Lab, tmp_path: Path) -> None:

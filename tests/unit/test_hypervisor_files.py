@@ -278,7 +278,7 @@ def test_vm_lock_excludes_threads_and_frees_itself(tmp_path: Path) -> None:
     holder = threading.Thread(target=hold)
     holder.start()
     assert entered.wait(5)
-    with pytest.raises(Conflict, match=f"process {os.getpid()}"), vm_lock(tmp_path, VM_ID, timeout_s=0.1):
+    with pytest.raises(Unavailable, match=f"process {os.getpid()}"), vm_lock(tmp_path, VM_ID, timeout_s=0.1):
         pass
     leave.set()
     with vm_lock(tmp_path, VM_ID, timeout_s=5):

@@ -1,0 +1,101 @@
+"""Giving back what nobody owns any more: the sweep behind everything that is reserved or given back after a commit.
+
+Redis is read first and the record after it. An owner the record does not know may be in an open transaction still: it
+has to be missing in two sweeps. What a living VM holds too much is given back under the VM's row lock, while no
+operation of it lives: then no start can be taking it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sqlalchemy import select
+
+from hdcs_tasks.logs import logger
+from hdcs_tasks.operations.control import Control
+from hdcs_tasks.reservations import Claim, Snapshot
+from hdcs_tasks.states import VmState
+from hdcs_tasks.store.models import Vm
+
+log = logger(__name__)
+
+NOTE = "tidy"
+NOTE_TTL_S = 600.0
+_EMPTY = frozenset({VmState.STOPPED, VmState.SAVED})
+_RUNS = frozenset({VmState.RUNNING, VmState.SUSPENDED})
+
+
+def tidy_sweep(control: Control) -> int:
+    """Give back the reservations of VMs that are gone, and claims and ports of VMs that rest. Returns how many."""
+    if not control.reservations.epoch.is_open():
+        return 0
+    held = control.reservations.dump()
+    with control.store.read() as session:
+        vms = {vm.id: vm for vm in session.scalars(select(Vm).where(Vm.deleted_at.is_(None)))}
+    gone = _owners(held) - vms.keys()
+    count = sum(_forget(control, held, vm_id) for vm_id in sorted(_surely_gone(control, gone)))
+    for vm_id in sorted(vms.keys() & _suspects(held, vms)):
+        count += _trim(control, held, vm_id)
+    if count:
+        log.warning("reservations without an owner given back", count=count)
+    return count
+
+
+def _owners(held: Snapshot) -> set[str]:
+    pools = held.pools.values()
+    return {*held.macs, *(vm for p in pools for vm in (*p.ports, *p.disks)), *(c.vm for p in pools for c in p.claims)}
+
+
+def _surely_gone(control: Control, gone: set[str]) -> set[str]:
+    """Those the record has as deleted, and those it has not known for two sweeps."""
+    notes = control.reservations.notes
+    before = notes.read(NOTE)
+    notes.drop(NOTE)
+    with control.store.read() as session:
+        deleted = set(session.scalars(select(Vm.id).where(Vm.id.in_(gone), Vm.deleted_at.is_not(None))))
+    for vm_id in sorted(gone - deleted):
+        notes.write(NOTE, vm_id, "unknown", NOTE_TTL_S)
+    return deleted | (gone & before.keys())
+
+
+def _forget(control: Control, held: Snapshot, vm_id: str) -> int:
+    reservations, config = control.reservations, control.settings
+    count = int(reservations.macs.release(vm_id))
+    for name, pool in held.pools.items():
+        count += _release(control, (claim for claim in pool.claims if claim.vm == vm_id))
+        count += int(vm_id in pool.disks and reservations.disks.release(name, vm_id))
+        if vm_id in pool.ports and vm_id not in reservations.ports.cooling(name):
+            count += int(reservations.ports.cool(name, vm_id, config.port_cooling_s))
+    return count
+
+
+def _suspects(held: Snapshot, vms: dict[str, Vm]) -> set[str]:
+    """Living VMs that seem to hold more than they should: looked at again under their lock."""
+    found = set()
+    for pool in held.pools.values():
+        found |= {c.vm for c in pool.claims if c.vm in vms and _too_much(vms[c.vm], c)}
+        found |= {vm_id for vm_id in pool.ports if vm_id in vms and vms[vm_id].state in _EMPTY}
+    return found
+
+
+def _too_much(vm: Vm, claim: Claim) -> bool:
+    return vm.state in _EMPTY or (vm.state in _RUNS and vm.server_node != claim.node)
+
+
+def _trim(control: Control, held: Snapshot, vm_id: str) -> int:
+    with control.transaction() as tx:
+        vm = tx.session.get(Vm, vm_id, with_for_update=True)
+        if vm is None or vm.deleted_at is not None or tx.live_operation(vm) is not None:
+            return 0
+        pool = held.pools.get(vm.home)
+        if pool is None:
+            return 0
+        count = _release(control, (c for c in pool.claims if c.vm == vm_id and _too_much(vm, c)))
+        if vm.state in _EMPTY and vm_id in pool.ports and vm_id not in control.reservations.ports.cooling(vm.home):
+            count += int(control.reservations.ports.cool(vm.home, vm_id, control.settings.port_cooling_s))
+        return count
+
+
+def _release(control: Control, claims: Iterable[Claim]) -> int:
+    pool, lease_s = control.reservations.pool, control.settings.dhcp_lease_s
+    return sum(pool.release(claim.domain_node, claim.vm, claim.node, lease_s) for claim in claims)
