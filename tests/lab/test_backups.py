@@ -196,7 +196,8 @@ def test_a_full_disk_in_mid_backup_leaves_nothing(desk: Desk) -> None:
     lab = desk.center.lab
     # over the repository's folder of this VM: its base image stays in reach, its files do not
     folder = f"{SRV}/backups/{desk.id}"
-    small = f"mount -t tmpfs -o size=12m small {folder} && cp -a /run/old/. {folder}/"
+    used = sum(p.stat().st_size for p in (desk.repository.folder / desk.id).rglob("*") if p.is_file())
+    small = f"mount -t tmpfs -o size={used + 6 * MIB} small {folder} && cp -a /run/old/. {folder}/"
     lab.run(node, ["sh", "-c", f"mkdir -p /run/old && mount --bind {folder} /run/old && {small}"])
     try:
         with pytest.raises(HypervisorRefused) as caught:
