@@ -77,14 +77,14 @@ class Bench:
         if done.exit_code:
             raise RuntimeError(f"{command}: {done}")
 
-    def _disk(self, name: str) -> Path:
-        return self.center.lab.storage("east") / "vms" / self.cloud.vms[name].show()["id"] / "disk0.qcow2"
-
     def _moment(self, number: int) -> Path:
-        target = self.folder / f"{number}.raw"
-        argv = ["qemu-img", "convert", "-U", "-f", "qcow2", "-O", "raw", str(self._disk(OURS)), str(target)]
-        subprocess.run(argv, check=True)
-        return target
+        """The suspended desk's disk as raw bytes; made on its server node, whose paths the overlay names."""
+        vm = self.cloud.vms[OURS].show()
+        argv = ["qemu-img", "convert", "-U", "-f", "qcow2", "-O", "raw"]
+        self.center.lab.run(
+            vm["server_node"], [*argv, f"{SRV}/vms/{vm['id']}/disk0.qcow2", f"{SRV}/{number}.raw"], timeout_s=LONG_S
+        )
+        return self.center.lab.storage("east") / f"{number}.raw"
 
     def _virtnbdbackup(self, level: str) -> float:
         node = self.cloud.vms[TWIN].show()["server_node"]
