@@ -60,7 +60,7 @@ def show(face: Face, name: str, form: str) -> None:
     "--max-starts",
     type=int,
     default=None,
-    help="Starts under way at once; 0: any. Default: adapts to the load measured on it.",
+    help="Starts under way at once; 0: any.",
 )
 @click.option("--tag", "tags", multiple=True, help="Its tags, all of them (may be repeated).")
 @click.option("--default", "defaults", multiple=True, metavar="RULE", help="Back to the default (may be repeated).")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import select, text
@@ -45,6 +45,7 @@ def take_sample(control: Control, sample: dict[str, Any]) -> None:
             return
         node.observed_at = at
         _record_storage(tx, node, sample.get("storage") or {})
+        _tell_unrecorded(tx, node, set(seen), at)
         vms = tx.session.scalars(select(Vm).where(Vm.server_node == node.name, Vm.deleted_at.is_(None))).all()
         for vm in vms:
             if vm.id in seen:
@@ -55,6 +56,24 @@ def take_sample(control: Control, sample: dict[str, Any]) -> None:
                 gone.append(vm.name)
     for name in gone:
         settle_gone(control, name, f"not seen on {sample['node']}")
+
+
+def _tell_unrecorded(tx: Tx, node: ServerNode, seen: set[str], at: datetime) -> None:
+    """An event, once, for each guest that the record has not here and that no operation is about to record."""
+    known = {vm.id: vm for vm in tx.session.scalars(select(Vm).where(Vm.id.in_(seen)))}
+    for vm_id in sorted(seen):
+        vm = known.get(vm_id)
+        if vm is not None:
+            settled = not has_gone(listed=False, sampled_after_change_s=(at - vm.state_at).total_seconds())
+            if vm.server_node == node.name or settled or tx.live_operation(vm) is not None:
+                continue
+        subject = vm.name if vm is not None else vm_id
+        told = select(Event.id).where(
+            Event.kind == "guest.unrecorded", Event.subject == subject, Event.at > at - timedelta(hours=1)
+        )  # fmt: skip
+        if tx.session.scalar(told.limit(1)) is None:
+            tx.event("guest.unrecorded", subject, f"a guest of {subject} runs on {node.name}; the record has it not "
+                     "there. Look at it there (virsh list), then stop it or the VM", node=node.name)  # fmt: skip
 
 
 def _record_storage(tx: Tx, node: ServerNode, storage: dict[str, int]) -> None:

@@ -249,10 +249,15 @@ class Tx:
         return self.session.get(Step, step_id, with_for_update=ROW_LOCK, populate_existing=True)
 
     def step(
-        self, operation: Operation, name: str, queue: str, spec: dict[str, Any], *, node: str | None = None
-    ) -> Step:
-        """Add the operation's next step; it is published after the commit."""
-        deadline = now() + timedelta(seconds=self.control.settings.park_deadline_s)
+        self, operation: Operation, name: str, queue: str, spec: dict[str, Any], *, node: str | None = None,
+        patience_s: float | None = None,
+    ) -> Step:  # fmt: skip
+        """Add the operation's next step; it is published after the commit.
+
+        ``patience_s``: how long it may wait for room; ``park_deadline_s`` of the settings unless said otherwise.
+        """
+        wait_s = self.control.settings.park_deadline_s if patience_s is None else patience_s
+        deadline = now() + timedelta(seconds=wait_s)
         step = Step(
             id=new_id(), operation=operation, operation_id=operation.id, seq=self._next_seq(operation), name=name,
             queue=queue, spec=spec, node=node, state=StepState.PENDING, attempt=0, history=[], deadline_at=deadline,

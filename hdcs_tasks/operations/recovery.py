@@ -245,7 +245,8 @@ def _observe(step: Step, status: StepStatus) -> None:
 
 def _new_attempt(tx: Tx, step: Step) -> None:
     error = {"code": OutcomeUnknown.code, "message": "executor lost"}
-    step.history = [*step.history, {"attempt": step.attempt, "node": step.node, "error": error}]
+    lost = {"attempt": step.attempt, "node": step.node, "ended_at": now_s(), "error": error}
+    step.history = [*step.history, lost]
     _publish_where_touched(tx, step)
     queue = step.sent_to or step.queue
     log.info("step published again", step=step.id, name=step.name, attempt=step.attempt, queue=queue)

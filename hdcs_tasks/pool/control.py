@@ -196,7 +196,7 @@ def pool_node_of(node: ServerNode) -> PoolNode:
     ruled = policy.read(policy.NodePolicy, node.rules)
     return PoolNode(
         name=node.name, vcpus=node.vcpus, memory_mib=node.memory_mib, subnet=node.subnet,
-        max_starts=rules.starts_at_once(rules.NodeFacts(**node.facts), ruled.max_starts, node.pace),
+        max_starts=ruled.max_starts,
         schedulable=node.state is ServerNodeState.UP and not node.draining, tags=ruled.tags,
     )  # fmt: skip
 

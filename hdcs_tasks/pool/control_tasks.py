@@ -38,6 +38,11 @@ def reservation_sweep(period_s: float) -> None:
     sweep_once(control(), "reservations", period_s, rebuild.reservation_sweep)
 
 
+@app.task(name="pool.dhcp_sweep")
+def dhcp_sweep(period_s: float) -> None:
+    sweep_once(control(), "dhcp", period_s, tidy.dhcp_sweep)
+
+
 @app.task(name="pool.waiting_sweep")
 def waiting_sweep(period_s: float) -> None:
     sweep_once(control(), "waiting", period_s, waiting.waiting_sweep)

@@ -33,13 +33,13 @@ class PoolPolicy:
 
 @dataclass(frozen=True, slots=True)
 class NodePolicy:
-    """A server node's. ``max_starts``: starts under way at once (None: adapts to the load measured on it, 0: no
-    limit); ``tags``: what a profile may ask a server node to have."""
+    """A server node's. ``max_starts``: starts under way at once (0: no limit); ``tags``: what a profile may ask a
+    server node to have."""
 
     memory_overcommit: float | None = None
     vcpu_overcommit: float | None = None
     host_reserve_mib: int | None = None
-    max_starts: int | None = None
+    max_starts: int = 0
     tags: tuple[str, ...] = ()
 
 

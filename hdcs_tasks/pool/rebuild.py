@@ -22,7 +22,6 @@ from hdcs_tasks.pool.rooms import vm_shape, vm_terms
 from hdcs_tasks.pool.rules import need_of
 from hdcs_tasks.reservations import Claim, PoolSnapshot, Snapshot
 from hdcs_tasks.routing import quick_queue
-from hdcs_tasks.states import VM_HOLDS_GUEST, ServerNodeState
 from hdcs_tasks.store.models import DomainNode, Operation, ServerNode, Vm
 
 log = logger(__name__)
@@ -120,7 +119,7 @@ def _pool_snapshot(
             vm = homed[vm_id]
             port = ports.setdefault(vm_id, seen.get("console_port") or 0) or vm.port or 0
             need = need_of(vm_shape(vm), control.settings.capacity)
-            ip = seen.get("ip") or ""
+            ip = seen.get("ip") or (vm.ip if vm.server_node == node.name else None) or ""
             claims.append(Claim(row.name, vm_id, node.name, need.vcpus, need.memory_mib, port, ip, ""))
     return PoolSnapshot(
         row.port_first, row.port_last, tuple(pool_node_of(n) for n in here if n.state in IN_POOL), tuple(claims),
@@ -131,13 +130,11 @@ def _pool_snapshot(
 
 
 def _held(node: ServerNode, homed: dict[str, Vm], reports: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What this server node holds: what it reported, or for a silent node what the record says."""
-    report = reports.get(node.name)
-    if report is not None:
-        return {g["vm_id"]: g for g in report["guests"] if g["vm_id"] in homed}
-    if node.state is ServerNodeState.LEFT:
-        return {}
-    return {
-        vm.id: {"ip": vm.ip, "console_port": vm.port}
-        for vm in homed.values() if vm.server_node == node.name and vm.state in VM_HOLDS_GUEST
+    """What this server node holds: what it reported, and what the record says: a guest may run since the report, and
+    those of a silent node run on, also where its worker left in order. One that has gone is found by the next sample,
+    and then gives back what it held."""
+    reported = {g["vm_id"]: g for g in reports.get(node.name, {"guests": []})["guests"] if g["vm_id"] in homed}
+    recorded = {
+        vm.id: {"ip": vm.ip, "console_port": vm.port} for vm in homed.values() if vm.server_node == node.name
     }  # fmt: skip
+    return recorded | reported

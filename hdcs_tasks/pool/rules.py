@@ -137,17 +137,6 @@ def capacity_left(shape: Shape, settings: CapacitySettings, free: Free) -> Capac
     return Capacity(max(0, vms), limit)
 
 
-PACE_PER_CORE = 2
-PACE_LEAST = 4
-
-
-def starts_at_once(facts: NodeFacts, ruled: int | None, pace: int | None) -> int:
-    """Starts that may be under way at once on a server node: as ruled (0: any), else as measured, else by its cores."""
-    if ruled is not None:
-        return ruled
-    return pace or max(PACE_LEAST, PACE_PER_CORE * facts.sockets * facts.cores_per_socket)
-
-
 # ---- one domain node
 
 

@@ -101,10 +101,7 @@ class DomainNode(Base):
 
 
 class ServerNode(Base):
-    """One host. ``instance`` is the worker process that joined last; ``draining`` survives its restarts.
-
-    ``pace``: starts under way at once, as the load measured on it allows; None: not measured yet.
-    """
+    """One host. ``instance`` is the worker process that joined last; ``draining`` survives its restarts."""
 
     __tablename__ = "server_node"
 
@@ -119,7 +116,6 @@ class ServerNode(Base):
     vcpus: Mapped[int]
     memory_mib: Mapped[int]
     rules: Mapped[dict[str, Any]] = mapped_column(default=dict)
-    pace: Mapped[int | None]
     joined_at: Mapped[datetime] = mapped_column(default=now)
     state_at: Mapped[datetime] = mapped_column(default=now)
     observed_at: Mapped[datetime | None]

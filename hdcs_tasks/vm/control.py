@@ -220,6 +220,7 @@ def _not_started(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> 
     saved = bool(step.spec.get("saved"))
     leave_via(vm, VmState.STARTING, VmState.SAVED if saved else VmState.STOPPED)
     cool_port(tx, vm)
+    release_unused(tx, vm, step)
     wake_others(tx, vm.home)
 
 
@@ -234,6 +235,20 @@ def cool_port(tx: Tx, vm: Vm) -> None:
     vm.port = None
     control, vm_id, home = tx.control, vm.id, vm.home
     tx.after(lambda: control.reservations.ports.cool(home, vm_id, control.settings.port_cooling_s))
+
+
+def release_unused(tx: Tx, vm: Vm, step: Step) -> None:
+    """What this step claimed and never used: an attempt handed to another server node, and then called off."""
+    control, vm_id, home, step_id = tx.control, vm.id, vm.home, step.id
+
+    def release() -> None:
+        for claim in control.reservations.pool.claim_of(vm_id):
+            if claim.step == step_id:
+                control.reservations.pool.release(
+                    home, vm_id, claim.node, control.settings.dhcp_lease_s, step=step_id
+                )  # fmt: skip
+
+    tx.after(release)
 
 
 # --- the short commands

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from hdcs_tasks.errors import HdcsError, Invalid, OutcomeUnknown, Rejected, WrongState, from_dict
@@ -14,10 +15,21 @@ from hdcs_tasks.operations.control import Asked, Control, Tx, on_done, on_failed
 from hdcs_tasks.pool.control import IN_POOL, get_server_node
 from hdcs_tasks.pool.rooms import vm_terms
 from hdcs_tasks.routing import direct_queue
-from hdcs_tasks.states import VmState
+from hdcs_tasks.states import ServerNodeState, VmState
 from hdcs_tasks.store.models import DomainNode, Operation, ServerNode, Step, Vm, now
 from hdcs_tasks.store.transitions import move
-from hdcs_tasks.vm.control import check_given, get_vm, leave_via, placing_fields, vm_of, wake_others
+from hdcs_tasks.vm.control import (
+    check_given,
+    get_vm,
+    leave_via,
+    placing_fields,
+    release_unused,
+    vm_of,
+    wake_others,
+)
+
+PATIENCE_S = 30.0
+"""A VM that cannot move runs on where it is, so a migration does not wait for room as long as a start does."""
 
 
 def migrate(control: Control, name: str, asked: Asked, *, to: str | None = None, live: bool = True) -> Operation:
@@ -35,6 +47,8 @@ def check_migrate(tx: Tx, vm: Vm, to: str | None) -> None:
     check_given(tx, vm, "migrate")
     if to is not None:
         _check_target(tx.session, vm, to)
+    else:
+        _check_company(tx.session, vm)
 
 
 def _check_target(session: Session, vm: Vm, to: str) -> None:
@@ -52,6 +66,18 @@ def _check_target(session: Session, vm: Vm, to: str) -> None:
         raise WrongState(f"server node {to} is {node.state}", next="Choose another: hdcs node list")
 
 
+def _check_company(session: Session, vm: Vm) -> None:
+    """There must be another server node at all; whether one has room is layer two's to say."""
+    others = select(ServerNode.name).where(
+        ServerNode.domain_node == vm.home, ServerNode.state == ServerNodeState.UP, ServerNode.name != vm.server_node
+    )
+    if session.scalar(others.limit(1)) is None:
+        raise WrongState(
+            f"VM {vm.name} cannot migrate: {vm.home} has no other server node that is up",
+            next=f"Bring another one into {vm.home} (see: hdcs node list)",
+        )
+
+
 @on_start("vm.migrate")
 def _begin(tx: Tx, operation: Operation) -> None:
     vm = vm_of(tx, operation)
@@ -61,7 +87,7 @@ def _begin(tx: Tx, operation: Operation) -> None:
     terms = vm_terms(vm, pin=to, exclude=[source.name], pinned=False, start=False)
     spec = _spec(vm, source) | placing_fields(tx, vm, terms)
     spec["shown"] = {"vm": vm.name, "from": source.name, "to": to or "?"}
-    tx.step(operation, "vm.migrate_prepare_on_node", vm.home, spec)
+    tx.step(operation, "vm.migrate_prepare_on_node", vm.home, spec, patience_s=PATIENCE_S)
 
 
 def _spec(vm: Vm, source: ServerNode) -> dict[str, Any]:
@@ -122,7 +148,9 @@ def _cleaned(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -
 
 @on_failed("vm.migrate_prepare_on_node")
 def _not_prepared(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
-    leave_via(vm_of(tx, operation), VmState.MIGRATING, VmState.RUNNING)
+    vm = vm_of(tx, operation)
+    leave_via(vm, VmState.MIGRATING, VmState.RUNNING)
+    release_unused(tx, vm, step)
 
 
 @on_failed("vm.migrate_on_node")

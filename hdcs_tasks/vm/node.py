@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from hdcs_tasks.errors import (
     NoCapacity,
     NotFound,
     OutcomeUnknown,
-    Unavailable,
     Unreachable,
 )
 from hdcs_tasks.hypervisor import disks, guests, networks, storage
@@ -73,6 +73,8 @@ def clone(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     except HdcsError:
         remove_folder(target.parent)
         raise
+    for left in target.parent.glob(f"{target.name}.*.partial"):
+        left.unlink(missing_ok=True)  # of an attempt that was killed
     return {"node": run.ctx.server_node, "disk": str(target)}
 
 
@@ -127,7 +129,7 @@ def start(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     ctx = run.ctx
     guest = spec["guest"]
     run.progress(10, "choosing a server node")
-    placed = ctx.reservations.pool.place(place_request(run, spec, guest["vm_id"], start_s=ctx.settings.boot_slot_s))
+    placed = choose(ctx, place_request(run, spec, guest["vm_id"], start_s=ctx.settings.boot_slot_s))
     if placed.node != ctx.server_node:
         raise HandOver(placed.node, spec)
     run.progress(40, f"starting on {placed.node}")
@@ -136,7 +138,7 @@ def start(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
             _start_here(run, spec, placed)
     except ClaimLost:
         raise  # a newer attempt observes and settles; the claim on capacity stays with the VM
-    except HdcsError as error:
+    except Exception as error:  # whatever it was: what was claimed is given back, or known to be in doubt
         _undo_start(run, guest, error)
         raise
     if spec.get("saved"):
@@ -162,6 +164,22 @@ def decision(run: Run, spec: dict[str, Any], placed: Placed) -> dict[str, Any]:
     counts = {"fits": stand.fitting, "too little room": stand.open - stand.fitting, "closed": stand.nodes - stand.open}
     best = [{"node": node, "free_vcpus": vcpus, "free_memory_mib": mib} for node, vcpus, mib in stand.best]
     return {"node": placed.node, "order": spec["order"], "counts": counts, "best": best}
+
+
+def choose(ctx: NodeContext, request: PlaceRequest) -> Placed:
+    """Layer two's choice, which must be a living server node.
+
+    One that died may be chosen until the lease sweep sees it, and an attempt that was handed to it still has its claim
+    there. Nothing of this step can have begun on it: control sends a step that has to its own queue alone.
+    """
+    placed = ctx.reservations.pool.place(request)
+    if placed.node == ctx.server_node or ctx.reservations.leases.holder("node", placed.node):
+        return placed
+    log.warning("placed on a server node without a lease: placing again", vm=request.vm, node=placed.node)
+    ctx.reservations.pool.release(
+        request.domain_node, request.vm, placed.node, ctx.settings.dhcp_lease_s, step=request.step
+    )  # fmt: skip
+    return ctx.reservations.pool.place(replace(request, exclude=(*request.exclude, placed.node)))
 
 
 def _start_here(run: Run, spec: dict[str, Any], placed: Placed) -> None:
@@ -219,7 +237,7 @@ def _start_ended(ctx: NodeContext, vm_id: str) -> None:
         log.info("end of a start not noted", vm=vm_id, error=str(error))
 
 
-def _undo_start(run: Run, guest: dict[str, Any], error: HdcsError) -> None:
+def _undo_start(run: Run, guest: dict[str, Any], error: Exception) -> None:
     """After a failed start: whatever was claimed is free again, once the guest is seen not to run here.
 
     Running under this step: a cancelled start ends it, any other leaves it to the next attempt, which finds it. What
@@ -237,7 +255,7 @@ def _undo_start(run: Run, guest: dict[str, Any], error: HdcsError) -> None:
         if seen.step != run.step:
             return  # another's guest: the error is a Conflict that says so
         what = f"it runs, but its start did not end: {error}"
-    except Unavailable as blind:
+    except HdcsError as blind:
         what = f"its start failed ({error}), and what it left cannot be seen: {blind}"
     raise OutcomeUnknown(f"VM {guest['name']}: {what}", next="The next attempt observes") from error
 

@@ -8,7 +8,7 @@ from hdcs_tasks.errors import HdcsError, OutcomeUnknown
 from hdcs_tasks.hypervisor import agent, guests, migration, networks
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.node import HandOver, Run
-from hdcs_tasks.vm.node import decision, layout, lock, place_request, release, restore_checkpoints
+from hdcs_tasks.vm.node import choose, decision, layout, lock, place_request, release, restore_checkpoints
 
 log = logger(__name__)
 
@@ -16,7 +16,7 @@ log = logger(__name__)
 def prepare(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     """On the target: claim capacity and IP by layer two, and tell this node's DHCP of the VM."""
     ctx = run.ctx
-    placed = ctx.reservations.pool.place(place_request(run, spec, spec["vm_id"], start_s=0))
+    placed = choose(ctx, place_request(run, spec, spec["vm_id"], start_s=0))
     if placed.node != ctx.server_node:
         raise HandOver(placed.node, spec)
     layout(ctx)

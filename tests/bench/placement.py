@@ -283,5 +283,5 @@ def run(options: argparse.Namespace) -> list[Figure]:
         figures.append(one_profile(reservations))
         figures += one_node_free(reservations)
         figures += mixed(reservations, options.first_seed, seeds)
-        figures.append(two_layers(reservations, options.first_seed, 4 if options.quick else 10))
+        figures.append(two_layers(reservations, options.first_seed, 10))
         return figures

@@ -211,7 +211,7 @@ def test_doctor(cloud: Cloud, hdcs: Hdcs) -> None:
         ("domain show nobody", 3, "no domain node"),
         ("vm clone nothing --name a", 3, "no image"),
         ("vm clone mini --name a --profile nothing", 3, "no profile"),
-        ("vm clone mini --name Bad_Name --profile tiny", 2, "not a name"),
+        ("vm clone mini --name Bad_Name --profile tiny", 2, "not a valid VM name"),
         ("vm clone mini --name a --count 2 --profile tiny", 2, "{:03d}"),
         ("vm clone mini --name a --profile large", 5, "node1"),
         ("vm list --state sleepy", 2, "Known: creating"),

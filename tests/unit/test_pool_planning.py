@@ -12,8 +12,7 @@ from hdcs_tasks.config import CapacitySettings
 from hdcs_tasks.errors import Invalid
 from hdcs_tasks.pool import capacity_rules, policy
 from hdcs_tasks.pool.planning import Waiter, decision, next_in_line, plan, refusal_words
-from hdcs_tasks.pool.rules import Candidate, Free, NodeRoom, Shape, Terms, in_order, judge_nodes, put_on, starts_at_once
-from tests.unit.test_pool_rules import FACTS
+from hdcs_tasks.pool.rules import Candidate, Free, NodeRoom, Shape, Terms, in_order, judge_nodes, put_on
 
 BARE = CapacitySettings.model_validate({
     "overhead_mib": 0, "overhead_per_vcpu_mib": 0, "overhead_graphics_mib": 0, "overhead_ratio": 0,
@@ -129,8 +128,3 @@ def test_policies_are_checked_and_fall_back() -> None:
     for tag in ("a b", "!a", "a,b", ""):
         with pytest.raises(Invalid):
             policy.check_tags([tag])
-    assert (starts_at_once(FACTS, 3, 9), starts_at_once(FACTS, None, 9), starts_at_once(FACTS, None, None)) == (
-        3,
-        9,
-        64,
-    )

@@ -22,9 +22,8 @@ SHOWN = 50
 
 
 def _quiet() -> None:
-    structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL), cache_logger_on_first_use=False
-    )
+    silent = structlog.make_filtering_bound_logger(logging.CRITICAL)
+    structlog.configure(wrapper_class=silent, cache_logger_on_first_use=False)
     logging.disable(logging.CRITICAL)
     gc.freeze()
     gc.set_threshold(100_000, 20, 20)
@@ -79,12 +78,12 @@ def main(arguments: list[str]) -> int:
         print("\n".join(lines))
         return 0 if lines[-1] == "violations: 0" else 1
     began = time.monotonic()
-    result = _all(asked.first_seed, asked.seeds, asked.processes) | {"seconds": round(time.monotonic() - began, 1)}
+    result = histories(asked.first_seed, asked.seeds, asked.processes) | {"seconds": round(time.monotonic() - began, 1)}
     print(json.dumps(result, indent=1) if asked.json else _words(result))
     return 1 if result["violations"] else 0
 
 
-def _all(first: int, count: int, processes: int) -> dict[str, Any]:
+def histories(first: int, count: int, processes: int) -> dict[str, Any]:
     """Dealt out like cards, so that each process has its share of slow ones."""
     shares = [(first + at, len(range(at, count, processes)), processes) for at in range(processes)]
     if processes == 1:
