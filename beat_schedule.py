@@ -23,5 +23,6 @@ def schedule(config: Settings) -> dict[str, dict[str, Any]]:
         "waiting": every("pool.waiting_sweep", config.sweep_s),
         "tidy": every("pool.tidy_sweep", 4 * config.sweep_s),
         "monitor": every("monitor.sample_sweep", config.sample_s),
+        "policies": every("backup.policy_sweep", config.policy_sweep_s),
         "idle": every("monitor.idle_sweep", config.sample_s),
     }

@@ -4,23 +4,35 @@ from __future__ import annotations
 
 from typing import Any
 
+from hdcs_tasks.app import app
 from hdcs_tasks.backup import control as backups
+from hdcs_tasks.backup import control_adopt, control_drill, control_policy, control_prune, control_restore
+from hdcs_tasks.backup.rules import Keep
 from hdcs_tasks.operations.control_tasks import control
+from hdcs_tasks.operations.recovery import sweep_once
 from hdcs_tasks.operations.requests import asked_by_task, request_task
 from hdcs_tasks.operations.views import view
 
 
 @request_task("backup.create")
-def create(vm: str, full: bool = False, by: str = "celery", reason: str = "") -> dict[str, Any]:
-    return view(backups.create(control(), vm, asked_by_task(by, reason), full=full))
+def create(
+    vm: str, full: bool = False, bandwidth_mib_s: int | None = None, by: str = "celery", reason: str = ""
+) -> dict[str, Any]:
+    asked = asked_by_task(by, reason)
+    return view(backups.create(control(), vm, asked, full=full, bandwidth_mib_s=bandwidth_mib_s))
 
 
 @request_task("backup.restore")
 def restore(
-    backup: str, name: str, domain_node: str | None = None, start: bool = True, by: str = "celery", reason: str = ""
-) -> dict[str, Any]:
+    backup: str, name: str | None = None, in_place: bool = False, domain_node: str | None = None, start: bool = True,
+    by: str = "celery", reason: str = "",
+) -> dict[str, Any]:  # fmt: skip
     asked = asked_by_task(by, reason)
-    return view(backups.restore(control(), backup, asked, name=name, domain_node=domain_node, start=start))
+    return view(
+        control_restore.restore(
+            control(), backup, asked, name=name, in_place=in_place, domain_node=domain_node, start=start
+        )
+    )
 
 
 @request_task("backup.verify")
@@ -31,3 +43,30 @@ def verify(backup: str, by: str = "celery", reason: str = "") -> dict[str, Any]:
 @request_task("backup.delete")
 def delete(backup: str, by: str = "celery", reason: str = "") -> dict[str, Any]:
     return view(backups.delete(control(), backup, asked_by_task(by, reason)))
+
+
+@request_task("backup.drill")
+def drill(
+    backup: str, timeout_s: float = control_drill.AGENT_TIMEOUT_S, by: str = "celery", reason: str = ""
+) -> dict[str, Any]:
+    return view(control_drill.drill(control(), backup, asked_by_task(by, reason), timeout_s=timeout_s))
+
+
+@request_task("backup.adopt")
+def adopt(domain_node: str, by: str = "celery", reason: str = "") -> dict[str, Any]:
+    return view(control_adopt.adopt(control(), domain_node, asked_by_task(by, reason)))
+
+
+@request_task("backup.prune")
+def prune(vm: str, keep: dict[str, int], merge: bool = False, by: str = "celery", reason: str = "") -> dict[str, Any]:
+    return view(control_prune.prune(control(), vm, asked_by_task(by, reason), Keep(**keep), merge=merge))
+
+
+@app.task(name="backup.policy_sweep")
+def policy_sweep(period_s: float) -> None:
+    sweep_once(control(), "policies", period_s, control_policy.policy_sweep)
+
+
+@app.task(name="backup.open_pending")
+def open_pending() -> None:
+    control_policy.open_pending(control())

@@ -1,28 +1,28 @@
-"""Backups on a server node: the VM's own layer into a plain chain of files, and back. Steps may be repeated."""
+"""Taking backups on a server node: the VM's own layer into a plain chain of files. Steps may be repeated."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from hdcs_tasks.errors import BackupBroken, HdcsError, NotFound
+from hdcs_tasks.errors import BackupBroken, HdcsError, NotFound, OutcomeUnknown
 from hdcs_tasks.hypervisor import backup as guest_backup
-from hdcs_tasks.hypervisor import guests, storage
+from hdcs_tasks.hypervisor import guests, merging, storage
+from hdcs_tasks.hypervisor.bases import storage_errors
 from hdcs_tasks.hypervisor.bitmaps import ensure_seed
 from hdcs_tasks.hypervisor.checkpoints import delete_checkpoint, keep_checkpoints
 from hdcs_tasks.hypervisor.locks import vm_lock
 from hdcs_tasks.hypervisor.manifests import BaseImage, Kind, Point
 from hdcs_tasks.hypervisor.repository import Repository
 from hdcs_tasks.operations.node import HandOver, Run
+from hdcs_tasks.vm.node import CHECKPOINTS, image_path
 
 LOCK_WAIT_S = 10.0
-CHECKPOINTS = "checkpoints.json"
 
 
-def _layout(run: Run) -> storage.StorageLayout:
+def layout_of(run: Run) -> storage.StorageLayout:
     return storage.check(run.ctx.settings.storage_root, run.ctx.domain_node)
 
 
@@ -31,16 +31,17 @@ def create(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     ctx = run.ctx
     if spec["server_node"] not in (None, ctx.server_node):
         raise HandOver(spec["server_node"], spec)
-    layout = _layout(run)
+    layout = layout_of(run)
     repository = Repository(layout.root)
     with vm_lock(ctx.settings.state_dir, spec["vm_id"], LOCK_WAIT_S):
+        merging.settle(repository, spec["vm_id"])
         done = _published(repository, spec)
         if done is None:
             run.check()
             done = _write(run, spec, layout, repository)
     return {
         "node": ctx.server_node, "checkpoint": done.checkpoint, "file_bytes": done.file_bytes, "sha256": done.sha256,
-        "consistency": done.consistency, "manifest": asdict(done) | {"image": spec["image"]},
+        "consistency": done.consistency, "manifest": asdict(done),
     }  # fmt: skip
 
 
@@ -54,34 +55,47 @@ def _published(repository: Repository, spec: dict[str, Any]) -> Point | None:
 
 def _write(run: Run, spec: dict[str, Any], layout: storage.StorageLayout, repository: Repository) -> Point:
     kind: Kind = "full" if spec["kind"] == "full" else "inc"
-    base = _base(spec)
-    parent = repository.get(spec["vm_id"], spec["parent"]) if spec["parent"] else None
-    if spec["parent"] and parent is None:
-        raise BackupBroken(f"the parent point {spec['parent']} is gone", next="The next backup is a full one")
+    base = _base(run, spec, layout, repository)
+    parent = _parent(repository, spec)
     below = parent or base
     backing = repository.backing(below, spec["vm_id"], spec["chain"]) if below is not None else None
-    partial = repository.partial(spec["vm_id"], spec["chain"], spec["seq"], kind, f"{run.attempt}")
+    partial = repository.partial(spec["vm_id"], spec["chain"], spec["seq"], f"{run.attempt}")
     checkpoint = f"hdcs-{spec['point']}"
     _discard_earlier(run, spec["vm_id"], partial, checkpoint)
     run.progress(5, "copying")
-    made = _copy(run, spec, layout, partial, checkpoint, backing)  # cleans up after itself
     try:
+        made = _copy(run, spec, layout, partial, checkpoint, backing)
         run.check()
         draft = Point(
             id=spec["point"], vm_id=spec["vm_id"], chain=spec["chain"], seq=spec["seq"], kind=kind,
             parent=spec["parent"], checkpoint=checkpoint, base=base, definition=spec["definition"],
             consistency=made.consistency, checkpoint_xml=made.checkpoint_xml,
         )  # fmt: skip
-        published = repository.publish(partial, draft, on_progress=_part(run, 80, 100), cancelled=run.cancelled)
+        published = repository.publish(partial, draft, on_progress=part(run, 80, 100), cancelled=run.cancelled)
+    except OutcomeUnknown:
+        raise  # its job may go on: the next attempt looks, and discards
     except HdcsError:
         partial.unlink(missing_ok=True)
         delete_checkpoint(run.ctx.host(), spec["vm_id"], checkpoint)
+        repository.forget_empty(spec["vm_id"], spec["chain"])
         raise
     _keep(run, layout, spec["vm_id"], published)
     return published
 
 
-def _discard_earlier(run: Run, vm_id: str, partial: Path, checkpoint: str) -> None:
+def _parent(repository: Repository, spec: dict[str, Any]) -> Point | None:
+    """The point an increment stands on, with all below it; BackupBroken makes control begin a new chain."""
+    if spec["parent"] is None:
+        return None
+    try:
+        parent = repository.get(spec["vm_id"], spec["parent"])
+    except NotFound as error:
+        raise BackupBroken(error.message, next="The next backup is a full one") from error
+    repository.links(parent)
+    return parent
+
+
+def _discard_earlier(run: Run, vm_id: str, partial: Any, checkpoint: str) -> None:
     """What attempts of this point left when their worker died: frozen file systems, a job, a file, a checkpoint."""
     point = partial.name.split(".")[1]
     for left in {partial, *partial.parent.glob(f".{point}.*{partial.suffix}")}:
@@ -89,26 +103,24 @@ def _discard_earlier(run: Run, vm_id: str, partial: Path, checkpoint: str) -> No
 
 
 def _copy(
-    run: Run, spec: dict[str, Any], layout: storage.StorageLayout, partial: Path, checkpoint: str,
+    run: Run, spec: dict[str, Any], layout: storage.StorageLayout, partial: Any, checkpoint: str,
     backing: guest_backup.Backing | None,
 ) -> guest_backup.BackupResult:  # fmt: skip
     host, vm_id = run.ctx.host(), spec["vm_id"]
+    how: dict[str, Any] = {
+        "target": partial, "checkpoint": checkpoint, "backing": backing, "incremental_from": spec["parent_checkpoint"],
+        "on_progress": part(run, 5, 80), "cancelled": run.cancelled, "bandwidth_mib_s": spec.get("bandwidth_mib_s"),
+        "deadline_s": run.ctx.settings.step_deadline_s,
+    }  # fmt: skip
     seen = guests.info(host, vm_id)
     if seen is not None and seen.active:
-        return guest_backup.backup_running(
-            host, vm_id, target=partial, checkpoint=checkpoint, backing=backing,
-            incremental_from=spec["parent_checkpoint"], on_progress=_part(run, 5, 80), cancelled=run.cancelled,
-            deadline_s=run.ctx.settings.step_deadline_s,
-        )  # fmt: skip
-    ensure_seed(layout.disk(vm_id), keep=[spec["parent_checkpoint"] or ""])
-    return guest_backup.backup_stopped(
-        host, vm_id, disk=layout.disk(vm_id), target=partial, checkpoint=checkpoint, backing=backing,
-        incremental_from=spec["parent_checkpoint"], checkpoints=tuple(_kept(layout, vm_id)),
-        on_progress=_part(run, 5, 80), cancelled=run.cancelled, deadline_s=run.ctx.settings.step_deadline_s,
-    )  # fmt: skip
+        return guest_backup.backup_running(host, vm_id, **how)
+    disk = layout.disk(vm_id)
+    ensure_seed(disk, keep=[spec["parent_checkpoint"] or ""])
+    return guest_backup.backup_stopped(host, vm_id, disk=disk, checkpoints=tuple(_kept(layout, vm_id)), **how)
 
 
-def _part(run: Run, first: float, last: float) -> Callable[[float, str, float | None], None]:
+def part(run: Run, first: float, last: float) -> Callable[[float, str, float | None], None]:
     """Progress of one part of the step as progress of the whole."""
 
     def tell(percent: float, phase: str, eta_s: float | None) -> None:
@@ -117,12 +129,15 @@ def _part(run: Run, first: float, last: float) -> Callable[[float, str, float | 
     return tell
 
 
-def _base(spec: dict[str, Any]) -> BaseImage | None:
+def _base(run: Run, spec: dict[str, Any], layout: storage.StorageLayout, repository: Repository) -> BaseImage | None:
+    """The VM's image, kept in the repository from now on."""
     image = spec["image"]
     if image is None:
         return None
-    path = f"images/{image['name']}/{image['version']}.qcow2"
-    return BaseImage(name=image["name"], version=image["version"], sha256=image["sha256"], path=path)
+    base = BaseImage(name=image["name"], version=image["version"], sha256=image["sha256"])
+    source = image_path(layout, base.name, base.version)
+    repository.bases.keep(base, source, on_progress=part(run, 0, 5), cancelled=run.cancelled)
+    return base
 
 
 def _kept(layout: storage.StorageLayout, vm_id: str) -> list[str]:
@@ -135,48 +150,8 @@ def _keep(run: Run, layout: storage.StorageLayout, vm_id: str, point: Point) -> 
     """The newest checkpoint is the one the next increment needs: kept in the storage, the older ones dropped."""
     file = layout.vm_dir(vm_id) / CHECKPOINTS
     partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps([point.checkpoint_xml]))
-    partial.replace(file)
+    with storage_errors("keeping the checkpoint"):
+        partial.write_text(json.dumps([point.checkpoint_xml]))
+        partial.replace(file)
     if guests.info(run.ctx.host(), vm_id) is not None:
         keep_checkpoints(run.ctx.host(), vm_id, point.checkpoint)
-
-
-def _point(run: Run, spec: dict[str, Any]) -> tuple[Repository, Point]:
-    repository = Repository(_layout(run).root)
-    return repository, repository.get(spec["source_vm_id"], spec["point"])
-
-
-def restore(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
-    """Make a new VM's disk with the content of a point, after every link of its chain was verified."""
-    layout = _layout(run)
-    repository, point = _point(run, spec)
-    target = layout.disk(spec["vm_id"])
-    if not target.exists():
-        repository.verify(point, on_progress=_part(run, 0, 40), cancelled=run.cancelled)
-        run.check()
-        target.parent.mkdir(mode=0o711, exist_ok=True)
-        try:
-            repository.restore(
-                point, target, attempt=str(run.attempt), on_progress=_part(run, 40, 100), cancelled=run.cancelled
-            )
-        except HdcsError:
-            for left in target.parent.iterdir():
-                left.unlink()
-            target.parent.rmdir()
-            raise
-    return {"node": run.ctx.server_node, "point": point.id, "disk_bytes": point.disk_bytes}
-
-
-def verify(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
-    repository, point = _point(run, spec)
-    repository.verify(point, on_progress=run.progress, cancelled=run.cancelled)
-    return {"node": run.ctx.server_node, "links": len(repository.links(point))}
-
-
-def delete(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
-    try:
-        repository, point = _point(run, spec)
-    except NotFound:
-        return {"node": run.ctx.server_node, "was_there": False}
-    run.check()
-    return {"node": run.ctx.server_node, "was_there": repository.delete(point)}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from hdcs_tasks.backup import node
+from hdcs_tasks.backup import node, node_chains, node_restore
 from hdcs_tasks.operations.node_tasks import step_task
 
 create = step_task("backup.create_on_node", node.create)
-restore = step_task("backup.restore_on_node", node.restore)
-verify = step_task("backup.verify_on_node", node.verify)
-delete = step_task("backup.delete_on_node", node.delete)
+restore = step_task("backup.restore_on_node", node_restore.restore)
+restore_in_place = step_task("backup.restore_in_place_on_node", node_restore.restore_in_place)
+prove = step_task("backup.prove_on_node", node_restore.prove)
+verify = step_task("backup.verify_on_node", node_chains.verify)
+delete = step_task("backup.delete_on_node", node_chains.delete)
+prune = step_task("backup.prune_on_node", node_chains.prune)
+scan = step_task("backup.scan_on_node", node_chains.scan)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from hdcs_tasks.cli import output, waiting
 from hdcs_tasks.cli.options import (
+    DURATION,
+    F,
     Face,
     confirm,
     format_option,
@@ -21,11 +23,32 @@ from hdcs_tasks.cli.options import (
     yes_option,
 )
 
+if TYPE_CHECKING:
+    from hdcs_tasks.cloud import Operation
+
 COLUMNS = (
     output.Column("id", "id", output.short_id), output.Column("vm_name", "vm"), output.Column("kind"),
     output.Column("seq"), output.Column("state"), output.Column("domain_node", "domain node"),
-    output.column("file_bytes", "size"), output.column("created_at", "created"), output.column("proven_at", "proven"),
+    output.column("file_bytes", "size"), output.column("created_at", "created"),
+    output.Column("proven_at", "proven", lambda at: output.in_time(at) if at else "never"),
 )  # fmt: skip
+PLAN = (
+    output.Column("keep"), output.Column("merge"), output.Column("drop"), output.column("drop_bytes", "freed"),
+)  # fmt: skip
+
+
+def keep_options(command: F) -> F:
+    """How many points stay: ``last``, ``daily``, ``weekly``, ``monthly``, and ``merge``."""
+    options = (
+        click.option("--last", type=click.IntRange(0), default=1, show_default=True, help="Keep the newest so many."),
+        click.option("--daily", type=click.IntRange(0), default=0, help="Keep the newest of each of so many days."),
+        click.option("--weekly", type=click.IntRange(0), default=0, help="Keep the newest of each of so many weeks."),
+        click.option("--monthly", type=click.IntRange(0), default=0, help="Keep the newest of each of so many months."),
+        click.option("--merge", is_flag=True, help="Take points out of the middle of a chain, too, by merging them."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 @click.group()
@@ -36,13 +59,14 @@ def backup() -> None:
 @backup.command()
 @selector_options
 @click.option("--full", is_flag=True, help="Begin a new chain with a full backup.")
+@click.option("--bandwidth", "mib_s", type=click.IntRange(1), default=None, help="Copy at most so many MiB/s.")
 @reason_option
 @key_option
 @wait_options
 @pass_face
 def create(
-    face: Face, /, names: tuple[str, ...], every: bool, full: bool, reason: str, key: str | None, wait: bool,
-    timeout_s: float | None, form: str, **selector: Any,
+    face: Face, /, names: tuple[str, ...], every: bool, full: bool, mib_s: int | None, reason: str, key: str | None,
+    wait: bool, timeout_s: float | None, form: str, **selector: Any,
 ) -> None:  # fmt: skip
     """Back up VMs: each one's own layer; after the first, only what changed.
 
@@ -53,25 +77,28 @@ def create(
       hdcs backup create desk-001 desk-002 --full
     """
     chosen = select(face, "backup", names, every, selector)
-    waiting.act(
-        chosen, lambda vm, vm_key: face.cloud.backups.create(vm, full=full, idempotency_key=vm_key, reason=reason),
-        key=key, form=form, wait=wait, timeout_s=timeout_s,
-    )  # fmt: skip
+
+    def one(vm: str, vm_key: str | None) -> Operation:
+        return face.cloud.backups.create(vm, full=full, bandwidth_mib_s=mib_s, idempotency_key=vm_key, reason=reason)
+
+    waiting.act(chosen, one, key=key, form=form, wait=wait, timeout_s=timeout_s)
 
 
 @backup.command("list")
 @click.argument("vm", required=False)
+@click.option("--unproven", is_flag=True, help="Only those no drill has brought up yet.")
 @format_option
 @pass_face
-def list_(face: Face, vm: str | None, form: str) -> None:
+def list_(face: Face, vm: str | None, unproven: bool, form: str) -> None:
     """List the backups, the oldest first; only those of VM (name or id; it may be gone) where one is given.
 
     \b
     Examples:
       hdcs backup list
+      hdcs backup list --unproven
       hdcs backup list desk-001 -f json
     """
-    output.print_rows(face.cloud.backups.list(vm), COLUMNS, form)
+    output.print_rows(face.cloud.backups.list(vm, unproven=unproven), COLUMNS, form)
 
 
 @backup.command()
@@ -95,43 +122,106 @@ def show(face: Face, backup_id: str, form: str) -> None:
 
 @backup.command()
 @click.argument("backup_id")
-@click.option("--name", required=True, help="Name of the new VM.")
+@click.option("--name", default=None, help="Name of the new VM.")
+@click.option("--in-place", is_flag=True, help="Set back the disk of the stopped VM it was taken of.")
 @click.option("--domain-node", default=None, help="Where to restore it. Default: where the backup lies.")
 @click.option("--start/--no-start", default=True, show_default=True, help="Start it when it is there.")
+@yes_option
 @key_option
 @wait_options
 @pass_face
 def restore(
-    face: Face, backup_id: str, name: str, domain_node: str | None, start: bool, key: str | None, wait: bool,
-    timeout_s: float | None, form: str,
+    face: Face, backup_id: str, name: str | None, in_place: bool, domain_node: str | None, start: bool, yes: bool,
+    key: str | None, wait: bool, timeout_s: float | None, form: str,
 ) -> None:  # fmt: skip
-    """Restore a backup as a new VM of the same shape.
+    """Restore a backup: as a new VM of the same shape, or in place.
 
     \b
     Examples:
       hdcs backup restore 5be20c1f --name desk-001-back
       hdcs backup restore 5be20c1f --name desk-001-back --no-start
+      hdcs backup restore 5be20c1f --in-place -y
     """
+    if in_place == (name is not None):
+        raise click.UsageError("Give either --name NAME (a new VM) or --in-place.")
+    if in_place:
+        vm = face.cloud.backups.show(backup_id)["vm_name"]
+        confirm(f"Set the disk of VM {vm} back? What was written since is lost.", yes)
     operation = face.cloud.backups.restore(
-        backup_id, name=name, domain_node=domain_node, start=start, idempotency_key=key
+        backup_id, name=name, in_place=in_place, domain_node=domain_node, start=start, idempotency_key=key
     )
     waiting.conclude([operation], form=form, wait=wait, timeout_s=timeout_s)
 
 
 @backup.command()
 @click.argument("backup_ids", nargs=-1, required=True, metavar="BACKUP_ID...")
+@click.option("--drill", is_flag=True, help="Prove them: restore into a throwaway VM, whose guest must come up.")
+@click.option("--agent-timeout", "agent_s", type=DURATION, default="10m", show_default=True,
+              help="How long the guest may take to come up in a drill.")  # fmt: skip
 @wait_options
 @pass_face
-def verify(face: Face, backup_ids: tuple[str, ...], wait: bool, timeout_s: float | None, form: str) -> None:
-    """Check backups, and every link below them, against the hashes in their manifests.
+def verify(
+    face: Face, backup_ids: tuple[str, ...], drill: bool, agent_s: float, wait: bool, timeout_s: float | None,
+    form: str,
+) -> None:  # fmt: skip
+    """Check backups, and every link below them, against the hashes in their manifests; or prove them by a drill.
 
     \b
     Examples:
       hdcs backup verify 5be20c1f
+      hdcs backup verify 5be20c1f --drill
     """
-    opened, refused = waiting.each(backup_ids, face.cloud.backups.verify)
-    one = len(backup_ids) == 1
-    waiting.conclude(opened, form=form, wait=wait, timeout_s=timeout_s, one=one, refused=refused)
+
+    def one(backup_id: str) -> Operation:
+        if drill:
+            return face.cloud.backups.drill(backup_id, timeout_s=agent_s)
+        return face.cloud.backups.verify(backup_id)
+
+    opened, refused = waiting.each(backup_ids, one)
+    single = len(backup_ids) == 1
+    waiting.conclude(opened, form=form, wait=wait, timeout_s=timeout_s, one=single, refused=refused)
+
+
+@backup.command()
+@click.argument("vms", nargs=-1, required=True, metavar="VM...")
+@keep_options
+@click.option("--dry-run", is_flag=True, help="Only print what would be kept, merged and dropped.")
+@yes_option
+@wait_options
+@pass_face
+def prune(
+    face: Face, /, vms: tuple[str, ...], dry_run: bool, yes: bool, wait: bool, timeout_s: float | None, form: str,
+    **keep: Any,
+) -> None:  # fmt: skip
+    """Drop the backups of VMs that need not stay; what a kept one stands on stays. A VM may be gone already.
+
+    \b
+    Examples:
+      hdcs backup prune desk-001 --last 3 --daily 7 --weekly 4 --dry-run
+      hdcs backup prune desk-001 --last 3 --merge -y
+    """
+    if dry_run:
+        plans = [face.cloud.backups.prune(vm, dry_run=True, **keep).explain() for vm in vms]
+        output.print_rows(plans, (output.Column("vm"), *PLAN), form)
+        return
+    confirm(f"Prune the backups of {named(vms)}?", yes)
+    opened, refused = waiting.each(vms, lambda vm: face.cloud.backups.prune(vm, **keep))
+    waiting.conclude(opened, form=form, wait=wait, timeout_s=timeout_s, one=len(vms) == 1, refused=refused)
+
+
+@backup.command()
+@click.argument("domain_node")
+@wait_options
+@pass_face
+def adopt(face: Face, domain_node: str, wait: bool, timeout_s: float | None, form: str) -> None:
+    """Read the manifests in a domain node's storage back into the record.
+
+    \b
+    Examples:
+      hdcs backup adopt east
+    """
+    operation = face.cloud.backups.adopt(domain_node)
+    waiting.conclude([operation], form=form, wait=wait, timeout_s=timeout_s)
 
 
 @backup.command()

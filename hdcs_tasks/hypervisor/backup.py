@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 
 import libvirt
 
-from hdcs_tasks.errors import BackupBroken, Conflict, HypervisorRefused, OutcomeUnknown, WrongState
+from hdcs_tasks.errors import BackupBroken, Conflict, HdcsError, HypervisorRefused, OutcomeUnknown, WrongState
 from hdcs_tasks.hypervisor import agent
 from hdcs_tasks.hypervisor.checkpoints import (
     DISK_TARGET,
@@ -80,6 +80,7 @@ def backup_running(
     incremental_from: str | None = None,
     disk_target: str = DISK_TARGET,
     freeze: bool = True,
+    bandwidth_mib_s: int | None = None,
     on_progress: OnProgress | None = None,
     cancelled: IsCancelled | None = None,
     deadline_s: float = 3600,
@@ -88,7 +89,8 @@ def backup_running(
 
     With ``incremental_from`` (a checkpoint's name) what changed since then, on ``backing`` = the previous
     point's file; without it the VM's own layer, on ``backing`` = the base image (None: the VM has no base image). A new
-    checkpoint named ``checkpoint`` marks the moment. ``checkpoints.keep_checkpoints`` afterwards drops older ones.
+    checkpoint named ``checkpoint`` marks the moment; ``checkpoints.keep_checkpoints`` afterwards drops older ones.
+    ``bandwidth_mib_s`` limits the copying.
 
     Raises BackupBroken (a bitmap is missing or broken: all checkpoints are deleted, the next backup is a full one),
     Cancelled, HypervisorRefused (libvirt said no, or ``deadline_s`` passed), WrongState, Conflict (another job, or
@@ -98,7 +100,7 @@ def backup_running(
         raise Conflict(f"{target.name} exists", next="Name each attempt's partial file anew, or delete it")
     guest = host.guest(vm_id)
     started = time.monotonic()
-    job = _Push(host, vm_id, guest, disk_target, on_progress, cancelled, started + deadline_s)
+    job = _Push(host, vm_id, guest, disk_target, on_progress, cancelled, started + deadline_s, bandwidth_mib_s)
     try:
         since = incremental_from or job.seed(backing)
         # Without a seed only the whole disk can be had; the base is taken out of it afterwards.
@@ -128,6 +130,7 @@ def backup_stopped(
     backing: Backing | None,
     incremental_from: str | None = None,
     checkpoints: tuple[str, ...] = (),
+    bandwidth_mib_s: int | None = None,
     on_progress: OnProgress | None = None,
     cancelled: IsCancelled | None = None,
     deadline_s: float = 3600,
@@ -142,7 +145,8 @@ def backup_stopped(
         redefine_checkpoints(host, vm_id, checkpoints)
         result = backup_running(
             host, vm_id, target=target, checkpoint=checkpoint, backing=backing, incremental_from=incremental_from,
-            freeze=False, on_progress=on_progress, cancelled=cancelled, deadline_s=deadline_s,
+            freeze=False, bandwidth_mib_s=bandwidth_mib_s, on_progress=on_progress, cancelled=cancelled,
+            deadline_s=deadline_s,
         )  # fmt: skip
     return BackupResult(result.kind, result.bytes, result.seconds, "filesystem", result.checkpoint_xml)
 
@@ -173,8 +177,10 @@ class _Push:
         on_progress: OnProgress | None,
         cancelled: IsCancelled | None,
         deadline: float,
+        bandwidth_mib_s: int | None,
     ) -> None:
         self.host = host
+        self.bandwidth_mib_s = bandwidth_mib_s
         self.vm_id = vm_id
         self.guest = guest
         self.disk_target = disk_target
@@ -243,7 +249,20 @@ class _Push:
             with libvirt_errors(f"begin the {self.what}", unsure=True):
                 self.guest.backupBegin(backup_xml, point_xml, 0)
             self.begun = True
+        self._limit()
         return "filesystem" if held else "crash"
+
+    def _limit(self) -> None:
+        """libvirt takes a limit only for a job that runs: what it copied before is little."""
+        if self.bandwidth_mib_s is None:
+            return
+        flags = libvirt.VIR_DOMAIN_BLOCK_JOB_SPEED_BANDWIDTH_BYTES
+        try:
+            with libvirt_errors(f"limit the {self.what}"):
+                self.guest.blockJobSetSpeed(self.disk_target, self.bandwidth_mib_s << 20, flags)
+        except HdcsError:
+            if job_of(self.guest) is not None:  # else it has ended already
+                raise
 
     def _watch(self) -> None:
         pause = _FIRST_POLL_S

@@ -11,11 +11,11 @@ import json
 import re
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
-from pathlib import PurePosixPath
 from typing import Any, Literal, cast
 from uuid import UUID
 
 from hdcs_tasks.errors import BackupBroken, Invalid
+from hdcs_tasks.routing import check_name as check_image
 
 FORMAT = 1
 MANIFEST_MAX_BYTES = 1 << 20
@@ -28,18 +28,19 @@ _SEAL = "manifest_sha256"
 
 @dataclass(frozen=True)
 class BaseImage:
-    """The image below the VM's own layer. ``path``: relative to the storage's root. ``sha256``: of that file."""
+    """The image below the VM's own layer. ``sha256``: of its file, and its name in the repository (``bases.py``)."""
 
     name: str
     version: int
     sha256: str
-    path: str
     format: str = "qcow2"
 
 
 @dataclass(frozen=True)
 class Point:
     """One backup point = one file of a chain. ``parent``: id of the point it stands on (None for a full one).
+
+    ``seq`` grows along the chain and is the file's name; numbers are missing where points were merged away.
 
     ``definition``: the VM's spec as JSON-able dict. ``disk_bytes``: what the guest sees; ``file_bytes``, ``sha256``:
     of the backup file. ``consistency``: "filesystem" or "crash". ``created_at``: UTC, ISO 8601.
@@ -65,11 +66,11 @@ class Point:
 
     @property
     def file_name(self) -> str:
-        return f"{self.seq:04d}-{self.kind}.qcow2"
+        return f"{self.seq:04d}.qcow2"
 
     @property
     def manifest_name(self) -> str:
-        return f"{self.seq:04d}-{self.kind}.json"
+        return f"{self.seq:04d}.json"
 
 
 def stamped(point: Point, *, disk_bytes: int, file_bytes: int, sha256: str) -> Point:
@@ -85,13 +86,16 @@ def check_name(what: str, name: object) -> str:
     return name
 
 
+def is_vm_id(vm_id: object) -> bool:
+    try:
+        return isinstance(vm_id, str) and str(UUID(vm_id)) == vm_id
+    except ValueError:
+        return False
+
+
 def check_vm_id(vm_id: object) -> str:
     """``vm_id`` if it is a UUID in its usual writing; else Invalid."""
-    try:
-        good = isinstance(vm_id, str) and str(UUID(vm_id)) == vm_id
-    except ValueError:
-        good = False
-    if not good:
+    if not is_vm_id(vm_id):
         raise Invalid(f"{vm_id!r} is not a VM id", next="A VM id is a UUID; see: hdcs vm list")
     return cast(str, vm_id)
 
@@ -107,10 +111,10 @@ def check_point(point: Point) -> Point:
         raise Invalid(
             f"backup point {point.id} has kind {point.kind!r}, seq {point.seq!r}", next="Use full or inc, 1.."
         )
-    if full != (point.seq == 1) or full != (point.parent is None):
+    if full != (point.parent is None) or (point.seq == 1 and not full):
         raise Invalid(
             f"backup point {point.id} is {point.kind}, seq {point.seq}, parent {point.parent}",
-            next="A chain begins with one full point, seq 1, and no parent; all others have one",
+            next="A chain begins with one full point without a parent; all others have one",
         )
     if point.parent is not None:
         check_name("backup point", point.parent)
@@ -120,11 +124,11 @@ def check_point(point: Point) -> Point:
 
 
 def _check_base(base: BaseImage) -> None:
-    path = PurePosixPath(base.path)
-    if path.is_absolute() or ".." in path.parts or path.parts[:1] != ("images",) or "\0" in base.path:
-        raise Invalid(f"base image path {base.path!r} leads out of the storage", next="It lies below images/")
     if not _SHA256.fullmatch(base.sha256) or base.format not in ("qcow2", "raw"):
         raise Invalid(f"base image {base.name} has a bad hash or format", next="Give its SHA-256 and qcow2 or raw")
+    check_image("image", base.name)
+    if type(base.version) is not int or base.version < 1:
+        raise Invalid(f"base image {base.name} has version {base.version!r}", next="Versions count from 1")
 
 
 def dump(point: Point) -> bytes:
@@ -157,6 +161,7 @@ def _build(body: dict[str, Any]) -> Point:
         raise ValueError("a field has the wrong type")
     if not isinstance(point.definition, dict) or not _SHA256.fullmatch(point.sha256):
         raise ValueError("definition or hash missing")
+    datetime.fromisoformat(point.created_at)
     return point
 
 

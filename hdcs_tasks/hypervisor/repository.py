@@ -1,9 +1,12 @@
 """Backup chains as plain files, readable without HDCS:
 
-    <storage root>/backups/<vm_id>/<chain>/0001-full.qcow2   on the base image, by a relative backing path
-                                           0001-full.json    manifest, written last: without it there is no point
-                                           0002-inc.qcow2    on 0001-full.qcow2
-                                           0002-inc.json
+    <storage root>/backups/bases/<sha256>.qcow2         base images, each version once (bases.py)
+                           <vm_id>/<chain>/0001.qcow2   full: on the base image, by a relative backing path
+                                           0001.json    manifest, written last: without it there is no point
+                                           0002.qcow2   increment: on 0001.qcow2
+                                           0002.json
+
+The folder is enough: copied elsewhere as a whole, every point in it can be restored.
 
 A file gets its name only when it is whole, on disk and hashed. Nothing read from here is trusted: manifests are
 sealed, and a backing file that leads anywhere but the chain's previous file is refused before QEMU opens it.
@@ -11,23 +14,22 @@ sealed, and a backing file that leads anywhere but the chain's previous file is 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hdcs_tasks.errors import BackupBroken, Cancelled, Conflict, NotFound
+from hdcs_tasks.errors import BackupBroken, Conflict, NotFound
 from hdcs_tasks.hypervisor import manifests
 from hdcs_tasks.hypervisor.backup import Backing, extract_layer
+from hdcs_tasks.hypervisor.bases import Bases, storage_errors
 from hdcs_tasks.hypervisor.bitmaps import ensure_seed
+from hdcs_tasks.hypervisor.disks import sha256, sync
 from hdcs_tasks.hypervisor.jobs import IsCancelled, OnProgress
-from hdcs_tasks.hypervisor.manifests import BaseImage, Kind, Point
+from hdcs_tasks.hypervisor.manifests import BaseImage, Point
 from hdcs_tasks.hypervisor.processes import run
 
-_CHUNK = 4 << 20
 _PARTIAL = ".partial"
 
 
@@ -37,6 +39,7 @@ class Repository:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.folder = root / "backups"
+        self.bases = Bases(self.folder / "bases")
 
     def chain_folder(self, vm_id: str, chain: str) -> Path:
         """Where a chain's files lie; raises Invalid for names that are none, or are linked out of the storage."""
@@ -48,25 +51,18 @@ class Repository:
     def file(self, point: Point) -> Path:
         return self.chain_folder(point.vm_id, point.chain) / point.file_name
 
-    def partial(self, vm_id: str, chain: str, seq: int, kind: Kind, attempt: str) -> Path:
+    def partial(self, vm_id: str, chain: str, seq: int, attempt: str) -> Path:
         """The name an ``attempt`` writes its file under before ``publish``; its folder is made."""
         folder = self.chain_folder(vm_id, chain)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / f".{seq:04d}-{kind}.{manifests.check_name('attempt', attempt)}{_PARTIAL}"
+        with storage_errors(f"making {folder}"):
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder / f".{seq:04d}.{manifests.check_name('attempt', attempt)}{_PARTIAL}"
 
     def backing(self, below: Point | BaseImage, vm_id: str, chain: str) -> Backing:
         """What a new file of the chain must stand on: the previous ``Point``, or the ``BaseImage`` for a full one."""
         if isinstance(below, Point):
             return Backing(below.file_name)
-        folder = self.chain_folder(vm_id, chain)
-        return Backing(os.path.relpath(self.base_path(below), folder), below.format)
-
-    def base_path(self, base: BaseImage) -> Path:
-        """The base image's file; raises BackupBroken if it is linked out of the storage's images."""
-        path = self.root / base.path
-        if not path.resolve().is_relative_to((self.root / "images").resolve()):
-            raise BackupBroken(f"{path} leads out of the storage's images", next="Remove the link")
-        return path
+        return Backing(os.path.relpath(self.bases.file(below), self.chain_folder(vm_id, chain)), below.format)
 
     def publish(
         self,
@@ -79,24 +75,33 @@ class Repository:
         """Make the whole file ``partial`` the point ``draft`` describes; returns it with sizes, hash and time.
 
         Raises BackupBroken (it does not stand on what the draft says: nothing is published), Conflict (the point
-        exists), Cancelled. On an error ``partial`` is left to the caller.
+        exists), Cancelled, HypervisorRefused (no space). On an error ``partial`` is left to the caller.
         """
         final = self.chain_folder(draft.vm_id, draft.chain) / draft.file_name
-        manifest = final.with_name(draft.manifest_name)
-        if manifest.exists():
+        if final.with_name(draft.manifest_name).exists():
             raise Conflict(f"backup point {final.name} exists", next="Take the next number; see: hdcs backup list")
-        info = _image_info(partial)
-        self._check_backing(partial, draft, info)
-        _fsync(partial)
-        sha256 = _sha256(partial, on_progress, cancelled)
-        point = manifests.stamped(
-            draft, disk_bytes=info["virtual-size"], file_bytes=partial.stat().st_size, sha256=sha256
-        )
-        content = manifests.dump(point)
-        os.replace(partial, final)
-        _fsync(final.parent)
-        _write_durably(manifest, content)
+        point = self.complete(partial, draft, on_progress=on_progress, cancelled=cancelled)
+        with self.bases.locked(), storage_errors(f"writing backup point {point.id}"):
+            if draft.base is not None and not self.bases.file(draft.base).is_file():
+                raise BackupBroken(f"base image {draft.base.name} of {draft.id} is missing", next="Back up once more")
+            os.replace(partial, final)
+            sync(final.parent)
+            write_durably(final.with_name(point.manifest_name), manifests.dump(point))
         return point
+
+    def complete(
+        self, partial: Path, draft: Point, *, on_progress: OnProgress | None, cancelled: IsCancelled | None
+    ) -> Point:
+        """``draft`` with the sizes and hash of the file ``partial``, made durable; BackupBroken if it stands wrong."""
+        info = _image_info(partial)
+        below = self.get(draft.vm_id, draft.parent) if draft.parent else None
+        self._check_backing(partial, draft, below, info)
+        with storage_errors(f"writing {partial.name}"):
+            sync(partial)
+        digest = sha256(partial, on_progress=on_progress, cancelled=cancelled)
+        return manifests.stamped(
+            draft, disk_bytes=info["virtual-size"], file_bytes=partial.stat().st_size, sha256=digest
+        )
 
     def points(self, vm_id: str | None = None, damaged: list[str] | None = None) -> list[Point]:
         """All points (of one VM), oldest chain first, in order. Unreadable manifests are named in ``damaged``."""
@@ -114,6 +119,10 @@ class Repository:
             started[key] = min(point.created_at, started.get(key, point.created_at))
         return sorted(found, key=lambda p: (p.vm_id, started[p.vm_id, p.chain], p.chain, p.seq))
 
+    def vm_ids(self) -> list[str]:
+        """Ids of the VMs that have a folder here, sorted."""
+        return sorted(path.name for path in self.folder.iterdir() if path.is_dir() and manifests.is_vm_id(path.name))
+
     def get(self, vm_id: str, point_id: str) -> Point:
         """The point with this id; raises NotFound (also when its manifest is damaged, and says so)."""
         damaged: list[str] = []
@@ -125,21 +134,19 @@ class Repository:
 
     def links(self, point: Point) -> list[Point]:
         """The points ``point`` is made of, full one first; raises BackupBroken if one is missing or does not fit."""
-        by_seq = {p.seq: p for p in self._chain(point)}
-        found = [by_seq.get(seq) for seq in range(1, point.seq + 1)]
-        parent: str | None = None
-        chain: list[Point] = []
-        for seq, link in enumerate(found, start=1):
-            if link is None or link.parent != parent or link.base != point.base:
+        by_id = {p.id: p for p in self._chain(point)}
+        if by_id.get(point.id) != point:
+            raise BackupBroken(f"backup point {point.id} is missing or not what was read before", next="Read it anew")
+        chain = [point]
+        while (parent := chain[-1].parent) is not None:
+            link = by_id.get(parent)
+            if link is None or link.base != point.base or link.seq >= chain[-1].seq:
                 raise BackupBroken(
-                    f"link {seq} of backup chain {point.chain} is missing or does not fit the others",
+                    f"backup point {point.id} stands on {parent}, which is missing or does not fit",
                     next="Restore an earlier point; the next backup is a full one",
                 )
-            parent = link.id
             chain.append(link)
-        if chain[-1] != point:
-            raise BackupBroken(f"backup point {point.id} is not what its manifest says", next="Read it anew")
-        return chain
+        return chain[::-1]
 
     def verify(
         self,
@@ -155,15 +162,17 @@ class Repository:
         only must be there.
         """
         chain = self.links(point)
-        image = None if point.base is None else self.base_path(point.base)
+        image = None if point.base is None else self.bases.file(point.base)
         if image is not None and not image.is_file():
             raise BackupBroken(f"base image {image.name} of {point.id} is missing", next="Import that version again")
         steps = len(chain) + (1 if base and image else 0)
+        below: Point | None = None
         for number, link in enumerate(chain):
-            self._verify_file(link, _share(on_progress, number, steps, "verify"), cancelled)
+            self._verify_file(link, below, _share(on_progress, number, steps, "verify"), cancelled)
+            below = link
         if base and image is not None and point.base is not None:
             tell = _share(on_progress, len(chain), steps, "verify")
-            if _sha256(image, tell, cancelled) != point.base.sha256:
+            if sha256(image, on_progress=tell, cancelled=cancelled) != point.base.sha256:
                 raise BackupBroken(
                     f"base image {image.name} of {point.id} has changed", next="Import that version again"
                 )
@@ -173,61 +182,85 @@ class Repository:
         point: Point,
         target: Path,
         *,
+        image: Path | None,
         attempt: str = "restore",
         on_progress: OnProgress | None = None,
         cancelled: IsCancelled | None = None,
         deadline_s: float = 3600,
     ) -> None:
-        """Make ``target`` a disk with the content of ``point``: one overlay on the base image, ready to be cloned from.
+        """Make ``target`` a disk with the content of ``point``: one overlay on ``image``, ready to be cloned from.
 
-        It holds just what differs from the base image and a seed bitmap. ``verify`` first. Written to a partial
-        file of ``attempt`` beside ``target``. Raises Conflict (``target`` exists), BackupBroken, Cancelled.
+        ``image``: the file of the point's base image (``bases.bring_back``), None where it has none. The disk holds
+        just what differs from it, and a seed bitmap. ``verify`` first. Written to a partial file of ``attempt``
+        beside ``target``. Raises Conflict (``target`` exists), BackupBroken, Cancelled, HypervisorRefused.
         """
         if target.exists():
             raise Conflict(f"{target.name} exists", next="Restore under another name, or delete that VM first")
-        for link in self.links(point):
-            self._check_backing(self.file(link), link, _image_info(self.file(link)))
+        self.check_headers(self.links(point))
         partial = target.with_name(f".{target.name}.{manifests.check_name('attempt', attempt)}{_PARTIAL}")
         partial.unlink(missing_ok=True)
+        backing = None if image is None or point.base is None else Backing(os.path.abspath(image), point.base.format)
         try:
-            self._flatten(point, partial, on_progress, cancelled, deadline_s)
-            ensure_seed(partial)
-            _fsync(partial)
-            os.link(partial, target)  # fails, where a rename would overwrite, if somebody made it meanwhile
+            with storage_errors(f"restoring {point.id}"):
+                flatten(self.file(point), partial, backing, _as(on_progress, "restore"), cancelled, deadline_s)
+                ensure_seed(partial)
+                sync(partial)
+                os.link(partial, target)  # fails, where a rename would overwrite, if somebody made it meanwhile
         except FileExistsError:
             raise Conflict(f"{target.name} exists", next="Restore under another name") from None
         finally:
             partial.unlink(missing_ok=True)
-        _fsync(target.parent)
+        sync(target.parent)
 
-    def compare(self, point: Point, disk: Path, *, timeout_s: float = 3600) -> bool:
+    def check_headers(self, chain: Sequence[Point]) -> None:
+        """Raise BackupBroken unless each file of ``links`` names the one below it, and no other file."""
+        below: Point | None = None
+        for link in chain:
+            self._check_backing(self.file(link), link, below, _image_info(self.file(link)))
+            below = link
+
+    def compare(
+        self, point: Point, disk: Path, *, cancelled: IsCancelled | None = None, timeout_s: float = 3600
+    ) -> bool:
         """Whether ``disk`` (of no running guest) has exactly the content of ``point``."""
         argv = ["qemu-img", "compare", "-f", "qcow2", "-F", "qcow2", str(self.file(point)), str(disk)]
-        return run(argv, timeout_s=timeout_s, ok=(0, 1)).exit_code == 0
+        return run(argv, timeout_s=timeout_s, cancelled=cancelled, ok=(0, 1)).exit_code == 0
 
-    def delete(self, point: Point) -> bool:
-        """Delete the point; False if it was gone. Raises Conflict while later points of its chain stand on it."""
-        later = [p.id for p in self._chain(point) if p.seq > point.seq]
-        if later:
+    def delete(self, vm_id: str, chain: str, seq: int, point_id: str) -> bool:
+        """Delete a point, also one whose manifest is damaged; False if it was gone.
+
+        Raises Conflict while others stand on it.
+        """
+        carried = [p.id for p in self.points(vm_id) if p.chain == chain and p.parent == point_id]
+        if carried:
             raise Conflict(
-                f"backup point {point.id} carries {', '.join(later)}", next="Delete the later points of its chain first"
+                f"backup point {point_id} carries {', '.join(carried)}",
+                next="Delete the later points of its chain first",
             )
-        file = self.file(point)
-        manifest = file.with_name(point.manifest_name)
+        file = self.chain_folder(vm_id, chain) / f"{seq:04d}.qcow2"
+        manifest = file.with_suffix(".json")
         was = manifest.exists() or file.exists()
         manifest.unlink(missing_ok=True)  # first: a file without manifest is no point, the other way is a broken one
         if file.parent.is_dir():
-            _fsync(file.parent)
+            sync(file.parent)
         file.unlink(missing_ok=True)
         self._remove_empty(file.parent)
         return was
+
+    def drop_unused_bases(self) -> list[str]:
+        """Delete base images no manifest names; returns their hashes. Does nothing while a manifest is unreadable."""
+        with self.bases.locked():
+            damaged: list[str] = []
+            used = {p.base.sha256 for p in self.points(None, damaged) if p.base is not None}
+            busy = next(self.leftovers(), None)  # a backup under way may stand on one
+            return [] if damaged or busy else self.bases.drop_all_but(used)
 
     def delete_chain(self, vm_id: str, chain: str) -> int:
         """Delete all points of a chain, last first, and its leftovers; returns how many points there were."""
         folder = self.chain_folder(vm_id, chain)
         points = [p for p in self.points(vm_id) if p.chain == chain]
         for point in sorted(points, key=lambda p: -p.seq):
-            self.delete(point)
+            self.delete(point.vm_id, point.chain, point.seq, point.id)
         for left in [*folder.glob("*.json"), *folder.glob("*.qcow2"), *folder.glob(f".*{_PARTIAL}*")]:
             left.unlink(missing_ok=True)
         self._remove_empty(folder)
@@ -241,6 +274,10 @@ class Repository:
             if orphan or (path.name.startswith(".") and _PARTIAL in path.name):
                 yield path
 
+    def forget_empty(self, vm_id: str, chain: str) -> None:
+        """Remove a chain's folder, and the VM's, if nothing is in them."""
+        self._remove_empty(self.chain_folder(vm_id, chain))
+
     def _chain(self, point: Point) -> list[Point]:
         return [p for p in self.points(point.vm_id) if p.chain == point.chain]
 
@@ -253,27 +290,26 @@ class Repository:
             raise BackupBroken(f"{where} describes another point ({point.id})", next="Put it back where it was")
         return point
 
-    def _verify_file(self, link: Point, tell: OnProgress | None, cancelled: IsCancelled | None) -> None:
+    def _verify_file(
+        self, link: Point, below: Point | None, tell: OnProgress | None, cancelled: IsCancelled | None
+    ) -> None:
         file = self.file(link)
         if file.is_symlink() or not file.is_file():
             raise BackupBroken(f"{link.file_name} of chain {link.chain} is missing", next="Restore an earlier point")
-        if file.stat().st_size != link.file_bytes or _sha256(file, tell, cancelled) != link.sha256:
+        digest = sha256(file, on_progress=tell, cancelled=cancelled)
+        if file.stat().st_size != link.file_bytes or digest != link.sha256:
             raise BackupBroken(
                 f"{link.file_name} of chain {link.chain} is not the file that was written",
                 next="Check the storage; restore an earlier point",
             )
-        self._check_backing(file, link, _image_info(file))
+        self._check_backing(file, link, below, _image_info(file))
         if run(["qemu-img", "check", "-q", "-f", "qcow2", str(file)], timeout_s=3600, ok=(0, 1, 2, 3)).exit_code != 0:
             raise BackupBroken(f"qemu-img check fails on {link.file_name}", next="Restore an earlier point")
 
-    def _check_backing(self, file: Path, point: Point, info: dict[str, Any]) -> None:
+    def _check_backing(self, file: Path, point: Point, below: Point | None, info: dict[str, Any]) -> None:
         """Refuse ``file`` unless its header names exactly what ``point`` stands on, and no file outside of it."""
-        want: Backing | None = None
-        if point.parent is not None:
-            previous = replace(point, seq=point.seq - 1, kind="full" if point.seq == 2 else "inc")
-            want = Backing(previous.file_name)
-        elif point.base is not None:
-            want = self.backing(point.base, point.vm_id, point.chain)
+        stands_on = below or point.base
+        want = self.backing(stands_on, point.vm_id, point.chain) if stands_on is not None else None
         data = info.get("format-specific", {}).get("data", {})
         seen = (info.get("backing-filename"), info.get("backing-filename-format"), data.get("data-file"))
         if seen != (want.path if want else None, want.format if want else None, None):
@@ -281,21 +317,6 @@ class Repository:
                 f"{file.name} stands on {seen[0]!r} ({seen[1]}), not on {want.path if want else 'nothing'!r}",
                 next="It was not written by HDCS or was changed: restore an earlier point",
             )
-
-    def _flatten(
-        self, point: Point, partial: Path, on_progress: OnProgress | None, cancelled: IsCancelled | None, left_s: float
-    ) -> None:
-        def tell(percent: float, _phase: str, eta_s: float | None) -> None:
-            if on_progress is not None:
-                on_progress(percent, "restore", eta_s)
-
-        file = self.file(point)
-        if point.base is None:
-            argv = ["qemu-img", "convert", "-p", "-f", "qcow2", "-O", "qcow2", str(file), str(partial)]
-            run(argv, timeout_s=left_s, on_percent=lambda percent: tell(percent, "", None), cancelled=cancelled)
-            return
-        base = Backing(os.path.abspath(self.base_path(point.base)), point.base.format)
-        extract_layer(file, partial, base, tell, cancelled, left_s)
 
     def _remove_empty(self, folder: Path) -> None:
         for each in (folder, folder.parent):
@@ -312,17 +333,29 @@ def _image_info(file: Path) -> dict[str, Any]:
     return found
 
 
-def _sha256(file: Path, on_progress: OnProgress | None, cancelled: IsCancelled | None) -> str:
-    total, done, digest = file.stat().st_size, 0, hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            if cancelled is not None and cancelled():
-                raise Cancelled(f"reading {file.name} was cancelled")
-            digest.update(chunk)
-            done += len(chunk)
-            if on_progress is not None:
-                on_progress(100.0 * done / max(total, 1), "hash", None)
-    return digest.hexdigest()
+def flatten(
+    source: Path,
+    target: Path,
+    backing: Backing | None,
+    on_progress: OnProgress | None,
+    cancelled: IsCancelled | None,
+    timeout_s: float,
+) -> None:
+    """Write what ``source`` (qcow2, any chain) shows to ``target``: one layer on ``backing``, or (None) on nothing."""
+    if backing is not None:
+        extract_layer(source, target, backing, on_progress, cancelled, timeout_s)
+        return
+
+    def tell(percent: float) -> None:
+        if on_progress is not None:
+            on_progress(percent, "copy", None)
+
+    argv = ["qemu-img", "convert", "-p", "-f", "qcow2", "-O", "qcow2", str(source), str(target)]
+    run(argv, timeout_s=timeout_s, on_percent=tell, cancelled=cancelled)
+
+
+def _as(on_progress: OnProgress | None, phase: str) -> OnProgress | None:
+    return _share(on_progress, 0, 1, phase)
 
 
 def _share(on_progress: OnProgress | None, number: int, steps: int, phase: str) -> OnProgress | None:
@@ -336,19 +369,15 @@ def _share(on_progress: OnProgress | None, number: int, steps: int, phase: str) 
     return tell
 
 
-def _write_durably(path: Path, content: bytes) -> None:
+def write_durably(path: Path, content: bytes) -> None:
+    """Replace ``path`` by a file of ``content``: whole and on disk, or not at all."""
     partial = path.with_name(f".{path.name}{_PARTIAL}")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
     finally:
-        os.close(handle)
+        partial.unlink(missing_ok=True)
+    sync(path.parent)

@@ -54,7 +54,10 @@ def on_start(kind: str) -> Callable[[Callable[[Tx, Operation], None]], Callable[
 
 
 def on_done(*steps: str) -> Callable[[Done], Done]:
-    """Register what settles these steps when they succeeded."""
+    """Register what settles these steps when they succeeded.
+
+    ``kind:step`` is asked after ``step`` in operations of that kind: how a feature goes on after another's step.
+    """
 
     def register(function: Done) -> Done:
         for step in steps:
@@ -65,7 +68,7 @@ def on_done(*steps: str) -> Callable[[Done], Done]:
 
 
 def on_failed(*steps: str) -> Callable[[Failed], Failed]:
-    """Register what settles these steps when they failed for good or were cancelled."""
+    """Register what settles these steps when they failed for good or were cancelled. Keys as in ``on_done``."""
 
     def register(function: Failed) -> Failed:
         for step in steps:
@@ -436,10 +439,10 @@ def settle_failed(tx: Tx, step: Step, error: HdcsError, *, needs_operator: bool 
     step.ended_at = now()
     move(step, StepState.CANCELLED if error.code == "cancelled" else StepState.FAILED)
     operation = step.operation
-    handler = ON_FAILED.get(step.name)
-    if handler is not None:
-        handler(tx, operation, step, error)
-    if operation.state in OPERATION_LIVE and not _has_live_step(tx, operation):
+    for key in (step.name, f"{operation.kind}:{step.name}"):
+        if key in ON_FAILED:
+            ON_FAILED[key](tx, operation, step, error)
+    if operation.state in OPERATION_LIVE and not has_live_step(tx, operation):
         tx.fail(operation, error, needs_operator=needs_operator)
 
 
@@ -449,14 +452,14 @@ def settle_done(tx: Tx, step: Step, result: dict[str, Any]) -> None:
     step.ended_at = now()
     move(step, StepState.DONE)
     operation = step.operation
-    handler = ON_DONE.get(step.name)
-    if handler is not None:
-        handler(tx, operation, step, result)
-    if operation.state in OPERATION_LIVE and not _has_live_step(tx, operation):
+    for key in (step.name, f"{operation.kind}:{step.name}"):
+        if key in ON_DONE:
+            ON_DONE[key](tx, operation, step, result)
+    if operation.state in OPERATION_LIVE and not has_live_step(tx, operation):
         tx.finish(operation, result)
 
 
-def _has_live_step(tx: Tx, operation: Operation) -> bool:
+def has_live_step(tx: Tx, operation: Operation) -> bool:
     tx.session.flush()
     query = select(Step.id).where(Step.operation_id == operation.id, Step.state.in_(STEP_LIVE)).limit(1)
     return tx.session.scalar(query) is not None

@@ -290,6 +290,33 @@ class Backup(Base):
     proven_at: Mapped[datetime | None]
 
 
+class BackupPolicy(Base):
+    """Which VMs are backed up when, what is kept, and what is proven.
+
+    ``selector``: equalities as ``vm.control.list_vms`` takes them. ``slot_at``, ``drill_slot_at``: the moment of the
+    newest run; a sweep claims the next by moving it on. ``pending``: ids of VMs the present run has not begun with.
+    """
+
+    __tablename__ = "backup_policy"
+
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    selector: Mapped[dict[str, Any]]
+    schedule: Mapped[str] = mapped_column(String(40))
+    full_every: Mapped[int]
+    full_percent: Mapped[int | None]
+    keep: Mapped[dict[str, Any]]
+    merge: Mapped[bool] = mapped_column(default=False)
+    bandwidth_mib_s: Mapped[int | None]
+    concurrency: Mapped[int]
+    drill_schedule: Mapped[str | None] = mapped_column(String(40))
+    drill_points: Mapped[int] = mapped_column(default=1)
+    enabled: Mapped[bool] = mapped_column(default=True)
+    pending: Mapped[list[Any]] = mapped_column(default=list)
+    slot_at: Mapped[datetime] = mapped_column(default=now)
+    drill_slot_at: Mapped[datetime] = mapped_column(default=now)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
 class Event(Base):
     """What happened that nobody asked for: a node lost, a guest gone, an idle desktop taken back."""
 

@@ -186,13 +186,14 @@ def _start_child(tx: Tx, vm: Vm, asked: Asked, parent: Operation) -> tuple[Opera
     return None
 
 
-def add_start_step(tx: Tx, operation: Operation, vm: Vm, *, pin: str | None = None) -> Step:
+def add_start_step(tx: Tx, operation: Operation, vm: Vm, *, pin: str | None = None, isolated: bool = False) -> Step:
+    """Move the VM to STARTING; ``isolated``: this time without a network card."""
     saved = vm.state is VmState.SAVED
     move(vm, VmState.STARTING)
     # Not when it has started: a fast guest's agent may be heard of first.
     vm.ready_at = None
     spec = {
-        "shown": {"vm": vm.name, "pool": vm.home}, "guest": guest_fields(vm), "saved": saved,
+        "shown": {"vm": vm.name, "pool": vm.home}, "guest": guest_fields(vm), "saved": saved, "isolated": isolated,
         **placing_fields(tx, vm, vm_terms(vm, pin=pin)),
     }  # fmt: skip
     return tx.step(operation, "vm.start_on_node", vm.home, spec)
@@ -379,7 +380,7 @@ def delete(control: Control, name: str, asked: Asked) -> Operation:
 
 
 @on_start("vm.delete")
-def _begin_delete(tx: Tx, operation: Operation) -> None:
+def begin_delete(tx: Tx, operation: Operation) -> None:
     vm = vm_of(tx, operation)
     if vm.state is VmState.DELETED:
         tx.finish(operation)

@@ -188,9 +188,10 @@ def _start_here(run: Run, spec: dict[str, Any], placed: Placed) -> None:
     ctx, guest = run.ctx, spec["guest"]
     place, host = layout(ctx), ctx.host()
     run.check()
-    networks.add_dhcp_host(host, ctx.settings.network_name, guest["mac"], placed.ip, guest["name"])
+    if not spec.get("isolated"):
+        networks.add_dhcp_host(host, ctx.settings.network_name, guest["mac"], placed.ip, guest["name"])
     saved = saved_memory(place, guest["vm_id"]) if spec.get("saved") else None
-    wanted = _guest_spec(run, guest, place, placed)
+    wanted = _guest_spec(run, guest, place, placed, "" if spec.get("isolated") else ctx.settings.network_name)
     run.check()
     if guests.info(host, guest["vm_id"]) is None:
         _mend_bitmaps(place, guest["vm_id"])
@@ -207,10 +208,12 @@ def _mend_bitmaps(place: storage.StorageLayout, vm_id: str) -> None:
         mark.touch()
 
 
-def _guest_spec(run: Run, guest: dict[str, Any], place: storage.StorageLayout, placed: Placed) -> GuestSpec:
+def _guest_spec(
+    run: Run, guest: dict[str, Any], place: storage.StorageLayout, placed: Placed, network: str
+) -> GuestSpec:
     config = run.ctx.settings
     return GuestSpec.from_dict(guest | {
-        "disks": (str(place.disk(guest["vm_id"])),), "network": config.network_name, "console_port": placed.port,
+        "disks": (str(place.disk(guest["vm_id"])),), "network": network, "console_port": placed.port,
         "console_listen": config.console_listen, "virt_type": virt_type(config), "operation": run.operation,
         "step": run.step, "attempt": run.attempt,
     })  # fmt: skip

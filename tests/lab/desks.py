@@ -13,6 +13,7 @@ from pathlib import Path
 
 from deploy.lab import Lab
 from hdcs_tasks.hypervisor import agent, disks, guests, networks
+from hdcs_tasks.hypervisor.bases import Bases
 from hdcs_tasks.hypervisor.bitmaps import ensure_seed
 from hdcs_tasks.hypervisor.checkpoints import define_seed
 from hdcs_tasks.hypervisor.connection import Host
@@ -36,12 +37,18 @@ def open_host(lab: Lab, node: str) -> Host:
 
 
 def put_image(golden_image: Path, storage: Path) -> BaseImage:
-    """Copy the golden image into a domain node's storage, as an import does."""
-    target = storage / "images" / "mini-1.qcow2"
+    """Copy the golden image into a domain node's storage and its backup repository, as import and backup do."""
+    target = image_file(storage)
     target.parent.mkdir(parents=True, exist_ok=True)
     if not target.exists():
         shutil.copy(golden_image, target)
-    return BaseImage("mini", 1, disks.sha256(target), "images/mini-1.qcow2")
+    base = BaseImage("mini", 1, disks.sha256(target))
+    Bases(storage / "backups" / "bases").keep(base, target)
+    return base
+
+
+def image_file(storage: Path) -> Path:
+    return storage / "images" / "mini" / "1.qcow2"
 
 
 @dataclass
@@ -102,7 +109,7 @@ def running_desk(lab: Lab, host: Host, image: BaseImage, port: int, domain_node:
     vm_id = str(uuid.uuid4())
     storage = lab.storage(domain_node)
     disk = storage / "vms" / vm_id / "disk0.qcow2"
-    make_disk(storage / image.path, disk)
+    make_disk(image_file(storage), disk)
     desk = Desk(vm_id, disk, spec_for(vm_id, str(disk), port), host)
     try:
         guests.start(host, desk.spec)

@@ -22,7 +22,7 @@ from hdcs_tasks.hypervisor.checkpoints import SEED
 from hdcs_tasks.hypervisor.connection import Host
 from hdcs_tasks.hypervisor.manifests import BaseImage, Point
 from hdcs_tasks.hypervisor.repository import Repository
-from tests.lab.desks import MIB, Desk, image_info, open_host, put_image, running_desk
+from tests.lab.desks import MIB, Desk, image_file, image_info, open_host, put_image, running_desk
 
 pytestmark = pytest.mark.lab
 
@@ -78,8 +78,7 @@ class Chain:
 
     def take(self, **more: object) -> tuple[Point, BackupResult]:
         vm_id, last, seq = self.desk.vm_id, self.last, self.last.seq + 1 if self.last else 1
-        kind = "inc" if last else "full"
-        partial = self.repository.partial(vm_id, self.name, seq, kind, "1")  # type: ignore[arg-type]
+        partial = self.repository.partial(vm_id, self.name, seq, "1")
         point_id = f"{self.name}-{seq}"
         result = backup_running(
             self.desk.host, vm_id, target=partial, checkpoint=point_id,
@@ -123,10 +122,11 @@ def test_points_equal_their_moments_and_cost_what_changed(
     for point in points:
         repository.verify(point)
         restored = tmp_path / f"restored-{point.id}.qcow2"
-        repository.restore(point, restored)
+        image_path = image_file(desk.disk.parents[2])
+        repository.restore(point, restored, image=image_path)
         assert disks.compare(restored, tmp_path / f"{point.id}.qcow2")
         assert repository.compare(point, tmp_path / f"{point.id}.qcow2")
-        assert disks.probe(restored).backing == desk.disk.parents[2] / image.path
+        assert disks.probe(restored).backing == image_path
         assert bitmaps(restored) == {SEED: True}
     assert not disks.compare(tmp_path / "restored-a-1.qcow2", tmp_path / "restored-a-2.qcow2")
     assert repository.delete_chain(desk.vm_id, "a") == 4
@@ -160,7 +160,7 @@ def test_file_systems_are_frozen_for_the_moment_and_thawed(
 
 def test_a_cancel_leaves_no_file_no_checkpoint_no_job(desk: Desk, repository: Repository, image: BaseImage) -> None:
     desk.write("big", 48)
-    partial = repository.partial(desk.vm_id, "a", 1, "full", "1")
+    partial = repository.partial(desk.vm_id, "a", 1, "1")
     with pytest.raises(Cancelled):  # as soon as the job has begun
         Chain(repository, desk, image, "a").take(freeze=False, cancelled=partial.exists)
     clean(desk, repository)
@@ -177,7 +177,7 @@ def clean(desk: Desk, repository: Repository) -> None:
 def test_what_is_in_the_way_is_left_alone(desk: Desk, repository: Repository, image: BaseImage) -> None:
     """A refused attempt deletes neither the file nor the checkpoint of the one before."""
     Chain(repository, desk, image, "a").take()
-    taken = repository.partial(desk.vm_id, "b", 1, "full", "1")
+    taken = repository.partial(desk.vm_id, "b", 1, "1")
     taken.write_bytes(b"another's")
     with pytest.raises(Conflict):
         Chain(repository, desk, image, "b").take()
@@ -193,7 +193,7 @@ def test_what_is_in_the_way_is_left_alone(desk: Desk, repository: Repository, im
 
 def test_the_backup_of_a_dead_worker_is_undone(desk: Desk, repository: Repository, image: BaseImage) -> None:
     desk.write("big", 64)
-    partial = repository.partial(desk.vm_id, "a", 1, "full", "1")
+    partial = repository.partial(desk.vm_id, "a", 1, "1")
     base = repository.backing(image, desk.vm_id, "a").path
     argv = [sys.executable, "-m", "tests.lab.dead_worker", "backup", desk.host.uri, desk.vm_id]
     worker = subprocess.Popen([*argv, str(partial), "a-1", base], stdout=subprocess.PIPE, text=True)
@@ -253,7 +253,7 @@ def test_stopped_vms_by_a_guest_that_never_runs(
     desk.write("two", 2)
     guests.stop(desk.host, desk.vm_id)
     kept = (last.checkpoint_xml,)
-    targets = [repository.partial(desk.vm_id, "a", 3, "inc", "1"), repository.partial(desk.vm_id, "b", 1, "full", "1")]
+    targets = [repository.partial(desk.vm_id, "a", 3, "1"), repository.partial(desk.vm_id, "b", 1, "1")]
     inc = backup_stopped(
         desk.host, desk.vm_id, disk=desk.disk, target=targets[0], checkpoint="a-3", checkpoints=kept,
         backing=repository.backing(last, desk.vm_id, "a"), incremental_from=last.checkpoint,

@@ -93,6 +93,26 @@ def upgrade() -> None:
     op.create_index(op.f("ix_backup_chain"), "backup", ["chain"], unique=False)
     op.create_index(op.f("ix_backup_vm_id"), "backup", ["vm_id"], unique=False)
     op.create_table(
+        "backup_policy",
+        sa.Column("name", sa.String(length=63), nullable=False),
+        sa.Column("selector", sa.JSON(), nullable=False),
+        sa.Column("schedule", sa.String(length=40), nullable=False),
+        sa.Column("full_every", sa.Integer(), nullable=False),
+        sa.Column("full_percent", sa.Integer(), nullable=True),
+        sa.Column("keep", sa.JSON(), nullable=False),
+        sa.Column("merge", sa.Boolean(), nullable=False),
+        sa.Column("bandwidth_mib_s", sa.Integer(), nullable=True),
+        sa.Column("concurrency", sa.Integer(), nullable=False),
+        sa.Column("drill_schedule", sa.String(length=40), nullable=True),
+        sa.Column("drill_points", sa.Integer(), nullable=False),
+        sa.Column("enabled", sa.Boolean(), nullable=False),
+        sa.Column("pending", sa.JSON(), nullable=False),
+        sa.Column("slot_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("drill_slot_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
+        sa.PrimaryKeyConstraint("name", name=op.f("pk_backup_policy")),
+    )
+    op.create_table(
         "image_copy",
         sa.Column("image_id", sa.String(length=36), nullable=False),
         sa.Column("domain_node", sa.String(length=63), nullable=False),
@@ -271,6 +291,7 @@ def downgrade() -> None:
     op.drop_index(op.f("ix_server_node_domain_node"), table_name="server_node")
     op.drop_table("server_node")
     op.drop_table("image_copy")
+    op.drop_table("backup_policy")
     op.drop_index(op.f("ix_backup_vm_id"), table_name="backup")
     op.drop_index(op.f("ix_backup_chain"), table_name="backup")
     op.drop_table("backup")

@@ -1,0 +1,153 @@
+"""Restoring on a server node: a new VM's disk, or a VM's own disk set back; and seeing that the guest comes up."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from hdcs_tasks.backup.node import LOCK_WAIT_S, layout_of, part
+from hdcs_tasks.errors import BackupBroken, Conflict, HdcsError
+from hdcs_tasks.hypervisor import agent, disks, guests, merging, storage
+from hdcs_tasks.hypervisor.bases import storage_errors
+from hdcs_tasks.hypervisor.bitmaps import bitmaps
+from hdcs_tasks.hypervisor.checkpoints import SEED
+from hdcs_tasks.hypervisor.locks import vm_lock
+from hdcs_tasks.hypervisor.manifests import Point
+from hdcs_tasks.hypervisor.repository import Repository
+from hdcs_tasks.operations.node import Run
+from hdcs_tasks.vm.node import CHECKPOINTS, OPEN, image_path
+
+
+def found_point(run: Run, spec: dict[str, Any]) -> tuple[Repository, Point]:
+    """The point a step is about; merges that dead workers left half done are ended first."""
+    repository = Repository(layout_of(run).root)
+    merging.settle(repository, spec["source_vm_id"])
+    return repository, repository.get(spec["source_vm_id"], spec["point"])
+
+
+def restore(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
+    """Make a new VM's disk with the content of a point, after every link of its chain was verified."""
+    layout = layout_of(run)
+    repository, point = found_point(run, spec)
+    image = _image(run, spec, layout, repository, point)
+    target = layout.disk(spec["vm_id"])
+    if not target.exists():
+        target.parent.mkdir(mode=0o711, exist_ok=True)
+        try:
+            _write(run, repository, point, target, image)
+            if spec.get("compare"):
+                _check_same(run, repository, point, target)
+        except HdcsError:
+            for left in target.parent.iterdir():
+                left.unlink()
+            target.parent.rmdir()
+            raise
+    return _result(run, point, image)
+
+
+def restore_in_place(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
+    """Set a stopped VM's disk back to a point. The current disk is kept until the restored one is in place and good.
+
+    <vm>/restored-<step>.qcow2 is written and compared, <vm>/replaced-<step>.qcow2 becomes a second name of the current
+    disk, then one rename swaps. An attempt that follows a dead one sees by these names how far that came.
+    """
+    ctx = run.ctx
+    layout = layout_of(run)
+    repository, point = found_point(run, spec)
+    disk = layout.disk(spec["vm_id"])
+    fresh, old = (disk.with_name(f"{what}-{run.step}.qcow2") for what in ("restored", "replaced"))
+    with vm_lock(ctx.settings.state_dir, spec["vm_id"], LOCK_WAIT_S):
+        _check_stopped(run, spec["vm_id"], disk)
+        image = _image(run, spec, layout, repository, point)
+        if not old.exists():
+            _prepare(run, repository, point, disk, fresh, old, image)
+        run.check()
+        _swap(disk, fresh, old)
+    return _result(run, point, image)
+
+
+def _check_stopped(run: Run, vm_id: str, disk: Path) -> None:
+    seen = guests.info(run.ctx.host(), vm_id)
+    if seen is not None and seen.active:
+        raise Conflict(f"guest {vm_id} runs on {run.ctx.server_node}", next="Stop the VM first")
+    if disk.exists():
+        bitmaps(disk)  # refused by QEMU's own lock while any server node has the disk open
+
+
+def _prepare(
+    run: Run, repository: Repository, point: Point, disk: Path, fresh: Path, old: Path, image: Path | None
+) -> None:
+    try:
+        if not fresh.exists():
+            _write(run, repository, point, fresh, image)
+        _check_same(run, repository, point, fresh)
+        run.check()
+    except HdcsError:
+        fresh.unlink(missing_ok=True)
+        raise
+    with storage_errors("setting the current disk aside"):
+        # From here on the next backup is a full one: the kept checkpoints are of the current disk.
+        (disk.parent / CHECKPOINTS).unlink(missing_ok=True)
+        if disk.exists():
+            os.link(disk, old)
+            disks.sync(disk.parent)
+
+
+def _swap(disk: Path, fresh: Path, old: Path) -> None:
+    with storage_errors("swapping the disks"):
+        if fresh.exists():
+            os.replace(fresh, disk)
+            disks.sync(disk.parent)
+        try:
+            if not bitmaps(disk).get(SEED):
+                raise BackupBroken("the restored disk lacks its seed bitmap", next="Restore it as a new VM instead")
+        except HdcsError:
+            if old.exists():
+                os.replace(old, disk)
+                disks.sync(disk.parent)
+            raise
+        old.unlink(missing_ok=True)
+        (disk.parent / OPEN).unlink(missing_ok=True)
+
+
+def _write(run: Run, repository: Repository, point: Point, target: Path, image: Path | None) -> None:
+    repository.verify(point, on_progress=part(run, 0, 40), cancelled=run.cancelled)
+    run.check()
+    repository.restore(
+        point, target, image=image, attempt=str(run.attempt), on_progress=part(run, 40, 90), cancelled=run.cancelled,
+        deadline_s=run.ctx.settings.step_deadline_s,
+    )  # fmt: skip
+
+
+def _check_same(run: Run, repository: Repository, point: Point, disk: Path) -> None:
+    run.progress(90, "comparing")
+    if not repository.compare(point, disk, cancelled=run.cancelled):
+        raise BackupBroken(
+            f"the restored disk differs from backup point {point.id}", next="Check the storage, then restore once more"
+        )
+
+
+def _image(
+    run: Run, spec: dict[str, Any], layout: storage.StorageLayout, repository: Repository, point: Point
+) -> Path | None:
+    """The point's base image under the name the record gives it here; brought back from the repository if need be."""
+    if point.base is None:
+        return None
+    image = image_path(layout, spec["image"]["name"], spec["image"]["version"])
+    repository.bases.bring_back(point.base, image, cancelled=run.cancelled)
+    return image
+
+
+def _result(run: Run, point: Point, image: Path | None) -> dict[str, Any]:
+    found = None if image is None else disks.probe(image)
+    return {
+        "node": run.ctx.server_node, "point": point.id, "disk_bytes": point.disk_bytes,
+        "image": found and {"virtual_size_bytes": found.virtual_bytes, "file_bytes": found.path.stat().st_size},
+    }  # fmt: skip
+
+
+def prove(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
+    """Wait for the agent of the guest a point was restored to; the seconds it took. Raises HypervisorRefused."""
+    waited_s = agent.wait_for_agent(run.ctx.host(), spec["vm_id"], spec["timeout_s"])
+    return {"node": run.ctx.server_node, "point": spec["point"], "agent_after_s": round(waited_s, 1)}
