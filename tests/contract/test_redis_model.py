@@ -39,7 +39,7 @@ def calls(rng: random.Random) -> list[Callable[[Reservations], Any]]:
         lambda r: r.pool.remove_node(home, node, force=True),
         lambda r: r.pool.place(PlaceRequest(pool, vm, step, vcpus, memory, pin=pin, exclude=exclude, order=order)),
         lambda r: r.pool.release(pool, vm, node, cool_s, cool_s),
-        lambda r: r.pool.started(node, vm),
+        lambda r: r.pool.started(pool, node, vm),
         lambda r: r.ports.take(pool, vm),
         lambda r: r.ports.cool(pool, vm, cool_s),
         lambda r: r.ports.reclaim(pool),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.lab import Lab
+from deploy.lab import Lab, free_net
 from deploy.lab.golden_image import build
 from hdcs_tasks.errors import Invalid
 from hdcs_tasks.hypervisor import disks, guests, networks, storage
@@ -86,7 +86,7 @@ def wait_until(done: Callable[[], object], timeout_s: float = 20) -> None:
 @pytest.fixture(scope="session")
 def hypervisor_lab() -> Iterator[Lab]:
     """A lab of one server node of its own."""
-    lab = Lab("hypervisor", net=os.environ.get("HDCS_TEST_LAB_NET", "10.92.0"), domain_nodes={"east": ["node1"]})
+    lab = Lab("hypervisor", net=free_net("10.92"), domain_nodes={"east": ["node1"]})
     try:
         lab.up()
     except Invalid as error:
