@@ -12,7 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hdcs_tasks.errors import BackupBroken, ClaimLost, HdcsError, NotFound, OutcomeUnknown, Unavailable, Unreachable
+from hdcs_tasks.errors import (
+    BackupBroken,
+    Cancelled,
+    ClaimLost,
+    HdcsError,
+    NotFound,
+    OutcomeUnknown,
+    Unavailable,
+    Unreachable,
+)
 from hdcs_tasks.hypervisor import disks, guests, networks, storage
 from hdcs_tasks.hypervisor.bitmaps import ensure_seed
 from hdcs_tasks.hypervisor.checkpoints import SEED, redefine_checkpoints
@@ -61,11 +70,20 @@ def clone(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
             attempt=str(run.attempt),
         )  # fmt: skip
     except HdcsError:
+        _still_ours(run)
         remove_folder(target.parent)
         raise
     for left in target.parent.glob(f"{target.name}.*.partial"):
         left.unlink(missing_ok=True)  # of an attempt that was killed
     return {"node": run.ctx.server_node, "disk": str(target)}
+
+
+def _still_ours(run: Run) -> None:
+    """Before removing what a failed attempt left: a newer attempt may have made its disk there. Raises ClaimLost."""
+    try:
+        run.check()
+    except Cancelled:
+        return
 
 
 def image_path(place: storage.StorageLayout, name: str, version: int) -> Path:
