@@ -19,6 +19,8 @@ def schedule(config: Settings) -> dict[str, dict[str, Any]]:
         "recovery": every("operations.recovery_sweep", config.sweep_s),
         "leases": every("pool.lease_sweep", config.sweep_s),
         "reservations": every("pool.reservation_sweep", config.sweep_s),
+        "dhcp": every("pool.dhcp_sweep", 4 * config.sweep_s),
+        "waiting": every("pool.waiting_sweep", config.sweep_s),
         "tidy": every("pool.tidy_sweep", 4 * config.sweep_s),
         "monitor": every("monitor.sample_sweep", config.sample_s),
         "idle": every("monitor.idle_sweep", config.sample_s),

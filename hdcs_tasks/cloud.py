@@ -12,7 +12,7 @@ from __future__ import annotations
 import getpass
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from hdcs_tasks.app import make_app
@@ -28,7 +28,7 @@ from hdcs_tasks.pool import control as pool_control
 from hdcs_tasks.pool import profiles
 from hdcs_tasks.store.migrate import upgrade
 from hdcs_tasks.vm import control as vm_control
-from hdcs_tasks.vm import control_clone, control_console, control_migrate
+from hdcs_tasks.vm import control_clone, control_console, control_migrate, control_plan, control_replan  # noqa: F401
 
 View: TypeAlias = dict[str, Any]
 ENDED = frozenset({"done", "failed", "cancelled"})
@@ -118,7 +118,12 @@ class Vm(_Part):
     def show(self) -> View:
         return vm_control.show(self._control, self.name)
 
-    def start(self, *, node: str | None = None, idempotency_key: str | None = None, reason: str = "") -> Operation:
+    def start(
+        self, *, node: str | None = None, dry_run: bool = False, idempotency_key: str | None = None, reason: str = ""
+    ) -> Any:
+        """Start it; an Operation, or with ``dry_run`` a Plan."""
+        if dry_run:
+            return Plan(control_plan.plan_start(self._control, [self.name], pin=node))
         asked = self._asked(idempotency_key, reason)
         return self._op(vm_control.start(self._control, self.name, asked, pin=node))
 
@@ -149,8 +154,12 @@ class Vm(_Part):
         return self._op(vm_control.delete(self._control, self.name, self._asked(idempotency_key, reason)))
 
     def migrate(
-        self, to: str | None = None, *, live: bool = True, idempotency_key: str | None = None, reason: str = ""
-    ) -> Operation:
+        self, to: str | None = None, *, live: bool = True, dry_run: bool = False, idempotency_key: str | None = None,
+        reason: str = "",
+    ) -> Any:  # fmt: skip
+        """Move it; an Operation, or with ``dry_run`` a Plan."""
+        if dry_run:
+            return Plan(control_plan.plan_migrate(self._control, self.name, to=to))
         asked = self._asked(idempotency_key, reason)
         return self._op(control_migrate.migrate(self._control, self.name, asked, to=to, live=live))
 
@@ -197,22 +206,26 @@ class Vms(_Part):
 
     def clone(
         self, image: str, *, name: str, count: int = 1, profile: str = "small", domain_node: str | None = None,
-        start: bool = False, owner: str = "", tags: Sequence[str] = (), dry_run: bool = False,
-        idempotency_key: str | None = None, reason: str = "",
+        start: bool = False, owner: str = "", tags: Sequence[str] = (), rules: Mapping[str, Any] | None = None,
+        dry_run: bool = False, idempotency_key: str | None = None, reason: str = "",
     ) -> Any:  # fmt: skip
-        """Clone ``count`` VMs as derived images; an Operation, or a Plan with ``dry_run``."""
+        """Clone ``count`` VMs as derived images; an Operation, or a Plan with ``dry_run``. ``rules``: fields of
+        ``pool.policy.VmPolicy`` (pin, together, apart, node_tags, …) that go before the profile's."""
         request = control_clone.CloneRequest(
-            image, name, count, profile, domain_node, start, owner or self._by, tuple(tags)
-        )  # fmt: skip
+            image, name, count, profile, domain_node, start, owner or self._by, tuple(tags), rules or {}
+        )
         if dry_run:
             return Plan(control_clone.plan_clone(self._control, request))
         return self._op(control_clone.clone(self._control, request, self._asked(idempotency_key, reason)))
 
     def start_all(
-        self, names: Sequence[str] = (), *, idempotency_key: str | None = None, reason: str = "", **selector: Any
-    ) -> Operation:
-        """Start every named or selected VM: one parent operation."""
+        self, names: Sequence[str] = (), *, dry_run: bool = False, idempotency_key: str | None = None,
+        reason: str = "", **selector: Any,
+    ) -> Any:  # fmt: skip
+        """Start every named or selected VM: one parent operation, or with ``dry_run`` a Plan."""
         chosen = list(names) or [v["name"] for v in self.list(**(selector | {"state": "stopped"}))]
+        if dry_run:
+            return Plan(control_plan.plan_start(self._control, chosen))
         return self._op(vm_control.start_many(self._control, chosen, self._asked(idempotency_key, reason)))
 
 
@@ -263,7 +276,7 @@ class Profiles(_Part):
         return profiles.list_profiles(self._control)
 
     def create(self, name: str, **shape: Any) -> View:
-        """``vcpus``, ``memory_mib``, ``disk_bytes`` (optional), ``usb``."""
+        """``vcpus``, ``memory_mib``, ``disk_bytes`` (optional), ``usb``, ``rules`` (``pool.policy.VmPolicy``)."""
         return profiles.create(self._control, name, **shape)
 
     def delete(self, name: str) -> None:
@@ -276,6 +289,10 @@ class DomainNodes(_Part):
 
     def show(self, name: str) -> View:
         return pool_control.show_domain_node(self._control, name)
+
+    def set(self, name: str, **rules: Any) -> View:
+        """Change placement rules (fields of ``pool.policy.PoolPolicy``; None: back to the default)."""
+        return pool_control.set_domain_rules(self._control, name, **rules)
 
     def create(self, name: str, token: str | None = None) -> pool_control.NewDomainNode:
         return pool_control.create_domain_node(self._control, name, token)
@@ -290,6 +307,10 @@ class ServerNodes(_Part):
 
     def show(self, name: str) -> View:
         return pool_control.show_server_node(self._control, name)
+
+    def set(self, name: str, **rules: Any) -> View:
+        """Change placement rules (fields of ``pool.policy.NodePolicy``; None: back to the default)."""
+        return pool_control.set_node_rules(self._control, name, **rules)
 
     def drain(self, name: str) -> View:
         return pool_control.drain(self._control, name)
@@ -335,9 +356,13 @@ class Cloud:
         upgrade(config.database_url)
         return cls(Control.from_settings(config, make_app(config)))
 
-    def capacity(self, profile: str) -> View:
-        """How many more VMs of a profile fit: per server node, per domain node and in all."""
-        return pool_capacity.capacity(self.control, profile)
+    def capacity(
+        self, profile: str | None = None, *, without: Sequence[str] = (), with_nodes: Sequence[Mapping[str, Any]] = (),
+        mix: Mapping[str, int] | None = None,
+    ) -> View:  # fmt: skip
+        """How many more VMs of a profile fit: per server node, per domain node and in all, also with one server node
+        kept free (``n_plus_one``); as things are, or as ``pool.capacity`` tells the what-ifs."""
+        return pool_capacity.capacity(self.control, profile, without=without, with_nodes=with_nodes, mix=mix)
 
     def events(self, limit: int = 50) -> list[View]:
         return monitor_control.list_events(self.control, limit)

@@ -85,6 +85,10 @@ class Settings(BaseSettings):
         "spread", description="Layer two: spread for even load and fast starts, pack to keep room for big VMs"
     )
 
+    boot_slot_s: float = Field(
+        90, gt=0, description="How long a boot counts as a start under way if its guest agent does not answer earlier"
+    )
+
     # idle reclamation
     idle_after_s: float = Field(0, ge=0, description="Stop a VM idle this long; 0 turns reclamation off")
     idle_cpu_percent: float = Field(10, ge=0, description="Below this share of one vCPU a guest counts as idle")

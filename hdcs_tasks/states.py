@@ -78,7 +78,8 @@ _V = VmState
 _VM: Mapping[StrEnum, frozenset[StrEnum]] = {
     _V.CREATING: frozenset({_V.STOPPED, _V.FAILED, _V.DELETING, _V.DELETED}),
     _V.STOPPED: frozenset({_V.STARTING, _V.DELETING, _V.RUNNING, _V.MIGRATING}),
-    _V.STARTING: frozenset({_V.RUNNING, _V.STOPPED, _V.SAVED, _V.FAILED, _V.STOPPING, _V.DELETING}),
+    # CREATING again: a clone refused by layer two is planned anew in another domain node.
+    _V.STARTING: frozenset({_V.CREATING, _V.RUNNING, _V.STOPPED, _V.SAVED, _V.FAILED, _V.STOPPING, _V.DELETING}),
     _V.RUNNING: frozenset(
         {_V.STOPPING, _V.SUSPENDING, _V.REBOOTING, _V.SAVING, _V.MIGRATING, _V.STOPPED, _V.SUSPENDED, _V.DELETING}
     ),

@@ -3,8 +3,8 @@
     with redis_server() as server:
         client = redis.Redis.from_url(server.url, decode_responses=True)
 
-A program that is missing raises ``Missing``; ``require`` makes that a skip on a laptop and a failure where HDCS_CI
-(or CI) is set.
+A program that is missing raises ``Missing``; ``require`` makes that a skip on a laptop and a failure where CI is
+set.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import Any
 
 from celery import bootsteps
 from celery.signals import worker_process_init
+from celery.worker import state
 
 import hdcs_tasks.backup.node_tasks
 import hdcs_tasks.image.node_tasks
@@ -23,12 +24,14 @@ from hdcs_tasks.monitor.node import Watcher
 from hdcs_tasks.operations.node import resend_spooled
 from hdcs_tasks.operations.node_tasks import node_context
 from hdcs_tasks.pool import node as pool_node
+from hdcs_tasks.pool.identity import joined_file
 from hdcs_tasks.routing import direct_queue, quick_queue, quick_worker_name, worker_name
 from workers.server_node import REFUSED
 
 log = logger(__name__)
 
 JOIN_RETRY_S = 2.0
+JOINED_POLL_S = 0.1
 
 
 class Membership:
@@ -45,8 +48,10 @@ class Membership:
     def join_until_taken(self) -> None:
         """Join before any work is taken. A refusal ends the process with its reason; silence is waited out."""
         while not self._stop.is_set():
+            state.maybe_shutdown()
             try:
                 pool_node.join(node_context())
+                joined_file(settings()).touch()
                 return
             except Unavailable as error:
                 log.warning("not joined yet; trying again", error=str(error))
@@ -114,6 +119,17 @@ class WatcherStep(bootsteps.StartStopStep):
             self._watcher.stop()
 
 
+class JoinedStep(bootsteps.StartStopStep):
+    """The long worker takes no work before the quick one has joined."""
+
+    requires = ("celery.worker.components:Pool",)
+
+    def start(self, worker: Any) -> None:
+        while not joined_file(settings()).exists():
+            state.maybe_shutdown()  # nobody else looks before the consumer runs
+            time.sleep(JOINED_POLL_S)
+
+
 @worker_process_init.connect
 def _warm(**_: Any) -> None:
     """Open libvirt and Redis in the fresh pool child, so that its first task does not pay for it."""
@@ -125,17 +141,20 @@ def _warm(**_: Any) -> None:
 
 
 def run_long() -> None:
-    """``<domain node>@<server node>``: the node's own direct queue first, then the domain node's."""
+    """``<domain node>@<server node>``: the node's own direct queue first, then the domain node's.
+
+    The process its pool is forked from opens no libvirt: a child forked after that could not use it.
+    """
     config = settings()
-    app.steps["worker"].add(MembershipStep)
+    app.steps["worker"].add(JoinedStep)
     queues = f"{direct_queue(config.domain_node, config.server_node)},{config.domain_node}"
     _run("prefork", config.node_concurrency, worker_name(config.domain_node, config.server_node), queues)
 
 
 def run_quick() -> None:
-    """``<domain node>.quick@<server node>``: its own direct queue only."""
+    """``<domain node>.quick@<server node>``: its own direct queue only. Keeps the node in its pool."""
     config = settings()
-    app.steps["worker"].add(WatcherStep)
+    app.steps["worker"].update((MembershipStep, WatcherStep))
     queue = quick_queue(config.domain_node, config.server_node)
     _run("threads", config.quick_concurrency, quick_worker_name(config.domain_node, config.server_node), queue)
 

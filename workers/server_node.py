@@ -22,6 +22,7 @@ import click
 from hdcs_tasks.config import settings
 from hdcs_tasks.errors import HdcsError
 from hdcs_tasks.logs import configure_logging, logger
+from hdcs_tasks.pool.identity import joined_file
 from hdcs_tasks.routing import check_name
 
 log = logger(__name__)
@@ -60,15 +61,21 @@ def main(domain_node: str, name: str, ip: str, token_file: Path, role: str | Non
 
 
 class Supervisor:
-    """Keeps both workers running; ends with them. A refused join ends everything with exit code 78."""
+    """Keeps both workers running; ends with them. A refused join ends everything with exit code 78.
+
+    The quick one joins, the long one takes no work before that. The process of the long one must never open libvirt:
+    its pool's children are forked from it, also later, when one has died.
+    """
 
     def __init__(self) -> None:
+        self._joined = joined_file(settings())
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._stopping = False
 
     def run(self) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop())
+        self._joined.unlink(missing_ok=True)
         for role in ROLES:
             self._start(role)
         while True:

@@ -68,7 +68,7 @@ class Demo:
         """Time the block and print its line when it has ended."""
         started = time.monotonic()
         made = Step(name, 0.0)
-        with self.console.status(f"{name} …"):  # on a terminal only
+        with self.console.status(f"{name} …", refresh_per_second=2):  # on a terminal only
             yield made
         made.seconds = round(time.monotonic() - started, 2)
         self.steps.append(made)

@@ -16,7 +16,7 @@ from hdcs_tasks.states import BackupState, ImageState, VmState
 from hdcs_tasks.store.models import Backup, Image, Operation, Step, Vm, new_id
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import add_start_step, check_given, forget, get_vm, guest_fields, vm_of
-from hdcs_tasks.vm.control_clone import Shape, choose_homes, new_vm
+from hdcs_tasks.vm.control_clone import Shape, choose_homes, new_vm, rooms_of
 from hdcs_tasks.vm.rules import expand_names
 
 
@@ -128,7 +128,7 @@ def _vm_for(tx: Tx, backup: Backup, name: str) -> Vm:
         definition.get("usb", "off"),
     )  # fmt: skip
     row = get_domain_node(tx.session, backup.domain_node)
-    home = choose_homes(tx.control, [row], shape, 1)[0]
+    home = choose_homes(tx.control, rooms_of(tx, [row]), shape, (), 1)[0][0]
     return new_vm(tx, name, shape, home, image_id=image_id, owner=definition.get("owner", ""))
 
 

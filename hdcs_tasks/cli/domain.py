@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 import click
 
 from hdcs_tasks.cli import output
-from hdcs_tasks.cli.options import Face, format_option, pass_face
+from hdcs_tasks.cli.options import Face, changes, format_option, pass_face
 
 COLUMNS = (
     output.Column("name"), output.Column("server_nodes", "server nodes"),
@@ -66,6 +67,36 @@ def create(face: Face, name: str, form: str) -> None:
     """
     output.print_one(asdict(face.cloud.domain_nodes.create(name)), form)
     output.message("The token is shown only now; a new one: hdcs domain token " + name)
+
+
+@domain.command("set")
+@click.argument("name")
+@click.option("--memory-overcommit", type=float, default=None, help="Guest memory promised per MiB of host memory.")
+@click.option("--vcpu-overcommit", type=float, default=None, help="vCPUs promised per effective core.")
+@click.option("--disk-overcommit", type=float, default=None, help="Virtual disk bytes promised per byte of storage.")
+@click.option("--host-reserve-mib", type=int, default=None, help="Host memory never given to guests, in MiB.")
+@click.option(
+    "--placement",
+    type=click.Choice(["spread", "pack"]),
+    default=None,
+    help="Even load and fast starts, or room kept for big VMs.",
+)
+@click.option("--max-starts", type=int, default=None, help="Starts under way at once on its storage; 0: any.")
+@click.option("--default", "defaults", multiple=True, metavar="RULE", help="Back to the default (may be repeated).")
+@format_option
+@pass_face
+def set_(face: Face, /, name: str, defaults: tuple[str, ...], form: str, **options: Any) -> None:
+    """Change a domain node's placement rules; what is not named stays.
+
+    What runs stays where it is, also where less may be promised now.
+
+    \b
+    Examples:
+      hdcs domain set east --memory-overcommit 1.5 --placement pack
+      hdcs domain set east --max-starts 16
+      hdcs domain set east --default memory-overcommit
+    """
+    output.print_one(face.cloud.domain_nodes.set(name, **changes(options, defaults)), form)
 
 
 @domain.command()

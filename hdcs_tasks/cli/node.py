@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from hdcs_tasks.cli import output
-from hdcs_tasks.cli.options import Face, confirm, format_option, named, pass_face, yes_option
+from hdcs_tasks.cli.options import Face, changes, confirm, format_option, named, pass_face, yes_option
 
 COLUMNS = (
     output.Column("name"), output.Column("domain_node", "domain node"), output.Column("state"), output.Column("ip"),
@@ -47,6 +49,32 @@ def show(face: Face, name: str, form: str) -> None:
       hdcs node show node1
     """
     output.print_one(face.cloud.server_nodes.show(name), form)
+
+
+@node.command("set")
+@click.argument("name")
+@click.option("--memory-overcommit", type=float, default=None, help="Guest memory promised per MiB of host memory.")
+@click.option("--vcpu-overcommit", type=float, default=None, help="vCPUs promised per effective core.")
+@click.option("--host-reserve-mib", type=int, default=None, help="Host memory never given to guests, in MiB.")
+@click.option(
+    "--max-starts",
+    type=int,
+    default=None,
+    help="Starts under way at once; 0: any.",
+)
+@click.option("--tag", "tags", multiple=True, help="Its tags, all of them (may be repeated).")
+@click.option("--default", "defaults", multiple=True, metavar="RULE", help="Back to the default (may be repeated).")
+@format_option
+@pass_face
+def set_(face: Face, /, name: str, defaults: tuple[str, ...], form: str, **options: Any) -> None:
+    """Change a server node's placement rules; what is not named stays. They go before its domain node's.
+
+    \b
+    Examples:
+      hdcs node set node1 --tag gpu --max-starts 4
+      hdcs node set node1 --default tags --default max-starts
+    """
+    output.print_one(face.cloud.server_nodes.set(name, **changes(options, defaults)), form)
 
 
 @node.command()

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from hdcs_tasks.cli import output, waiting
+from hdcs_tasks.cli import output, plans, waiting
 from hdcs_tasks.cli.options import DURATION, Face, format_option, pass_face
 
 COLUMNS = (
@@ -68,9 +68,12 @@ def show(face: Face, operation_id: str, form: str) -> None:
     if form != "table":
         output.print_one(view, form)
         return
-    output.print_one(view, form, hide=("steps", "children", "error"))
+    output.print_one(view, form, hide=("steps", "children", "error", "decision"))
     if view["error"]:
         click.echo(output.printable(f"\nerror: {_told(view['error'])}"))
+    if view["decision"]:
+        click.echo("")
+        plans.print_decision(view["decision"])
     if view["steps"]:
         click.echo("")
         output.print_table([_step_row(step) for step in view["steps"]], STEP_COLUMNS)

@@ -106,6 +106,36 @@ def selector_options(command: F) -> F:
     return click.argument("names", nargs=-1, metavar="[VM]...")(command)
 
 
+def vm_rule_options(command: F) -> F:
+    """Rules about where VMs may run, of a profile or a clone request."""
+    options = (
+        click.option("--node-tag", "node_tags", multiple=True, help="Only on server nodes with this tag (repeatable)."),
+        click.option("--together", multiple=True, metavar="TAG",
+                     help="On the server node of a running VM with this tag, where there is one (repeatable)."),
+        click.option("--apart", multiple=True, metavar="TAG",
+                     help="Never on the server node of a VM with this tag (repeatable)."),
+        click.option("--memory-overcommit", type=float, default=None, help="Claim only 1/RATIO of the memory."),
+        click.option("--vcpu-overcommit", type=float, default=None, help="Claim only 1/RATIO of the vCPUs."),
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def vm_rules(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the options of ``vm_rule_options`` that were given out of ``options``."""
+    keys = ("node_tags", "together", "apart", "memory_overcommit", "vcpu_overcommit")
+    taken = {key: options.pop(key) for key in keys}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in taken.items() if value}
+
+
+def changes(options: dict[str, Any], defaults: tuple[str, ...]) -> dict[str, Any]:
+    """The rules to change: what was given, and None for each named by ``--default``."""
+    given = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()
+             if value is not None and value != ()}  # fmt: skip
+    return given | {name.replace("-", "_"): None for name in defaults}
+
+
 SELECTOR_KEYS = ("tag", "home", "server_node", "owner", "state")
 
 

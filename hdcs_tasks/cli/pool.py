@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import click
 
 from hdcs_tasks.cli import output
 from hdcs_tasks.cli.options import Face, format_option, pass_face
+from hdcs_tasks.errors import Invalid, NoCapacity
 
 CAPACITY = (
     output.Column("domain_node", "domain node", lambda name: name or "all"),
     output.Column("server_node", "server node", lambda name: name or "all"), output.Column("vms"),
-    output.Column("limit"),
+    output.Column("n_plus_one", "n+1"), output.Column("limit"),
 )  # fmt: skip
 EVENTS = (output.column("at", "at"), output.Column("kind"), output.Column("subject"), output.Column("message"))
 
@@ -22,32 +26,88 @@ def pool() -> None:
     """Resource pools: what fits, and what happened."""
 
 
+class NodeShape(click.ParamType[dict[str, Any]]):
+    """``32x65536`` or ``east:32x65536``: vCPUs and MiB a new server node would promise to guests."""
+
+    name = "node shape"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
+        found = re.fullmatch(r"(?:([a-z0-9-]+):)?(\d+)x(\d+)", str(value))
+        if not found:
+            self.fail(f"{value!r} is not VCPUSxMIB or DOMAIN_NODE:VCPUSxMIB, as in east:32x65536", param, ctx)
+        return {"domain_node": found[1], "vcpus": int(found[2]), "memory_mib": int(found[3])}
+
+
 @pool.command()
-@click.argument("profile")
+@click.argument("profile", required=False)
+@click.option("--without", multiple=True, metavar="SERVER_NODE", help="As if it were gone (may be repeated).")
+@click.option(
+    "--with-node",
+    "with_nodes",
+    multiple=True,
+    type=NodeShape(),
+    metavar="[DOMAIN_NODE:]VCPUSxMIB",
+    help="As if there were one more, promising so much to guests (may be repeated).",
+)
+@click.option("--n-plus-one", is_flag=True, help="Exit with 5 unless one fits with a server node kept free.")
+@click.option(
+    "--mix",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=None,
+    help='JSON file {"profile": how many, …}: how often that mix fits.',
+)
 @format_option
 @pass_face
-def capacity(face: Face, profile: str, form: str) -> None:
+def capacity(
+    face: Face, profile: str | None, without: tuple[str, ...], with_nodes: tuple[dict[str, Any], ...],
+    n_plus_one: bool, mix: Path | None, form: str,
+) -> None:  # fmt: skip
     """How many more VMs of a profile fit: per server node, per domain node and in all, with what limits each.
+
+    N+1 is how many fit with one server node of each domain node kept free.
 
     \b
     Examples:
       hdcs pool capacity small
-      hdcs pool capacity small -f json
+      hdcs pool capacity small --without node2 --n-plus-one
+      hdcs pool capacity small --with-node east:64x262144 -f json
+      hdcs pool capacity --mix office.json
     """
-    found = face.cloud.capacity(profile)
+    if profile is None and mix is None:
+        raise click.UsageError("Name a profile, or give a mix of profiles with --mix FILE.")
+    found = face.cloud.capacity(profile, without=without, with_nodes=with_nodes, mix=None if mix is None else _mix(mix))
     if form == "json":
         output.print_json(found)
     else:
         output.print_rows(_capacity_rows(found), CAPACITY, form)
+    if n_plus_one and profile is not None and not found["n_plus_one"]:
+        raise NoCapacity(f"no VM of profile {profile} fits with a server node kept free", next="Add a server node")
+
+
+def _mix(file: Path) -> dict[str, int]:
+    try:
+        mix = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise Invalid(f"the mix {file} cannot be read: {error}", next='As in {"small": 10, "large": 1}') from None
+    if not isinstance(mix, dict):
+        raise Invalid("the mix is not an object of profile and number", next='As in {"small": 10, "large": 1}')
+    return mix
 
 
 def _capacity_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row per server node, one per domain node (no server node), and one for all (neither)."""
+    """A row per server node, one per domain node (no server node), one for all (neither), and one for a mix."""
     rows: list[dict[str, Any]] = []
-    for name, pooled in found["domain_nodes"].items():
-        rows += [{"domain_node": name, "server_node": node, **room} for node, room in pooled["server_nodes"].items()]
-        rows.append({"domain_node": name, "server_node": "", "vms": pooled["vms"], "limit": pooled["limit"]})
-    return [*rows, {"domain_node": "", "server_node": "", "vms": found["vms"], "limit": ""}]
+    for name, pooled in found.get("domain_nodes", {}).items():
+        rows += [{"domain_node": name, "server_node": node, "n_plus_one": "", **room}
+                 for node, room in pooled["server_nodes"].items()]  # fmt: skip
+        rows.append({"domain_node": name, "server_node": ""} | {k: pooled[k] for k in ("vms", "n_plus_one", "limit")})
+    if found["profile"] is not None:
+        total = {"vms": found["vms"], "n_plus_one": found["n_plus_one"], "limit": ""}
+        rows.append({"domain_node": "", "server_node": ""} | total)
+    if (mix := found.get("mix")) is not None:
+        limit = f"{mix['rounds']} times the mix; then {mix['stopped_by']}"
+        rows.append({"domain_node": "mix", "server_node": "", "vms": mix["vms"], "n_plus_one": "", "limit": limit})
+    return rows
 
 
 @pool.command()

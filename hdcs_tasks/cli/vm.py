@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from hdcs_tasks.cli import output, vm_commands, waiting
+from hdcs_tasks.cli import output, plans, vm_commands, waiting
 from hdcs_tasks.cli.options import (
     DURATION,
     Face,
@@ -16,9 +16,10 @@ from hdcs_tasks.cli.options import (
     key_option,
     pass_face,
     reason_option,
+    vm_rule_options,
+    vm_rules,
     wait_options,
 )
-from hdcs_tasks.errors import from_dict
 
 COLUMNS = (
     output.Column("name"), output.Column("state"), output.Column("home"), output.Column("server_node", "server node"),
@@ -79,6 +80,8 @@ def show(face: Face, name: str, form: str) -> None:
 @click.option("--start", is_flag=True, help="Start them too.")
 @click.option("--owner", default="", help="Whose they are. Default: yours.")
 @click.option("--tag", "tags", multiple=True, help="A tag to find them by (may be repeated).")
+@click.option("--on", "pin", default=None, metavar="SERVER_NODE", help="Pin them to this server node.")
+@vm_rule_options
 @click.option("--dry-run", is_flag=True, help="Print where they would go, or why they do not fit; change nothing.")
 @reason_option
 @key_option
@@ -96,29 +99,26 @@ def clone(
       hdcs vm clone mini --name 'desk-{:03d}' --count 30 --profile small --start
       hdcs vm clone mini:2 --name 'lab-{:02d}' --count 8 --domain-node east --tag lab --dry-run
     """
-    asked = face.cloud.vms.clone(image, dry_run=dry_run, idempotency_key=key, **wanted)
+    rules = {"pin": wanted.pop("pin"), **vm_rules(wanted)}
+    rules = {rule: value for rule, value in rules.items() if value is not None}
+    asked = face.cloud.vms.clone(image, rules=rules, dry_run=dry_run, idempotency_key=key, **wanted)
     if not dry_run:
         waiting.conclude([asked], form=form, wait=wait, timeout_s=timeout_s)
         return
-    plan = asked.explain()
-    if form == "json":
-        output.print_json(plan)
-    elif plan["fits"]:
-        output.print_rows(plan["vms"], output.columns("name", "domain_node"), form)
-    if not plan["fits"]:
-        raise from_dict(plan["refusal"])
+    plans.conclude(asked.explain(), form)
 
 
 @vm.command()
 @click.argument("name")
 @click.argument("to", required=False, metavar="[SERVER_NODE]")
 @click.option("--live/--no-live", default=True, show_default=True, help="Keep the guest running while it moves.")
+@click.option("--dry-run", is_flag=True, help="Print where it would go, and why not elsewhere; change nothing.")
 @reason_option
 @key_option
 @wait_options
 @pass_face
 def migrate(
-    face: Face, name: str, to: str | None, live: bool, reason: str, key: str | None, wait: bool,
+    face: Face, name: str, to: str | None, live: bool, dry_run: bool, reason: str, key: str | None, wait: bool,
     timeout_s: float | None, form: str,
 ) -> None:  # fmt: skip
     """Move a running VM to another server node of its domain node; without one, to where it fits best.
@@ -127,7 +127,11 @@ def migrate(
     Examples:
       hdcs vm migrate desk-001
       hdcs vm migrate desk-001 node2 --reason 'new memory for node1'
+      hdcs vm migrate desk-001 --dry-run
     """
+    if dry_run:
+        plans.conclude(face.cloud.vms[name].migrate(to, dry_run=True).explain(), form)
+        return
     operation = face.cloud.vms[name].migrate(to, live=live, idempotency_key=key, reason=reason)
     waiting.conclude([operation], form=form, wait=wait, timeout_s=timeout_s)
 

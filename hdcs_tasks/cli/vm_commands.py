@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hdcs_tasks.cli import waiting
+from hdcs_tasks.cli import plans, waiting
 from hdcs_tasks.cli.options import (
     DURATION,
     SELECTOR_KEYS,
@@ -58,8 +58,9 @@ def _chosen(face: Face, verb: str, options: dict[str, Any]) -> Selection:
 @click.command()
 @_common
 @click.option("--on", "pin", default=None, metavar="SERVER_NODE", help="On this server node (one VM only).")
+@click.option("--dry-run", is_flag=True, help="Print where they would start, and why not elsewhere; change nothing.")
 @pass_face
-def start(face: Face, /, pin: str | None, **options: Any) -> None:
+def start(face: Face, /, pin: str | None, dry_run: bool, **options: Any) -> None:
     """Start VMs. Several are one operation with a child per VM.
 
     \b
@@ -67,9 +68,13 @@ def start(face: Face, /, pin: str | None, **options: Any) -> None:
       hdcs vm start desk-001
       hdcs vm start desk-001 --on node2
       hdcs vm start --home east --no-wait
+      hdcs vm start --tag lab --dry-run
       hdcs vm start --all --reason 'Monday morning'
     """
     chosen = _chosen(face, "start", options)
+    if dry_run and chosen.one:
+        plans.conclude(face.cloud.vms[chosen.names[0]].start(node=pin, dry_run=True).explain(), options["form"])
+        return
     if chosen.one:
         _give(face, chosen, lambda vm, asked: vm.start(node=pin, **asked), **_asked(options))
         return
@@ -77,6 +82,9 @@ def start(face: Face, /, pin: str | None, **options: Any) -> None:
         raise click.UsageError("--on takes exactly one VM.")
     if not chosen.names:
         waiting.nothing(options["form"])
+        return
+    if dry_run:
+        plans.conclude(face.cloud.vms.start_all(chosen.names, dry_run=True).explain(), options["form"])
         return
     operation = face.cloud.vms.start_all(chosen.names, idempotency_key=options["key"], reason=options["reason"])
     waiting.conclude([operation], form=options["form"], wait=options["wait"], timeout_s=options["timeout_s"], one=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import select, text
@@ -14,6 +14,7 @@ from hdcs_tasks.monitor.rules import Activity, has_gone, is_active, is_idle
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.sending import broadcast
 from hdcs_tasks.pool.control import IN_POOL
+from hdcs_tasks.pool.waiting import wake_waiting
 from hdcs_tasks.routing import quick_queue
 from hdcs_tasks.states import VmState
 from hdcs_tasks.store.models import DomainNode, Event, Operation, ServerNode, Vm, now
@@ -44,6 +45,7 @@ def take_sample(control: Control, sample: dict[str, Any]) -> None:
             return
         node.observed_at = at
         _record_storage(tx, node, sample.get("storage") or {})
+        _tell_unrecorded(tx, node, set(seen), at)
         vms = tx.session.scalars(select(Vm).where(Vm.server_node == node.name, Vm.deleted_at.is_(None))).all()
         for vm in vms:
             if vm.id in seen:
@@ -54,6 +56,24 @@ def take_sample(control: Control, sample: dict[str, Any]) -> None:
                 gone.append(vm.name)
     for name in gone:
         settle_gone(control, name, f"not seen on {sample['node']}")
+
+
+def _tell_unrecorded(tx: Tx, node: ServerNode, seen: set[str], at: datetime) -> None:
+    """An event, once, for each guest that the record has not here and that no operation is about to record."""
+    known = {vm.id: vm for vm in tx.session.scalars(select(Vm).where(Vm.id.in_(seen)))}
+    for vm_id in sorted(seen):
+        vm = known.get(vm_id)
+        if vm is not None:
+            settled = not has_gone(listed=False, sampled_after_change_s=(at - vm.state_at).total_seconds())
+            if vm.server_node == node.name or settled or tx.live_operation(vm) is not None:
+                continue
+        subject = vm.name if vm is not None else vm_id
+        told = select(Event.id).where(
+            Event.kind == "guest.unrecorded", Event.subject == subject, Event.at > at - timedelta(hours=1)
+        )  # fmt: skip
+        if tx.session.scalar(told.limit(1)) is None:
+            tx.event("guest.unrecorded", subject, f"a guest of {subject} runs on {node.name}; the record has it not "
+                     "there. Look at it there (virsh list), then stop it or the VM", node=node.name)  # fmt: skip
 
 
 def _record_storage(tx: Tx, node: ServerNode, storage: dict[str, int]) -> None:
@@ -78,10 +98,22 @@ def take_event(control: Control, event: dict[str, Any]) -> None:
             return
         if event["kind"] == "agent_up":
             vm.ready_at = datetime.fromtimestamp(event["at"], UTC)
+            _booted(tx, vm, event["node"])
         elif vm.server_node == event["node"] and tx.live_operation(vm) is None and vm.state is VmState.RUNNING:
             gone = vm.name
     if gone is not None:
         settle_gone(control, gone, f"ended by itself on {event['node']}")
+
+
+def _booted(tx: Tx, vm: Vm, node: str) -> None:
+    """It no longer counts as a start under way: the next in line may begin."""
+    control, vm_id, home = tx.control, vm.id, vm.home
+
+    def free_its_slot() -> None:
+        if control.reservations.pool.started(home, node, vm_id):
+            wake_waiting(control, home)
+
+    tx.after(free_its_slot)
 
 
 def settle_gone(control: Control, name: str, why: str) -> Operation | None:

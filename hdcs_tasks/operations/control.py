@@ -38,6 +38,8 @@ Done = Callable[["Tx", Operation, Step, dict[str, Any]], None]
 Failed = Callable[["Tx", Operation, Step, HdcsError], None]
 ON_DONE: dict[str, Done] = {}
 ON_FAILED: dict[str, Failed] = {}
+NoRoom = Callable[["Tx", Operation, Step, HdcsError], bool]
+ON_NO_ROOM: dict[str, NoRoom] = {}
 ON_START: dict[str, Callable[[Tx, Operation], None]] = {}
 
 
@@ -68,6 +70,18 @@ def on_failed(*steps: str) -> Callable[[Failed], Failed]:
     def register(function: Failed) -> Failed:
         for step in steps:
             ON_FAILED[step] = function
+        return function
+
+    return register
+
+
+def on_no_room(*steps: str) -> Callable[[NoRoom], NoRoom]:
+    """Register what may find another way for these steps when layer two has no room: True, and it has added the steps
+    to take instead; False, and the step waits."""
+
+    def register(function: NoRoom) -> NoRoom:
+        for step in steps:
+            ON_NO_ROOM[step] = function
         return function
 
     return register
@@ -232,10 +246,15 @@ class Tx:
         return self.session.get(Step, step_id, with_for_update=ROW_LOCK, populate_existing=True)
 
     def step(
-        self, operation: Operation, name: str, queue: str, spec: dict[str, Any], *, node: str | None = None
-    ) -> Step:
-        """Add the operation's next step; it is published after the commit."""
-        deadline = now() + timedelta(seconds=self.control.settings.park_deadline_s)
+        self, operation: Operation, name: str, queue: str, spec: dict[str, Any], *, node: str | None = None,
+        patience_s: float | None = None,
+    ) -> Step:  # fmt: skip
+        """Add the operation's next step; it is published after the commit.
+
+        ``patience_s``: how long it may wait for room; ``park_deadline_s`` of the settings unless said otherwise.
+        """
+        wait_s = self.control.settings.park_deadline_s if patience_s is None else patience_s
+        deadline = now() + timedelta(seconds=wait_s)
         step = Step(
             id=new_id(), operation=operation, operation_id=operation.id, seq=self._next_seq(operation), name=name,
             queue=queue, spec=spec, node=node, state=StepState.PENDING, attempt=0, history=[], deadline_at=deadline,

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import select
 
 from hdcs_tasks.clock import now_s, random_hex
-from hdcs_tasks.errors import Cancelled, HdcsError, OutcomeUnknown, from_dict
+from hdcs_tasks.errors import Cancelled, HdcsError, NoCapacity, OutcomeUnknown, from_dict
 from hdcs_tasks.logs import logger
-from hdcs_tasks.operations.control import Control, Tx, request_cancel, settle_done, settle_failed
+from hdcs_tasks.operations.control import ON_NO_ROOM, Control, Tx, request_cancel, settle_done, settle_failed
 from hdcs_tasks.operations.rules import (
     StepFacts,
     Verdict,
@@ -26,8 +26,12 @@ from hdcs_tasks.reservations import StepStatus
 from hdcs_tasks.routing import direct_queue, quick_queue
 from hdcs_tasks.states import OPERATION_LIVE, STEP_LIVE, OperationState, StepState
 from hdcs_tasks.store.models import Operation, ServerNode, Step, now
+from hdcs_tasks.store.transitions import move
 
 log = logger(__name__)
+
+KEPT_OF_REFUSAL = ("counts", "best", "pool_why")
+"""Of a refusal's details, what its operation keeps as the decision; the error has the rest."""
 
 
 def settle(control: Control, report: dict[str, Any]) -> None:
@@ -80,11 +84,29 @@ def _retry_later(tx: Tx, step: Step, error: dict[str, Any]) -> None:
     if waiting and now() < step.deadline_at:
         # Nothing was touched: any server node may try next.
         step.node = None
+        if error["code"] == NoCapacity.code:
+            _wait_for_room(tx, step, error)
+            return
         tx.park(step, 2.0 if error["code"] == "rebuild_pending" else 10.0, f"waits: {error['message']}")
     elif waiting or attempts_spent(step.history) >= tx.control.settings.attempts_max:
         settle_failed(tx, step, from_dict(error), needs_operator=not waiting)
     else:
         tx.park(step, backoff_s(attempts_spent(step.history)), f"retries: {error['message']}")
+
+
+def _wait_for_room(tx: Tx, step: Step, error: dict[str, Any]) -> None:
+    """Wait in line until freed capacity wakes the step (pool/waiting.py), at most until its deadline; unless its
+    feature knows another way at once. What layer two does not place is tried again now and then."""
+    operation = step.operation
+    operation.decision = {key: error["details"][key] for key in KEPT_OF_REFUSAL if key in error.get("details", {})}
+    other_way = ON_NO_ROOM.get(step.name)
+    if other_way is not None and other_way(tx, operation, step, from_dict(error)):
+        step.ended_at = now()
+        move(step, StepState.FAILED)
+        return
+    placed = "need" in step.spec
+    delay_s = (step.deadline_at - now()).total_seconds() if placed else 10.0
+    tx.park(step, delay_s, f"waits for room: {error['message']}")
 
 
 def recovery_sweep(control: Control) -> dict[str, int]:
@@ -105,17 +127,17 @@ def recovery_sweep(control: Control) -> dict[str, int]:
     return counts
 
 
-def wake_parked(control: Control, domain_node: str) -> None:
-    """Freed capacity: publish the oldest step of this domain node that waits for room."""
-    with control.transaction() as tx:
-        query = (
-            select(Step)
-            .where(Step.state == StepState.PARKED, Step.queue == domain_node, Step.node.is_(None))
-            .order_by(Step.created_at)
-            .limit(4)
-        )
-        for step in tx.session.scalars(query).all():
-            tx.publish(step)
+def wake(control: Control, step_ids: Sequence[str]) -> int:
+    """Publish these parked steps; how many of them still were parked."""
+    woken: list[str] = []
+
+    def publish(tx: Tx, step: Step) -> None:
+        if step.state is StepState.PARKED:
+            _wake(tx, step)
+            woken.append(step.id)
+
+    _each(control, list(step_ids), publish)
+    return len(woken)
 
 
 def _each(control: Control, ids: list[str], action: Callable[[Tx, Step], None]) -> int:
@@ -161,7 +183,15 @@ def _wake(tx: Tx, step: Step) -> None:
     if step.operation.cancel_asked and not unknown:
         settle_failed(tx, step, Cancelled("cancelled while it waited"))
         return
+    if step.error is not None and is_waiting(step.error) and now() >= step.deadline_at:
+        settle_failed(tx, step, _waited_too_long(tx, step.error))
+        return
     _publish_where_touched(tx, step)
+
+
+def _waited_too_long(tx: Tx, error: dict[str, Any]) -> HdcsError:
+    waited = f"waited {tx.control.settings.park_deadline_s:.0f} s for room: "
+    return from_dict(error | {"message": waited + error["message"].removeprefix(waited)})
 
 
 def _recover(tx: Tx, step: Step, status: StepStatus | None) -> Verdict:
@@ -215,7 +245,8 @@ def _observe(step: Step, status: StepStatus) -> None:
 
 def _new_attempt(tx: Tx, step: Step) -> None:
     error = {"code": OutcomeUnknown.code, "message": "executor lost"}
-    step.history = [*step.history, {"attempt": step.attempt, "node": step.node, "error": error}]
+    lost = {"attempt": step.attempt, "node": step.node, "ended_at": now_s(), "error": error}
+    step.history = [*step.history, lost]
     _publish_where_touched(tx, step)
     queue = step.sent_to or step.queue
     log.info("step published again", step=step.id, name=step.name, attempt=step.attempt, queue=queue)

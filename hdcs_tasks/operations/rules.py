@@ -94,3 +94,9 @@ def is_waiting(error: Mapping[str, Any] | None) -> bool:
 def is_touched(attempt: int, node: str | None) -> bool:
     """Whether an attempt before this one may have left something behind on ``node``."""
     return attempt > 1 and node is not None
+
+
+def line_eta_s(place: int, through: int, window_s: float) -> float | None:
+    """Seconds until the one at this place in a line is through, when ``through`` were in the last ``window_s``; None:
+    nothing to go by."""
+    return None if through < 1 else round(place * window_s / through, 1)

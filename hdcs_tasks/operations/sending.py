@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from celery import Celery
+from celery.utils import uuid
 
 from hdcs_tasks.app import describe
 from hdcs_tasks.errors import from_dict
-from hdcs_tasks.routing import queue_for
 
 
 @contextmanager
@@ -33,11 +34,23 @@ def send(
         with batch(celery) as producer:
             send(celery, name, message, queue, task_id=task_id, expires_s=expires_s, producer=producer)
         return
-    target: Any = queue_for(queue)  # the stubs know no Queue here
-    celery.send_task(
-        name, kwargs=message, queue=target, task_id=task_id, expires=expires_s, ignore_result=True,
-        argsrepr="", kwargsrepr=describe(message), producer=producer, retry=False,
+    made = celery.amqp.as_task_v2(
+        task_id or uuid(), name, kwargs=message, expires=expires_s, ignore_result=True, argsrepr="",
+        kwargsrepr=describe(message), create_sent_event=True,
     )  # fmt: skip
+    # Straight to the queue of that name (the unnamed exchange): send_task would route, bind and declare anew each time.
+    producer.publish(
+        made.body, exchange="", routing_key=queue, serializer="json", headers=made.headers, delivery_mode=2,
+        retry=False, expiration=expires_s, **made.properties,
+    )  # fmt: skip
+    sent = (made.sent_event or {}) | {"queue": queue, "exchange": "", "routing_key": queue}
+    _dispatcher(celery).publish("task-sent", sent, producer, retry=False)
+
+
+@cache
+def _dispatcher(celery: Celery) -> Any:
+    """Events go out by the batch's producer, so the dispatcher needs no connection of its own."""
+    return celery.events.Dispatcher(enabled=False)
 
 
 def broadcast(celery: Celery, name: str, message: dict[str, Any], queues: Iterable[str], expires_s: float) -> None:

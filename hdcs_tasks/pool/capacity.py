@@ -1,33 +1,96 @@
-"""Capacity: how many more VMs of a profile fit, by the same numbers the scheduler claims from."""
+"""Capacity: how many more VMs of a profile fit, by the scheduler's own judgement of the pools as they are."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from hdcs_tasks.errors import NotFound
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from hdcs_tasks.errors import Invalid, NotFound
 from hdcs_tasks.operations.control import Control
-from hdcs_tasks.pool.rules import memory_need_mib
+from hdcs_tasks.pool import capacity_rules
+from hdcs_tasks.pool.policy import VmPolicy, read
+from hdcs_tasks.pool.rooms import candidate
+from hdcs_tasks.pool.rules import Candidate, Shape, Terms
 from hdcs_tasks.store.models import DomainNode, Profile
 
+MIX_MAX = 1000
 
-def capacity(control: Control, profile_name: str) -> dict[str, Any]:
+
+def capacity(
+    control: Control, profile_name: str | None = None, *, without: Sequence[str] = (),
+    with_nodes: Sequence[Mapping[str, Any]] = (), mix: Mapping[str, int] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Per server node, per domain node and in all; each with what limits it.
 
-    Returns ``{profile, vms, domain_nodes: {name: {vms, limit, server_nodes: {name: {vms, limit}}}}}``.
+    ``without``: as if these server nodes were gone; ``with_nodes``: as if there were more, each ``{vcpus, memory_mib,
+    domain_node}`` as promised to guests (domain_node may be left out where there is one). Returns ``{profile, vms,
+    n_plus_one, domain_nodes: {name: {vms, n_plus_one, limit, server_nodes: {name: {vms, limit}}}}}``; in all,
+    ``n_plus_one`` keeps one server node free in every domain node. With ``mix`` (profile -> how many) also ``mix:
+    {rounds, vms, stopped_by}``. Raises NotFound, Invalid.
     """
     with control.store.read() as session:
-        profile = session.get(Profile, profile_name)
-        names = [row.name for row in session.query(DomainNode).order_by(DomainNode.name)]
-    if profile is None:
-        raise NotFound(f"there is no profile {profile_name!r}", next="See: hdcs profile list")
-    need = memory_need_mib(profile.memory_mib, profile.vcpus, 1, control.settings.capacity)
-    found = {}
-    for name in names:
-        free_ports = control.reservations.ports.usage(name).free
-        nodes = control.reservations.pool.capacity(name, profile.vcpus, need, free_ports)
-        total = nodes.pop("")
-        found[name] = {
-            "vms": total.vms, "limit": total.limit,
-            "server_nodes": {node: {"vms": c.vms, "limit": c.limit} for node, c in sorted(nodes.items())},
+        rows = list(session.scalars(select(DomainNode).order_by(DomainNode.name)))
+        rooms = [candidate(control, session, row) for row in rows]
+        shapes = {name: _profile(session, name) for name in [*(mix or {}), *([profile_name] if profile_name else [])]}
+    rooms = _what_if(rooms, without, with_nodes)
+    found: dict[str, Any] = {"profile": profile_name}
+    if profile_name is not None:
+        shape, terms = shapes[profile_name]
+        counts = [capacity_rules.count(room, shape, terms, control.settings.capacity) for room in rooms]
+        found |= {
+            "vms": sum(c.vms for c in counts), "n_plus_one": sum(c.n_plus_one for c in counts),
+            "domain_nodes": {c.domain_node: _shown(c) for c in counts},
         }  # fmt: skip
-    return {"profile": profile_name, "vms": sum(pool["vms"] for pool in found.values()), "domain_nodes": found}
+    if mix is not None:
+        entries = [(name, shapes[name][0], _times(name, times)) for name, times in mix.items()]
+        found["mix"] = asdict(capacity_rules.count_mix(rooms, entries, control.settings.capacity))
+    return found
+
+
+def _profile(session: Session, name: str) -> tuple[Shape, Terms]:
+    profile = session.get(Profile, name)
+    if profile is None:
+        raise NotFound(f"there is no profile {name!r}", next="See: hdcs profile list")
+    ruled = read(VmPolicy, profile.rules)
+    shape = Shape(
+        profile.vcpus, profile.memory_mib, disk_bytes=profile.disk_bytes or 0,
+        memory_overcommit=ruled.memory_overcommit, vcpu_overcommit=ruled.vcpu_overcommit,
+    )  # fmt: skip
+    return shape, Terms(pin=ruled.pin, node_tags=ruled.node_tags, together=ruled.together, apart=ruled.apart)
+
+
+def _times(name: str, times: Any) -> int:
+    if type(times) is not int or not 0 <= times <= MIX_MAX:
+        raise Invalid(f"{times!r} of profile {name} is not a number from 0 to {MIX_MAX}")
+    return times
+
+
+def _what_if(
+    rooms: list[Candidate], without: Sequence[str], with_nodes: Sequence[Mapping[str, Any]]
+) -> list[Candidate]:
+    known = {node.name for room in rooms for node in room.nodes}
+    missing = [name for name in without if name not in known]
+    if missing:
+        raise NotFound(f"there is no server node {missing[0]!r}", next="See: hdcs node list")
+    names = [room.domain_node for room in rooms]
+    new: dict[str, list[Any]] = {name: [] for name in names}
+    for number, wanted in enumerate(with_nodes, 1):
+        home = wanted.get("domain_node") or (names[0] if len(names) == 1 else "")
+        if home not in new:
+            raise Invalid(
+                f"a new server node of which domain node? ({', '.join(names) or 'there is none'})",
+                next="As in --with-node east:32x65536",
+            )
+        new[home].append(capacity_rules.new_node(number, int(wanted["vcpus"]), int(wanted["memory_mib"])))
+    return [capacity_rules.what_if(room, without, new[room.domain_node]) for room in rooms]
+
+
+def _shown(found: capacity_rules.PoolCount) -> dict[str, Any]:
+    return {
+        "vms": found.vms, "n_plus_one": found.n_plus_one, "limit": found.limit,
+        "server_nodes": {name: {"vms": c.vms, "limit": c.limit} for name, c in sorted(found.nodes.items())},
+    }  # fmt: skip

@@ -15,7 +15,7 @@ from hdcs_tasks.clock import now_s
 from hdcs_tasks.errors import Conflict, NotFound, Rejected, WrongState
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.control import Control, Tx
-from hdcs_tasks.pool import rules
+from hdcs_tasks.pool import policy, rules, waiting
 from hdcs_tasks.pool.proof import JoinRequest, proof_of, token_key
 from hdcs_tasks.reservations import PoolNode
 from hdcs_tasks.routing import check_name
@@ -137,11 +137,9 @@ def _take_lease(control: Control, request: JoinRequest) -> None:
 
 
 def _record(tx: Tx, request: JoinRequest, subnet: str) -> ServerNode:
-    config = tx.control.settings.capacity
-    facts = rules.NodeFacts(**request.facts)
-    vcpus = rules.schedulable_vcpus(facts, config)
-    memory_mib = rules.schedulable_memory_mib(facts, config)
     node = tx.session.get(ServerNode, request.server_node)
+    pool = get_domain_node(tx.session, request.domain_node)
+    vcpus, memory_mib = _promised(tx.control, pool, request.facts, node.rules if node else {})
     if node is not None and node.domain_node != request.domain_node:
         if node.state in IN_POOL:
             raise Conflict(
@@ -168,6 +166,15 @@ def _record(tx: Tx, request: JoinRequest, subnet: str) -> ServerNode:
     return node
 
 
+def _promised(control: Control, pool: DomainNode, facts: dict[str, Any], ruled: dict[str, Any]) -> tuple[int, int]:
+    """vCPUs and MiB a server node of this domain node may promise to guests, by the rules that hold for it."""
+    config = policy.capacity_settings(
+        control.settings.capacity, policy.read(policy.PoolPolicy, pool.rules), policy.read(policy.NodePolicy, ruled)
+    )
+    known = rules.NodeFacts(**facts)
+    return rules.schedulable_vcpus(known, config), rules.schedulable_memory_mib(known, config)
+
+
 def _elect_primary(session: Session, domain_node: DomainNode) -> None:
     """The living server node with the lowest IP holds the storage-primary role."""
     session.flush()
@@ -180,15 +187,49 @@ def _elect_primary(session: Session, domain_node: DomainNode) -> None:
 
 def put_in_pool(control: Control, tx: Tx, node: ServerNode) -> None:
     """Make Redis's pool show this node after the commit."""
-    pool_node = pool_node_of(node)
-    tx.after(lambda: control.reservations.pool.put_node(node.domain_node, pool_node))
+    pool_node, domain_node = pool_node_of(node), node.domain_node
+    tx.after(lambda: control.reservations.pool.put_node(domain_node, pool_node))
+    tx.after(lambda: waiting.wake_waiting(control, domain_node))
 
 
 def pool_node_of(node: ServerNode) -> PoolNode:
+    ruled = policy.read(policy.NodePolicy, node.rules)
     return PoolNode(
         name=node.name, vcpus=node.vcpus, memory_mib=node.memory_mib, subnet=node.subnet,
-        schedulable=node.state is ServerNodeState.UP and not node.draining,
+        max_starts=ruled.max_starts,
+        schedulable=node.state is ServerNodeState.UP and not node.draining, tags=ruled.tags,
     )  # fmt: skip
+
+
+# --- what operators rule
+
+
+def set_domain_rules(control: Control, name: str, **changes: Any) -> dict[str, Any]:
+    """Change placement rules of a domain node (``policy.PoolPolicy``; None: the default again). Its view; Invalid."""
+    with control.transaction() as tx:
+        row = get_domain_node(tx.session, name)
+        row.rules = policy.changed(policy.PoolPolicy, row.rules, changes)
+        max_starts = policy.read(policy.PoolPolicy, row.rules).max_starts
+        tx.after(lambda: control.reservations.pool.limit_starts(name, max_starts))
+        for node in tx.session.scalars(select(ServerNode).where(ServerNode.domain_node == name)):
+            _count_anew(control, tx, row, node)
+    return show_domain_node(control, name)
+
+
+def set_node_rules(control: Control, name: str, **changes: Any) -> dict[str, Any]:
+    """Change placement rules of a server node (``policy.NodePolicy``; None: the default again). Its view; Invalid."""
+    with control.transaction() as tx:
+        node = get_server_node(tx.session, name)
+        node.rules = policy.changed(policy.NodePolicy, node.rules, changes)
+        _count_anew(control, tx, get_domain_node(tx.session, node.domain_node), node)
+    return show_server_node(control, name)
+
+
+def _count_anew(control: Control, tx: Tx, pool: DomainNode, node: ServerNode) -> None:
+    """What is claimed stays, also where it now is more than may be promised: then nothing more fits."""
+    node.vcpus, node.memory_mib = _promised(control, pool, node.facts, node.rules)
+    if node.state in IN_POOL:
+        put_in_pool(control, tx, node)
 
 
 # --- leaving and losing
@@ -282,7 +323,7 @@ def node_view(node: ServerNode) -> dict[str, Any]:
     return {
         "name": node.name, "domain_node": node.domain_node, "state": node.state.value, "draining": node.draining,
         "ip": node.ip, "subnet": node.subnet, "vcpus": node.vcpus, "memory_mib": node.memory_mib,
-        "facts": node.facts, "joined_at": node.joined_at.isoformat(),
+        "rules": node.rules, "facts": node.facts, "joined_at": node.joined_at.isoformat(),
         "observed_at": node.observed_at.isoformat() if node.observed_at else None,
     }  # fmt: skip
 
@@ -333,5 +374,5 @@ def _domain_node_view(control: Control, row: DomainNode, nodes: list[ServerNode]
         "port_first": row.port_first, "port_last": row.port_last,
         "ports_used": used, "ports_cooling": cooling, "ports_free": free,
         "storage_total_bytes": row.storage_total_bytes, "storage_free_bytes": row.storage_free_bytes,
-        "disk_promised_bytes": control.reservations.disks.used(row.name),
+        "disk_promised_bytes": control.reservations.disks.used(row.name), "rules": row.rules,
     }  # fmt: skip

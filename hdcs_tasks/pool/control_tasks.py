@@ -9,7 +9,7 @@ from hdcs_tasks.operations.control_tasks import control
 from hdcs_tasks.operations.recovery import sweep_once
 from hdcs_tasks.operations.requests import request_task
 from hdcs_tasks.pool import control as pool
-from hdcs_tasks.pool import rebuild, tidy
+from hdcs_tasks.pool import rebuild, tidy, waiting
 from hdcs_tasks.pool.proof import JoinRequest
 
 
@@ -36,6 +36,16 @@ def lease_sweep(period_s: float) -> None:
 @app.task(name="pool.reservation_sweep")
 def reservation_sweep(period_s: float) -> None:
     sweep_once(control(), "reservations", period_s, rebuild.reservation_sweep)
+
+
+@app.task(name="pool.dhcp_sweep")
+def dhcp_sweep(period_s: float) -> None:
+    sweep_once(control(), "dhcp", period_s, tidy.dhcp_sweep)
+
+
+@app.task(name="pool.waiting_sweep")
+def waiting_sweep(period_s: float) -> None:
+    sweep_once(control(), "waiting", period_s, waiting.waiting_sweep)
 
 
 @app.task(name="pool.tidy_sweep")

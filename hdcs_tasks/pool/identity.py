@@ -30,6 +30,11 @@ def remember(config: Settings, **facts: Any) -> None:
     _recall.cache_clear()
 
 
+def joined_file(config: Settings) -> Path:
+    """Is there when this node has joined since its node program was started."""
+    return config.state_dir / "joined"
+
+
 def virt_type(config: Settings) -> str:
     """``kvm`` or ``qemu``: as set, or as probed when this node joined."""
     if config.virt_type != "auto":

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
 from celery.exceptions import TimeoutError as CeleryTimeoutError
 
 from hdcs_tasks.clock import now_s
-from hdcs_tasks.errors import HdcsError, Invalid, Unreachable
+from hdcs_tasks.errors import Conflict, HdcsError, Invalid, Unreachable
 from hdcs_tasks.hypervisor import facts as host_facts
 from hdcs_tasks.hypervisor import guests, networks, storage
+from hdcs_tasks.hypervisor.locks import vm_lock
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.node import NodeContext
 from hdcs_tasks.operations.sending import send, unwrap
@@ -95,6 +97,28 @@ def report(ctx: NodeContext, run_id: str) -> None:
     ]
     message = {"run_id": run_id, "node": ctx.server_node, "guests": found}
     send(ctx.celery, "pool.node_report", {"report": message}, CONTROL, expires_s=60)
+
+
+def tidy(ctx: NodeContext) -> None:
+    """Remove every DHCP host entry whose VM holds no claim here. A VM being worked on is left for the next time."""
+    if not ctx.reservations.epoch.is_open():
+        return
+    owned = {c.vm for c in ctx.reservations.pool.claims(ctx.domain_node) if c.node == ctx.server_node}
+    for entry in networks.dhcp_hosts(ctx.host(), ctx.settings.network_name):
+        vm_id = ctx.reservations.macs.owner(entry.mac) or ""
+        if vm_id not in owned:
+            _remove_dhcp_host(ctx, entry.mac, vm_id)
+
+
+def _remove_dhcp_host(ctx: NodeContext, mac: str, vm_id: str) -> None:
+    """An entry whose VM holds nothing here. Looked at once more under its lock: a start claims before it adds one."""
+    if not vm_id:
+        networks.remove_dhcp_host(ctx.host(), ctx.settings.network_name, mac)
+        return
+    with suppress(Conflict), vm_lock(ctx.settings.state_dir, vm_id):
+        held = [c for c in ctx.reservations.pool.claim_of(vm_id) if c.node == ctx.server_node]
+        if not held and ctx.reservations.epoch.is_open():
+            networks.remove_dhcp_host(ctx.host(), ctx.settings.network_name, mac)
 
 
 def storage_facts(ctx: NodeContext) -> dict[str, int]:

@@ -10,3 +10,8 @@ from hdcs_tasks.pool import node
 @app.task(name="pool.report_on_node")
 def report(run_id: str) -> None:
     node.report(node_context(), run_id)
+
+
+@app.task(name="pool.tidy_on_node")
+def tidy() -> None:
+    node.tidy(node_context())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import select
 
 from hdcs_tasks.errors import Conflict, Invalid, NotFound
 from hdcs_tasks.operations.control import Control
+from hdcs_tasks.pool.policy import VmPolicy, changed
 from hdcs_tasks.routing import check_name
 from hdcs_tasks.store.models import Profile
 
@@ -27,9 +29,11 @@ def ensure_built_in(control: Control) -> None:
 
 
 def create(
-    control: Control, name: str, *, vcpus: int, memory_mib: int, disk_bytes: int | None = None, usb: str = "off"
-) -> dict[str, Any]:
-    """Create a profile. Raises Invalid for an impossible shape, Conflict when it exists."""
+    control: Control, name: str, *, vcpus: int, memory_mib: int, disk_bytes: int | None = None, usb: str = "off",
+    rules: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Create a profile. Raises Invalid for an impossible shape or rule, Conflict when it exists."""
+    ruled = changed(VmPolicy, {}, rules or {})
     check_name("profile", name)
     if not 1 <= vcpus <= 512:
         raise Invalid(f"{vcpus} vCPUs are not between 1 and 512")
@@ -40,7 +44,7 @@ def create(
     with control.transaction() as tx:
         if tx.session.get(Profile, name) is not None:
             raise Conflict(f"there is a profile {name} already", next="See: hdcs profile list")
-        profile = Profile(name=name, vcpus=vcpus, memory_mib=memory_mib, disk_bytes=disk_bytes, usb=usb)
+        profile = Profile(name=name, vcpus=vcpus, memory_mib=memory_mib, disk_bytes=disk_bytes, usb=usb, rules=ruled)
         tx.session.add(profile)
         return view(profile)
 
@@ -62,5 +66,5 @@ def list_profiles(control: Control) -> list[dict[str, Any]]:
 def view(profile: Profile) -> dict[str, Any]:
     return {
         "name": profile.name, "vcpus": profile.vcpus, "memory_mib": profile.memory_mib,
-        "disk_bytes": profile.disk_bytes, "usb": profile.usb,
+        "disk_bytes": profile.disk_bytes, "usb": profile.usb, "rules": profile.rules,
     }  # fmt: skip

@@ -17,10 +17,11 @@ from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.control import Control
 from hdcs_tasks.operations.sending import broadcast
 from hdcs_tasks.pool.control import IN_POOL, pool_node_of
-from hdcs_tasks.pool.rules import memory_need_mib
+from hdcs_tasks.pool.policy import PoolPolicy, read
+from hdcs_tasks.pool.rooms import vm_shape, vm_terms
+from hdcs_tasks.pool.rules import need_of
 from hdcs_tasks.reservations import Claim, PoolSnapshot, Snapshot
 from hdcs_tasks.routing import quick_queue
-from hdcs_tasks.states import VM_HOLDS_GUEST, ServerNodeState
 from hdcs_tasks.store.models import DomainNode, Operation, ServerNode, Vm
 
 log = logger(__name__)
@@ -117,22 +118,23 @@ def _pool_snapshot(
         for vm_id, seen in _held(node, homed, reports).items():
             vm = homed[vm_id]
             port = ports.setdefault(vm_id, seen.get("console_port") or 0) or vm.port or 0
-            need = memory_need_mib(vm.memory_mib, vm.vcpus, 1, control.settings.capacity)
-            claims.append(Claim(row.name, vm_id, node.name, vm.vcpus, need, port, seen.get("ip") or "", ""))
+            need = need_of(vm_shape(vm), control.settings.capacity)
+            ip = seen.get("ip") or (vm.ip if vm.server_node == node.name else None) or ""
+            claims.append(Claim(row.name, vm_id, node.name, need.vcpus, need.memory_mib, port, ip, ""))
     return PoolSnapshot(
         row.port_first, row.port_last, tuple(pool_node_of(n) for n in here if n.state in IN_POOL), tuple(claims),
         {vm: port for vm, port in ports.items() if port}, {vm.id: vm.disk_bytes for vm in homed.values()},
+        {vm.id: vm_terms(vm).marks for vm in homed.values() if vm.tags or vm.rules},
+        read(PoolPolicy, row.rules).max_starts,
     )  # fmt: skip
 
 
 def _held(node: ServerNode, homed: dict[str, Vm], reports: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What this server node holds: what it reported, and what the record says: a guest may run since the report. One
-    that has gone is found by the next sample, and then gives back what it held."""
+    """What this server node holds: what it reported, and what the record says: a guest may run since the report, and
+    those of a silent node run on, also where its worker left in order. One that has gone is found by the next sample,
+    and then gives back what it held."""
     reported = {g["vm_id"]: g for g in reports.get(node.name, {"guests": []})["guests"] if g["vm_id"] in homed}
-    if node.state is ServerNodeState.LEFT:
-        return reported
     recorded = {
-        vm.id: {"ip": vm.ip, "console_port": vm.port}
-        for vm in homed.values() if vm.server_node == node.name and vm.state in VM_HOLDS_GUEST
+        vm.id: {"ip": vm.ip, "console_port": vm.port} for vm in homed.values() if vm.server_node == node.name
     }  # fmt: skip
     return recorded | reported

@@ -2,17 +2,19 @@
 
 Layer one (here) chooses the domain node of a new VM: a pool with a server node that really fits, not the one with the
 most free memory in sum. Layer two, the server node, is chosen and claimed in one Redis script
-(reservations/pool_place.lua).
+(reservations/pool_place.lua); ``judge_nodes`` says what that script says, of a snapshot: for a dry run, for who of the
+waiting may go next, and for capacity. A property test holds the two together.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from hdcs_tasks.config import CapacitySettings
+from hdcs_tasks.pool.policy import Order
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +31,15 @@ class NodeFacts:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What one VM asks for. ``disk_bytes``: its virtual disk; ``graphics``: graphics devices."""
+    """What one VM asks for. ``disk_bytes``: its virtual disk; ``graphics``: graphics devices; of vCPUs and memory only
+    the part the overcommit ratios leave is claimed (2.0: half)."""
 
     vcpus: int
     memory_mib: int
     graphics: int = 1
     disk_bytes: int = 0
+    memory_overcommit: float = 1.0
+    vcpu_overcommit: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,13 @@ class Free:
     ips: int | None = None
     ports: int | None = None
     disk_bytes: int | None = None
+
+
+class Need(NamedTuple):
+    """What a VM claims of a server node: vCPUs, and memory with the host's overhead in MiB."""
+
+    vcpus: int
+    memory_mib: int
 
 
 class Capacity(NamedTuple):
@@ -94,6 +106,13 @@ def memory_need_mib(memory_mib: int, vcpus: int, graphics: int, settings: Capaci
     return math.ceil(memory_mib + overhead)
 
 
+def need_of(shape: Shape, settings: CapacitySettings) -> Need:
+    """What a VM of this shape claims of a server node."""
+    overhead = memory_need_mib(shape.memory_mib, shape.vcpus, shape.graphics, settings) - shape.memory_mib
+    memory_mib = math.ceil(shape.memory_mib / shape.memory_overcommit) + overhead
+    return Need(max(1, math.ceil(shape.vcpus / shape.vcpu_overcommit)), memory_mib)
+
+
 def capacity(facts: NodeFacts, shape: Shape, settings: CapacitySettings, free: Free | None = None) -> Capacity:
     """How many more VMs of ``shape`` the server node takes. ``free``: what is left of it; None: it is empty."""
     left = free or Free(schedulable_vcpus(facts, settings), schedulable_memory_mib(facts, settings))
@@ -106,8 +125,8 @@ def capacity(facts: NodeFacts, shape: Shape, settings: CapacitySettings, free: F
 
 def capacity_left(shape: Shape, settings: CapacitySettings, free: Free) -> Capacity:
     """How many VMs of ``shape`` fit into what is left: the least of all limits, and which it is."""
-    need = memory_need_mib(shape.memory_mib, shape.vcpus, shape.graphics, settings)
-    limits = [(free.memory_mib // need, "memory"), (free.vcpus // shape.vcpus, "vcpus")]
+    need = need_of(shape, settings)
+    limits = [(free.memory_mib // need.memory_mib, "memory"), (free.vcpus // need.vcpus, "vcpus")]
     if free.ips is not None:
         limits.append((free.ips, "ips"))
     if free.ports is not None:
@@ -123,7 +142,9 @@ def capacity_left(shape: Shape, settings: CapacitySettings, free: Free) -> Capac
 
 @dataclass(frozen=True, slots=True)
 class NodeRoom:
-    """A server node as layer one sees it. ``total_memory_mib`` and ``total_vcpus``: what may be promised in all."""
+    """A server node as the scheduler sees it. ``total_*``: what may be promised in all; ``state``: why it takes nothing
+    where not ``schedulable``; ``tags``: its own; ``members``: tag -> the VMs with it that hold a claim there;
+    ``free_starts``: how many more starts may be under way (None: any)."""
 
     name: str
     free: Free
@@ -132,17 +153,57 @@ class NodeRoom:
     schedulable: bool = True
     max_vcpus: int = 0
     tags: tuple[str, ...] = ()
+    members: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    free_starts: int | None = None
+    state: str = "draining"
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A domain node with its server nodes and what is left of ports and storage. ``has_image``: no copy needed."""
+    """A domain node with its server nodes and what is left of ports, storage and starts. ``has_image``: no copy
+    needed; ``order``: how its server nodes are filled."""
 
     domain_node: str
     nodes: tuple[NodeRoom, ...]
     free_ports: int | None = None
     free_disk_bytes: int | None = None
     has_image: bool = False
+    order: Order = "spread"
+    free_starts: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """Where a VM may run, beside needing room. ``pin``: this server node or none; ``exclude``: none of these;
+    ``node_tags``: a server node must have them all; ``together``, ``apart``: tags of other VMs; ``tags``: its own;
+    ``vm``: its id, for it is no company to itself; ``start``: counts as a start under way."""
+
+    pin: str | None = None
+    exclude: tuple[str, ...] = ()
+    node_tags: tuple[str, ...] = ()
+    together: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    vm: str = ""
+    start: bool = False
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What this VM is to the others: its tags, and whom it shuns."""
+        return marks_of(self.tags, self.apart)
+
+    @property
+    def shuns(self) -> tuple[str, ...]:
+        """Marks it must not meet: keeping apart holds both ways, whoever starts first."""
+        return shuns_of(self.tags, self.apart)
+
+
+def marks_of(tags: Sequence[str], apart: Sequence[str]) -> tuple[str, ...]:
+    return (*tags, *(f"!{tag}" for tag in apart))
+
+
+def shuns_of(tags: Sequence[str], apart: Sequence[str]) -> tuple[str, ...]:
+    return (*apart, *(f"!{tag}" for tag in tags))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,16 +214,20 @@ class HomeRequest:
     count: int = 1
     pin: str | None = None
     exclude: tuple[str, ...] = ()
-    tags: tuple[str, ...] = ()
-    order: Literal["pack", "spread"] = "spread"
+    terms: Terms = Terms()
+    order: Order = "spread"
 
 
 class NodeVerdict(NamedTuple):
-    """Why a server node cannot take the VM in words; '' where it can."""
+    """Why a server node cannot take the VM in words, and in one word (``reason``); both '' where it can. ``free_*``:
+    what is free there; ``vms``: how many of the shape fit."""
 
     node: str
     vms: int
     why: str
+    reason: str
+    free_vcpus: int
+    free_memory_mib: int
 
 
 class PoolVerdict(NamedTuple):
@@ -188,24 +253,68 @@ class Choice(NamedTuple):
     verdicts: tuple[PoolVerdict, ...]
 
 
-def judge_node(room: NodeRoom, request: HomeRequest, settings: CapacitySettings) -> NodeVerdict:
-    shape = request.shape
-    if not room.schedulable:
-        return NodeVerdict(room.name, 0, "draining")
-    missing = [tag for tag in request.tags if tag not in room.tags]
-    if missing:
-        return NodeVerdict(room.name, 0, f"lacks tag {missing[0]}")
+def judge_nodes(
+    nodes: Sequence[NodeRoom], shape: Shape, terms: Terms, settings: CapacitySettings
+) -> tuple[NodeVerdict, ...]:
+    """Each server node of one domain node: whether it takes the VM, and why not."""
+    company = {tag: {n.name for n in nodes if _others(n, tag, terms)} for tag in terms.together}
+    return tuple(_judge(room, shape, terms, settings, company) for room in nodes)
+
+
+def _judge(
+    room: NodeRoom, shape: Shape, terms: Terms, settings: CapacitySettings, company: Mapping[str, set[str]]
+) -> NodeVerdict:
+    free = room.free
+
+    def refused(reason: str, why: str) -> NodeVerdict:
+        return NodeVerdict(room.name, 0, why, reason, free.vcpus, free.memory_mib)
+
+    ruled = _ruled_out(room, terms, company)
+    if ruled is not None:
+        return refused(*ruled)
     if room.max_vcpus and shape.vcpus > room.max_vcpus:
-        return NodeVerdict(room.name, 0, f"takes guests of at most {room.max_vcpus} vCPU")
-    found = capacity_left(shape, settings, room.free)
-    if found.vms:
-        return NodeVerdict(room.name, found.vms, "")
-    words = {
-        "memory": f"{room.free.memory_mib} MiB free",
-        "vcpus": f"{room.free.vcpus} vCPU free",
-        "ips": "has no free IP",
-    }
-    return NodeVerdict(room.name, 0, words.get(found.limit, f"no {found.limit} left"))
+        return refused("max vcpus", f"takes guests of at most {room.max_vcpus} vCPU")
+    found = capacity_left(shape, settings, free)
+    if not found.vms:
+        words = {"memory": f"{free.memory_mib} MiB free", "vcpus": f"{free.vcpus} vCPU free", "ips": "has no free IP"}
+        return refused(found.limit, words.get(found.limit, f"no {found.limit} left"))
+    if terms.start and room.free_starts is not None and room.free_starts < 1:
+        return refused("starts", "has as many starts under way as it may")
+    return NodeVerdict(room.name, found.vms, "", "", free.vcpus, free.memory_mib)
+
+
+def _ruled_out(room: NodeRoom, terms: Terms, company: Mapping[str, set[str]]) -> tuple[str, str] | None:
+    """The first rule that keeps the VM off this server node, in one word and in words."""
+    if terms.pin and room.name != terms.pin:
+        return "unpinned", "is not the pinned server node"
+    if room.name in terms.exclude:
+        return "excluded", "is excluded"
+    if not room.schedulable:
+        return room.state, room.state
+    missing = [tag for tag in terms.node_tags if tag not in room.tags]
+    if missing:
+        return f"tag {missing[0]}", f"lacks tag {missing[0]}"
+    for tag in terms.shuns:
+        if _others(room, tag, terms):
+            return f"apart {tag}", apart_words(tag)
+    for tag, there in company.items():
+        if there and room.name not in there:
+            return f"together {tag}", together_words(tag)
+    return None
+
+
+def _others(room: NodeRoom, tag: str, terms: Terms) -> bool:
+    return bool(room.members.get(tag, frozenset()) - {terms.vm})
+
+
+def apart_words(mark: str) -> str:
+    if mark.startswith("!"):
+        return f"runs a VM that is kept apart from tag {mark[1:]}"
+    return f"runs a VM tagged {mark}, to be kept apart"
+
+
+def together_words(tag: str) -> str:
+    return f"runs no VM tagged {tag}, to be kept together"
 
 
 def pool_load(nodes: Iterable[NodeRoom]) -> float:
@@ -218,7 +327,7 @@ def pool_load(nodes: Iterable[NodeRoom]) -> float:
 
 
 def judge_pool(candidate: Candidate, request: HomeRequest, settings: CapacitySettings) -> PoolVerdict:
-    nodes = tuple(judge_node(room, request, settings) for room in candidate.nodes)
+    nodes = judge_nodes(candidate.nodes, request.shape, request.terms, settings)
     vms = sum(n.vms for n in nodes)
     why = ""
     if request.pin and candidate.domain_node != request.pin:
@@ -270,21 +379,49 @@ def split_over_pools(
     return plan, left
 
 
-def with_one_more(candidate: Candidate, shape: Shape, settings: CapacitySettings) -> Candidate:
-    """The domain node after one more VM of ``shape``, on the fitting server node with most memory left (as ``spread``
-    places it): what layer one plans the next VM of a bulk request with."""
-    need = memory_need_mib(shape.memory_mib, shape.vcpus, shape.graphics, settings)
-    fitting = [n for n in candidate.nodes if n.schedulable and capacity_left(shape, settings, n.free).vms]
-    if not fitting:
-        return candidate
-    best = max(fitting, key=lambda n: (n.free.memory_mib, n.free.vcpus))
-    ips = None if best.free.ips is None else best.free.ips - 1
-    free = replace(best.free, memory_mib=best.free.memory_mib - need, vcpus=best.free.vcpus - shape.vcpus, ips=ips)
+def in_order(verdicts: Iterable[NodeVerdict], order: Order) -> list[NodeVerdict]:
+    """The server nodes that take the VM, in the order layer two tries them: by free memory, then vCPUs, then name;
+    ``spread`` from the emptiest, ``pack`` from the fullest."""
+    fitting = [v for v in verdicts if not v.why]
+    return sorted(fitting, key=lambda v: (v.free_memory_mib, v.free_vcpus, v.node), reverse=order == "spread")
+
+
+def with_one_more(candidate: Candidate, shape: Shape, settings: CapacitySettings, terms: Terms = Terms()) -> Candidate:
+    """The domain node after one more VM of ``shape``, on the server node layer two would take: what layer one plans the
+    next VM of a bulk request with."""
+    taken = in_order(judge_nodes(candidate.nodes, shape, terms, settings), candidate.order)
+    return put_on(candidate, taken[0].node, shape, settings, terms) if taken else candidate
+
+
+def put_on(
+    candidate: Candidate, node: str, shape: Shape, settings: CapacitySettings, terms: Terms, *, times: int = 1
+) -> Candidate:
+    """The domain node with ``times`` more VMs of ``shape`` on this server node (-1: one fewer)."""
+    need = need_of(shape, settings)
+    nodes = tuple(_with(n, need, terms, times) if n.name == node else n for n in candidate.nodes)
     return replace(
-        candidate, nodes=tuple(replace(n, free=free) if n is best else n for n in candidate.nodes),
-        free_ports=None if candidate.free_ports is None else candidate.free_ports - 1,
-        free_disk_bytes=None if candidate.free_disk_bytes is None else candidate.free_disk_bytes - shape.disk_bytes,
+        candidate, nodes=nodes, free_ports=_less(candidate.free_ports, times),
+        free_disk_bytes=_less(candidate.free_disk_bytes, times * shape.disk_bytes),
+        free_starts=_less(candidate.free_starts, times) if terms.start else candidate.free_starts,
     )  # fmt: skip
+
+
+def _with(room: NodeRoom, need: Need, terms: Terms, times: int) -> NodeRoom:
+    free = replace(
+        room.free, memory_mib=room.free.memory_mib - times * need.memory_mib,
+        vcpus=room.free.vcpus - times * need.vcpus, ips=_less(room.free.ips, times),
+    )  # fmt: skip
+    members = dict(room.members)
+    for mark in terms.marks:
+        there = members.get(mark, frozenset())
+        # A VM that has no id yet is somebody else than the next one.
+        members[mark] = there | {terms.vm or f"#{len(there)}"} if times > 0 else there - {terms.vm}
+    starts = _less(room.free_starts, times) if terms.start else room.free_starts
+    return replace(room, free=free, members=members, free_starts=starts)
+
+
+def _less(amount: int | None, by: int) -> int | None:
+    return None if amount is None else amount - by
 
 
 def explain(choice: Choice, shape: Shape, profile: str = "") -> str:

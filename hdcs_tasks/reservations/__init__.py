@@ -15,6 +15,7 @@ from hdcs_tasks.reservations import rebuild as _rebuild
 from hdcs_tasks.reservations.epoch import Epoch
 from hdcs_tasks.reservations.leases import Leases
 from hdcs_tasks.reservations.link import Link, connect
+from hdcs_tasks.reservations.marks import Marks
 from hdcs_tasks.reservations.model import (
     Check,
     Claim,
@@ -29,6 +30,7 @@ from hdcs_tasks.reservations.model import (
     PoolSnapshot,
     PortUsage,
     Snapshot,
+    Standing,
     StepStatus,
 )
 from hdcs_tasks.reservations.names import Disks, Macs, Ports, Subnets
@@ -38,7 +40,7 @@ from hdcs_tasks.reservations.steps import Steps
 
 __all__ = [
     "Check", "Claim", "ClaimAnswer", "MixEntry", "NodeCapacity", "Orphans", "PlaceRequest", "Placed", "PoolNode",
-    "PoolNodeView", "PoolSnapshot", "PortUsage", "Reservations", "Snapshot", "StepStatus",
+    "PoolNodeView", "PoolSnapshot", "PortUsage", "Reservations", "Snapshot", "Standing", "StepStatus",
 ]  # fmt: skip
 
 
@@ -60,6 +62,7 @@ class Reservations:
         self.disks = Disks(self._link)
         self.notes = Notes(self._link)
         self.pool = Pool(self._link, self.macs.propose)
+        self.marks = Marks(self._link)
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Reservations:
@@ -87,7 +90,8 @@ class Reservations:
             for n in self.pool.nodes(domain_node)
         )
         claims = tuple(self.pool.claims(domain_node))
-        return PoolSnapshot(first, last, nodes, claims, self.ports.all(domain_node), self.disks.all(domain_node))
+        return PoolSnapshot(first, last, nodes, claims, self.ports.all(domain_node), self.disks.all(domain_node),
+                            self.marks.all(domain_node), self.pool.start_limit(domain_node))  # fmt: skip
 
     def orphans(self, vms: Collection[str]) -> Orphans:
         """Reservations of VMs not among ``vms`` (all that exist). Cooling ports are no orphans."""

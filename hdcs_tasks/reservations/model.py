@@ -85,7 +85,9 @@ class PlaceRequest:
     ``order``: ``pack`` fills nodes (room stays for big VMs), ``spread`` takes the emptiest.
     ``mix``: the VMs expected next; with it ``pack`` takes the node where the fewest of them are lost.
     ``tags``: a node must have them all. ``mac``: take the VM's MAC too.
-    ``start_s``: how long a start counts against ``max_starts`` unless ``Pool.started`` says it ended.
+    ``start_s``: how long a start counts against ``max_starts`` unless ``Pool.started`` says it ended; 0: is no start.
+    ``marks``: what this VM is to others; ``shuns``: marks it must not meet on a node, ``seeks``: marks it must meet
+    where another VM has them. ``label``: what a refusal calls the VM ("profile small (128 MiB)"), ``hint``: what to do.
     """
 
     domain_node: str
@@ -102,6 +104,11 @@ class PlaceRequest:
     mix: tuple[MixEntry, ...] = ()
     tags: tuple[str, ...] = ()
     start_s: float = 120.0
+    marks: tuple[str, ...] = ()
+    shuns: tuple[str, ...] = ()
+    seeks: tuple[str, ...] = ()
+    label: str = ""
+    hint: str = ""
 
 
 class Placed(NamedTuple):
@@ -126,6 +133,16 @@ class Claim(NamedTuple):
     step: str
 
 
+class Standing(NamedTuple):
+    """What a pool looks like to a VM of one size: how many server nodes it has, how many of them take VMs at all, how
+    many have room; and those layer two would take next, best first: (node, free vCPU, free MiB)."""
+
+    nodes: int
+    open: int
+    fitting: int
+    best: tuple[tuple[str, int, int], ...]
+
+
 class PortUsage(NamedTuple):
     used: int
     cooling: int
@@ -141,7 +158,8 @@ class NodeCapacity(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PoolSnapshot:
-    """One domain node's reservations. ``ports``: VM -> port; ``disks``: VM -> bytes."""
+    """One domain node's reservations. ``ports``: VM -> port; ``disks``: VM -> bytes; ``marks``: VM -> its marks;
+    ``max_starts``: starts under way at once on its storage (0: no limit)."""
 
     port_first: int
     port_last: int
@@ -149,6 +167,8 @@ class PoolSnapshot:
     claims: tuple[Claim, ...] = ()
     ports: Mapping[str, int] = field(default_factory=dict)
     disks: Mapping[str, int] = field(default_factory=dict)
+    marks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    max_starts: int = 0
 
 
 @dataclass(frozen=True, slots=True)

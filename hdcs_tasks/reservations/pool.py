@@ -5,11 +5,20 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from hdcs_tasks.errors import Conflict, HdcsError, Invalid, NoCapacity
 from hdcs_tasks.reservations.link import Link, check_token
-from hdcs_tasks.reservations.model import Claim, MixEntry, NodeCapacity, Placed, PlaceRequest, PoolNode, PoolNodeView
+from hdcs_tasks.reservations.model import (
+    Claim,
+    MixEntry,
+    NodeCapacity,
+    Placed,
+    PlaceRequest,
+    PoolNode,
+    PoolNodeView,
+    Standing,
+)
 from hdcs_tasks.reservations.scripts import Value
 
 _NODE_FIELDS = (
@@ -191,23 +200,69 @@ class Pool:
             f"{r.domain_node}|{r.vm}|{r.step}|{r.vcpus}|{r.memory_mib}|{r.pin or ''}|{_wrapped(r.exclude)}|"
             f"{r.console_port:d}|{r.ip:d}|{mac}|{r.order}|{_wrapped(r.tags)}|{r.start_s * 1000:.0f}"
         )
-        keys, args = (self._epoch,), (self._link.prefix, _mix_text(r.mix), packed)
-        return keys, args
+        args: tuple[Value, ...] = (self._link.prefix, _mix_text(r.mix), packed)
+        if r.marks or r.shuns or r.seeks:
+            for name in (*r.marks, *r.shuns, *r.seeks):
+                check_token("tag", name)
+            args = (*args, f"{_wrapped(r.marks)}|{_wrapped(r.shuns)}|{_wrapped(r.seeks)}")
+        return (self._epoch,), args
 
-    def started(self, node: str, vm: str) -> None:
-        """The VM's start on this node ended: it no longer counts against ``max_starts``."""
-        self._link.do("ZREM", self._link.key("starts", node), vm)
+    def started(self, domain_node: str, node: str, vm: str) -> bool:
+        """The VM's start on this node ended: it no longer counts against ``max_starts``. False: it did not count."""
+        key = self._link.key
+        gone = self._link.commands([("ZREM", key("starts", node), vm), ("ZREM", key("starting", domain_node), vm)])
+        return any(gone)
+
+    # ---- starts, and how full it is
+
+    def limit_starts(self, domain_node: str, max_starts: int) -> None:
+        """How many starts may be under way at once on this domain node's storage; 0: any."""
+        if max_starts:
+            self._link.do("HSET", self._link.key("limits", "all"), domain_node, max_starts)
+        else:
+            self._link.do("HDEL", self._link.key("limits", "all"), domain_node)
+
+    def start_limit(self, domain_node: str) -> int:
+        """What ``limit_starts`` set; 0: any."""
+        return int(self._link.do("HGET", self._link.key("limits", "all"), domain_node) or 0)
+
+    def free_starts(self, domain_node: str) -> int | None:
+        """How many more starts may be under way on this domain node's storage; None: any."""
+        limit = self.start_limit(domain_node)
+        if not limit:
+            return None
+        now = self._link.do("TIME")
+        now_ms = int(now[0]) * 1000 + int(now[1]) // 1000
+        return max(0, limit - int(self._link.do("ZCOUNT", self._link.key("starting", domain_node), now_ms, "+inf")))
+
+    def standing(
+        self, domain_node: str, vcpus: int, memory_mib: int, order: Literal["pack", "spread"], best: int = 5
+    ) -> Standing:
+        """How the pool stands for a VM of this size, cheap at any size of the pool (a refusal of ``place`` tells why
+        for every server node)."""
+        pool, least = self._link.key("pool", domain_node), memory_mib * 65536 + vcpus
+        by = ("ZREVRANGEBYSCORE", pool, "+inf", least) if order == "spread" else ("ZRANGEBYSCORE", pool, least, "+inf")
+        nodes, open_, fitting, rows = self._link.commands([
+            ("SCARD", self._link.key("nodes", domain_node)), ("ZCARD", pool), ("ZCOUNT", pool, least, "+inf"),
+            (*by, "WITHSCORES", "LIMIT", 0, best),
+        ])  # fmt: skip
+        pairs = [(name, int(float(score))) for name, score in _pairs(rows)]
+        seen = tuple((name, score % 65536, score // 65536) for name, score in pairs)
+        return Standing(int(nodes), int(open_), int(fitting), seen)
 
     def release(
-        self, domain_node: str, vm: str, node: str, ip_cooling_s: float, port_cooling_s: float | None = None
-    ) -> bool:
+        self, domain_node: str, vm: str, node: str, ip_cooling_s: float, port_cooling_s: float | None = None,
+        step: str | None = None,
+    ) -> bool:  # fmt: skip
         """The VM was observed stopped on this node: capacity is free at once, the IP after ``ip_cooling_s``. With
-        ``port_cooling_s`` and no other claim left, its port cools too. False: it held nothing there."""
+        ``port_cooling_s`` and no other claim left, its port cools too. ``step``: only what that step claimed ('' is
+        what a rebuild wrote). False: it held nothing there."""
         key = self._link.key
         keys = [key("pool", domain_node), key("claims", domain_node), key("node", node), key("ips", node),
-                key("starts", node), key("ports", domain_node)]  # fmt: skip
+                key("starts", node), key("ports", domain_node), key("starting", domain_node)]  # fmt: skip
         port_ms: Value = "" if port_cooling_s is None else round(port_cooling_s * 1000)
-        return bool(self._link.call("pool_release", keys, vm, node, round(ip_cooling_s * 1000), port_ms))
+        by_step = "" if step is None else f"={step}"
+        return bool(self._link.call("pool_release", keys, vm, node, round(ip_cooling_s * 1000), port_ms, by_step))
 
     # ---- reading
 
@@ -215,6 +270,11 @@ class Pool:
         """Every claim in the domain node."""
         pairs = self._link.pairs(self._link.do("HGETALL", self._link.key("claims", domain_node)))
         return [claim for vm, text in sorted(pairs.items()) for claim in read_claims(domain_node, vm, text)]
+
+    def claim_counts(self, domain_node: str, vms: Sequence[str]) -> dict[str, int]:
+        """How many claims each of these VMs holds in the domain node."""
+        texts = self._link.commands([("HGET", self._link.key("claims", domain_node), vm) for vm in vms])
+        return {vm: len(read_claims(domain_node, vm, text)) for vm, text in zip(vms, texts, strict=True)}
 
     def claim_of(self, vm: str) -> list[Claim]:
         """What the VM holds, in whatever domain node: none, one, or two while it migrates."""
@@ -232,6 +292,13 @@ class Pool:
         if free_ports is not None and free_ports < total:
             return found | {"": NodeCapacity(free_ports, "ports")}
         return found | {"": NodeCapacity(total, "server nodes")}
+
+
+def _pairs(rows: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """Member and score, as Redis answers them flat or, with RESP3, in pairs."""
+    if rows and isinstance(rows[0], list | tuple):
+        return [(row[0], row[1]) for row in rows]
+    return list(zip(rows[::2], rows[1::2], strict=True))
 
 
 def _view(name: str, row: Sequence[Any]) -> PoolNodeView:
@@ -282,20 +349,27 @@ def _refused(request: PlaceRequest, answer: Sequence[Any]) -> NoCapacity:
     for row in rows:
         counts[row["why"]] = counts.get(row["why"], 0) + 1
     details = {"vm": request.vm, "domain_node": request.domain_node, "vcpus": request.vcpus,
-               "memory_mib": request.memory_mib, "nodes": rows, "counts": counts, "ports": answer[1]}  # fmt: skip
-    shape = f"VM {request.vm} ({request.vcpus} vCPU, {request.memory_mib} MiB)"
+               "memory_mib": request.memory_mib, "nodes": rows, "counts": counts, "ports": answer[1],
+               "best": sorted(rows, key=lambda row: -row["free_memory_mib"])[:_NAMED]}  # fmt: skip
+    shape = request.label or f"VM {request.vm} ({request.vcpus} vCPU, {request.memory_mib} MiB)"
     if answer[1]:
-        why = "all console ports are in use or cooling" if answer[1] == "port" else "it has no range of console ports"
-        return NoCapacity(f"domain node {request.domain_node} cannot take {shape}: {why}",
-                          next="Wait for ports to cool, or widen the range", details=details)  # fmt: skip
+        why, hint = _POOL_WORDS[answer[1]]
+        return NoCapacity(f"domain node {request.domain_node} cannot take {shape}: {why}", next=hint, details=details)
     said = [_words(row) for row in rows[:_NAMED]]
     if len(rows) > _NAMED:
         said.append(f"and {len(rows) - _NAMED} more")
     return NoCapacity(
         f"no server node of {request.domain_node} fits {shape}: {', '.join(said) or 'it has none'}",
-        next="See: hdcs pool capacity",
+        next=request.hint or "See: hdcs pool capacity",
         details=details,
     )
+
+
+_POOL_WORDS = {
+    "port": ("all console ports are in use or cooling", "Wait for ports to cool, or widen the range"),
+    "no range": ("it has no range of console ports", "Wait for ports to cool, or widen the range"),
+    "starts": ("as many starts are under way on its storage as may be", "Wait, or: hdcs domain set --max-starts"),
+}
 
 
 def _words(row: dict[str, Any]) -> str:
@@ -306,6 +380,12 @@ def _words(row: dict[str, Any]) -> str:
         return f"{name} {row['free_vcpus']} vCPU free"
     if why.startswith("tag "):
         return f"{name} lacks tag {why[4:]}"
+    if why.startswith("apart !"):
+        return f"{name} runs a VM that is kept apart from tag {why[7:]}"
+    if why.startswith("apart "):
+        return f"{name} runs a VM tagged {why[6:]}, to be kept apart"
+    if why.startswith("together "):
+        return f"{name} runs no VM tagged {why[9:]}, to be kept together"
     words = {
         "ip": "has no free IP",
         "no subnet": "has no subnet",

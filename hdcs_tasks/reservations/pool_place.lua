@@ -14,15 +14,20 @@
 -- <prefix>node:<server node>       hash   see pool_put.lua
 -- <prefix>ips:<server node>        see span.lua
 -- <prefix>starts:<server node>     zset   VM -> time (ms) from which its start no longer counts as under way
+-- <prefix>starting:<domain node>   zset   the same for the whole pool, where it is limited
+-- <prefix>limits:all               hash   domain node -> starts under way at once on its storage
+-- <prefix>tagged:<domain node>     set    marks its VMs have
+-- <prefix>tagged:<domain node>:<mark>  set  VMs with it; those without a claim are dropped as they are met
 -- ARGV[1]   prefix
 -- ARGV[2]   mix of VMs expected next "vcpus,memory_mib,weight;…" or ''
 -- ARGV[3]   domain node|vm|step|vcpus|memory_mib|pin or ''|",excluded,"|port 0 or 1|ip 0 or 1|proposed MAC or ''|
---           pack or spread|",required,tags,"|start_ms
+--           pack or spread|",required,tags,"|start_ms (0: no start, counts against no limit)
+-- ARGV[4]   only for a VM with tags or rules about others': ",marks,"|",shuns,"|",seeks,"
 local floor = math.floor
 local prefix = ARGV[1]
 local domain_node, vm, step, vcpus, memory, pin, excluded, want_port, want_ip, new_mac, order, tags, start_ms =
   string.match(ARGV[3], '^' .. string.rep('([^|]*)|', 12) .. '([^|]*)$')
-vcpus, memory = tonumber(vcpus), tonumber(memory)
+vcpus, memory, start_ms = tonumber(vcpus), tonumber(memory), tonumber(start_ms)
 local pool_key, claims_key, ports_key = prefix .. 'pool:' .. domain_node, prefix .. 'claims:' .. domain_node,
   prefix .. 'ports:' .. domain_node
 
@@ -61,6 +66,33 @@ if new_mac ~= '' then
   end
 end
 
+-- The server nodes where another VM with this mark holds a claim, as a set; nil: none.
+local function company(mark)
+  local key, found = prefix .. 'tagged:' .. domain_node .. ':' .. mark, nil
+  for _, other in ipairs(redis.call('SMEMBERS', key)) do
+    if other ~= vm then
+      local held = claims_read(redis.call('HGET', claims_key, other))
+      if #held == 0 then redis.call('SREM', key, other) end
+      for _, c in ipairs(held) do
+        found = found or {}
+        found[c.node] = true
+      end
+    end
+  end
+  return found
+end
+
+local marks, shunned, sought = '', {}, {}
+if ARGV[4] then
+  local shuns, seeks
+  marks, shuns, seeks = string.match(ARGV[4], '^([^|]*)|([^|]*)|([^|]*)$')
+  for mark in string.gmatch(shuns, '[^,]+') do shunned[#shunned + 1] = {mark, company(mark) or {}} end
+  for mark in string.gmatch(seeks, '[^,]+') do
+    local there = company(mark)
+    if there then sought[#sought + 1] = {mark, there} end
+  end
+end
+
 -- Why the node cannot take the VM, in one word; nil: it can, and an IP of it is now the VM's (second value).
 local function refusal(node, facts, dry)
   if pin ~= '' and node ~= pin then return 'unpinned' end
@@ -69,9 +101,15 @@ local function refusal(node, facts, dry)
   for tag in string.gmatch(tags, '[^,]+') do
     if not is_in(facts[7], tag) then return 'tag ' .. tag end
   end
+  for _, s in ipairs(shunned) do
+    if s[2][node] then return 'apart ' .. s[1] end
+  end
+  for _, s in ipairs(sought) do
+    if not s[2][node] then return 'together ' .. s[1] end
+  end
   if facts[2] - facts[4] < memory then return 'memory' end
   if facts[1] - facts[3] < vcpus then return 'vcpus' end
-  if tonumber(facts[6]) > 0 then
+  if start_ms > 0 and tonumber(facts[6]) > 0 then
     local starts = prefix .. 'starts:' .. node
     redis.call('ZREMRANGEBYSCORE', starts, '-inf', now_ms())
     if redis.call('ZCARD', starts) >= tonumber(facts[6]) then return 'starts' end
@@ -179,6 +217,12 @@ local function explain(port_reason)
   return answer
 end
 
+local pool_starts = start_ms > 0 and tonumber(redis.call('HGET', prefix .. 'limits:all', domain_node) or 0) or 0
+local starting_key = prefix .. 'starting:' .. domain_node
+if pool_starts > 0 then
+  redis.call('ZREMRANGEBYSCORE', starting_key, '-inf', now_ms())
+  if redis.call('ZCARD', starting_key) >= pool_starts then return explain('starts') end
+end
 local node, facts, ip = pick()
 if not node then
   return explain('')
@@ -202,7 +246,14 @@ claims_write(claims_key, vm, claims)
 local used_vcpus, used_memory = facts[3] + vcpus, facts[4] + memory
 redis.call('HSET', prefix .. 'node:' .. node, 'used_vcpus', used_vcpus, 'used_memory_mib', used_memory)
 pool_rank(pool_key, node, facts[1] - used_vcpus, facts[2] - used_memory, true)
-if tonumber(facts[6]) > 0 then
+if start_ms > 0 and tonumber(facts[6]) > 0 then
   redis.call('ZADD', prefix .. 'starts:' .. node, now_ms() + start_ms, vm)
+end
+if pool_starts > 0 then
+  redis.call('ZADD', starting_key, now_ms() + start_ms, vm)
+end
+for mark in string.gmatch(marks, '[^,]+') do
+  redis.call('SADD', prefix .. 'tagged:' .. domain_node, mark)
+  redis.call('SADD', prefix .. 'tagged:' .. domain_node .. ':' .. mark, vm)
 end
 return {'ok', node, port, string.format('%.0f', ip), mac}

@@ -8,10 +8,13 @@
 -- KEYS[4]  ips:<server node>      see span.lua
 -- KEYS[5]  starts:<server node>   zset   see pool_place.lua
 -- KEYS[6]  ports:<domain node>    see span.lua
--- ARGV     vm, server node, ip_cooling_ms, port_cooling_ms or '': the caller sees to the port
+-- KEYS[7]  starting:<domain node> zset   see pool_place.lua
+-- ARGV     vm, server node, ip_cooling_ms, port_cooling_ms or '': the caller sees to the port,
+--          '=<step>': only a claim made by that step, or '': any
 local kept, gone = {}, nil
 for _, claim in ipairs(claims_read(redis.call('HGET', KEYS[2], ARGV[1]))) do
-  if claim.node == ARGV[2] then gone = claim else kept[#kept + 1] = claim end
+  local fits = ARGV[5] == '' or ARGV[5] == '=' .. claim.step
+  if claim.node == ARGV[2] and fits then gone = claim else kept[#kept + 1] = claim end
 end
 if #kept == 0 and ARGV[4] ~= '' then
   span_cool(KEYS[6], ARGV[1], tonumber(ARGV[4]))
@@ -21,6 +24,7 @@ if not gone then
 end
 claims_write(KEYS[2], ARGV[1], kept)
 redis.call('ZREM', KEYS[5], ARGV[1])
+redis.call('ZREM', KEYS[7], ARGV[1])
 span_cool(KEYS[4], ARGV[1], tonumber(ARGV[3]))
 local facts = redis.call('HMGET', KEYS[3], 'vcpus', 'memory_mib', 'used_vcpus', 'used_memory_mib', 'schedulable')
 if facts[1] then

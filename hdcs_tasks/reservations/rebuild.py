@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from hdcs_tasks.errors import Invalid
 from hdcs_tasks.reservations.epoch import Epoch
@@ -14,7 +15,7 @@ from hdcs_tasks.reservations.scripts import Value
 
 # Families of keys a rebuild owns. Not: lease, step, ack (they end by themselves).
 _FAMILIES = ("mac:*", "subnet:*", "port_ranges:*", "ports:*", "pools:*", "pool:*", "nodes:*", "node:*", "claims:*",
-             "ips:*", "starts:*", "disk:*")  # fmt: skip
+             "ips:*", "starts:*", "starting:*", "limits:*", "tagged:*", "disk:*")  # fmt: skip
 _CHUNK = 1000
 
 
@@ -41,7 +42,7 @@ def _merged(present: Snapshot, snapshot: Snapshot) -> Snapshot:
         new = pools.get(name, PoolSnapshot(old.port_first, old.port_last))
         extra = tuple(node for node in old.nodes if node.name not in known)
         first, last = (new.port_first, new.port_last) if new.port_last else (old.port_first, old.port_last)
-        pools[name] = PoolSnapshot(first, last, new.nodes + extra, new.claims, new.ports, new.disks)
+        pools[name] = replace(new, port_first=first, port_last=last, nodes=new.nodes + extra)
     taken = set(snapshot.subnets.values())
     subnets = {n: s for n, s in present.subnets.items() if s not in taken} | dict(snapshot.subnets)
     return Snapshot(snapshot.macs, subnets, pools)
@@ -91,6 +92,12 @@ def _pool_commands(link: Link, name: str, pool: PoolSnapshot) -> Iterator[Sequen
     yield from _hash(link.key("claims", name), {vm: write_claims(claims) for vm, claims in by_vm.items()})
     for node in pool.nodes:
         yield from _node_commands(link, name, node, by_node.get(node.name, []))
+    for vm, marks in pool.marks.items():
+        for mark in marks:
+            yield ("SADD", link.key("tagged", name), mark)
+            yield ("SADD", link.key("tagged", name, mark), vm)
+    if pool.max_starts:
+        yield ("HSET", link.key("limits", "all"), name, pool.max_starts)
     yield from _hash(link.key("disk", name), pool.disks)
     yield ("SET", link.key("disk", name, "used"), sum(pool.disks.values()))
 

@@ -82,7 +82,10 @@ class Base(DeclarativeBase):
 
 
 class DomainNode(Base):
-    """A resource pool: server nodes that share one storage. ``token_key`` proves join requests, never the token."""
+    """A resource pool: server nodes that share one storage. ``token_key`` proves join requests, never the token.
+
+    ``rules`` here, of a server node, a profile and a VM: what an operator ruled about placement (pool/policy.py).
+    """
 
     __tablename__ = "domain_node"
 
@@ -93,6 +96,7 @@ class DomainNode(Base):
     storage_primary: Mapped[str | None] = mapped_column(String(63))
     storage_total_bytes: Mapped[Bytes | None]
     storage_free_bytes: Mapped[Bytes | None]
+    rules: Mapped[dict[str, Any]] = mapped_column(default=dict)
     created_at: Mapped[datetime] = mapped_column(default=now)
 
 
@@ -111,6 +115,7 @@ class ServerNode(Base):
     facts: Mapped[dict[str, Any]]
     vcpus: Mapped[int]
     memory_mib: Mapped[int]
+    rules: Mapped[dict[str, Any]] = mapped_column(default=dict)
     joined_at: Mapped[datetime] = mapped_column(default=now)
     state_at: Mapped[datetime] = mapped_column(default=now)
     observed_at: Mapped[datetime | None]
@@ -126,6 +131,7 @@ class Profile(Base):
     memory_mib: Mapped[int]
     disk_bytes: Mapped[Bytes | None]
     usb: Mapped[str] = mapped_column(String(255), default="off")
+    rules: Mapped[dict[str, Any]] = mapped_column(default=dict)
 
 
 class Image(Base):
@@ -186,6 +192,7 @@ class Vm(Base):
     ip: Mapped[str | None] = mapped_column(String(45))
     owner: Mapped[str] = mapped_column(String(255), default="")
     tags: Mapped[list[Any]] = mapped_column(default=list)
+    rules: Mapped[dict[str, Any]] = mapped_column(default=dict)
     idle_after_s: Mapped[float | None]
     created_at: Mapped[datetime] = mapped_column(default=now)
     state_at: Mapped[datetime] = mapped_column(default=now)
@@ -198,7 +205,10 @@ class Vm(Base):
 
 
 class Operation(Base):
-    """One asked-for change. ``live_vm`` is the VM's id while the operation lives: one live operation per VM."""
+    """One asked-for change. ``live_vm`` is the VM's id while the operation lives: one live operation per VM.
+
+    ``decision``: why the scheduler put it where it is, or refused (pool/rules.py: Decision).
+    """
 
     __tablename__ = "operation"
 
@@ -214,6 +224,7 @@ class Operation(Base):
     requested_by: Mapped[str] = mapped_column(String(255), default="")
     reason: Mapped[str] = mapped_column(Text, default="")
     request: Mapped[dict[str, Any]]
+    decision: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     result: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     error: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     needs_operator: Mapped[bool] = mapped_column(default=False)

@@ -10,9 +10,10 @@ from sqlalchemy.orm import Session
 
 from hdcs_tasks.errors import Conflict, HdcsError, Invalid, NotFound, OutcomeUnknown, Unreachable, WrongState
 from hdcs_tasks.operations.control import Asked, Control, Tx, busy, on_done, on_failed, on_start
-from hdcs_tasks.operations.recovery import wake_parked
 from hdcs_tasks.pool import rules as pool_rules
-from hdcs_tasks.pool.control import IN_POOL, get_server_node
+from hdcs_tasks.pool.control import IN_POOL, get_domain_node, get_server_node
+from hdcs_tasks.pool.rooms import order_of, vm_shape, vm_terms
+from hdcs_tasks.pool.waiting import wake_waiting
 from hdcs_tasks.routing import direct_queue, quick_queue
 from hdcs_tasks.states import VM_RESTS, VmState
 from hdcs_tasks.store.models import Operation, Step, Vm, now
@@ -74,7 +75,7 @@ def view(vm: Vm) -> dict[str, Any]:
     moments = ("created_at", "started_at", "active_at", "ready_at", "observed_at")
     keys = (
         "home", "server_node", "image_id", "profile", "vcpus", "memory_mib", "disk_bytes", "usb", "mac", "port", "ip",
-        "owner", "tags", "idle_after_s", "observed_state",
+        "owner", "tags", "rules", "idle_after_s", "observed_state",
     )  # fmt: skip
     return (
         {"id": vm.id, "name": vm.name, "state": vm.state.value}
@@ -117,10 +118,21 @@ def guest_fields(vm: Vm) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def need_of(control: Control, vm: Vm) -> dict[str, int]:
-    """What layer two claims for this VM: vCPUs, and guest memory with the host's overhead in MiB."""
-    memory = pool_rules.memory_need_mib(vm.memory_mib, vm.vcpus, 1, control.settings.capacity)
-    return {"vcpus": vm.vcpus, "memory_mib": memory}
+def placing_fields(tx: Tx, vm: Vm, terms: pool_rules.Terms) -> dict[str, Any]:
+    """What layer two needs to know to place this VM: its claim (vCPUs, MiB with overhead), the terms it may run under,
+    the order of its domain node, and what to call it in a refusal."""
+    need = pool_rules.need_of(vm_shape(vm), tx.control.settings.capacity)
+    return {
+        "need": need._asdict(), "pin": terms.pin, "exclude": list(terms.exclude), "node_tags": list(terms.node_tags),
+        "marks": list(terms.marks), "shuns": list(terms.shuns), "seeks": list(terms.together),
+        "order": order_of(tx.control, get_domain_node(tx.session, vm.home)),
+        "label": label_of(vm), "hint": f"See: hdcs pool capacity {vm.profile}",
+    }  # fmt: skip
+
+
+def label_of(vm: Vm) -> str:
+    """What a refusal calls the VM's shape: ``profile small (2048 MiB)``."""
+    return f"profile {vm.profile} ({vm.memory_mib} MiB)"
 
 
 def start(control: Control, name: str, asked: Asked, *, pin: str | None = None) -> Operation:
@@ -130,14 +142,20 @@ def start(control: Control, name: str, asked: Asked, *, pin: str | None = None) 
             return same
         vm = get_vm(tx.session, name)
         check_given(tx, vm, "start")
-        if pin is not None and get_server_node(tx.session, pin).domain_node != vm.home:
-            raise WrongState(
-                f"server node {pin} is not of {vm.home}, where VM {vm.name} lives",
-                next=f"Migrate it first: hdcs vm migrate {vm.name} …",
-            )
+        if pin is not None:
+            check_pin(tx.session, vm, pin)
         operation = tx.open("vm.start", asked=asked, vm=vm, request={"was": vm.state.value, "pin": pin})
         add_start_step(tx, operation, vm, pin=pin)
         return operation
+
+
+def check_pin(session: Session, vm: Vm, pin: str) -> None:
+    """WrongState unless server node ``pin`` is of the VM's home."""
+    if get_server_node(session, pin).domain_node != vm.home:
+        raise WrongState(
+            f"server node {pin} is not of {vm.home}, where VM {vm.name} lives",
+            next=f"Migrate it first: hdcs vm migrate {vm.name} …",
+        )
 
 
 def start_many(control: Control, names: Sequence[str], asked: Asked) -> Operation:
@@ -174,8 +192,8 @@ def add_start_step(tx: Tx, operation: Operation, vm: Vm, *, pin: str | None = No
     # Not when it has started: a fast guest's agent may be heard of first.
     vm.ready_at = None
     spec = {
-        "shown": {"vm": vm.name, "pool": vm.home}, "guest": guest_fields(vm), "need": need_of(tx.control, vm),
-        "pin": pin, "saved": saved,
+        "shown": {"vm": vm.name, "pool": vm.home}, "guest": guest_fields(vm), "saved": saved,
+        **placing_fields(tx, vm, vm_terms(vm, pin=pin)),
     }  # fmt: skip
     return tx.step(operation, "vm.start_on_node", vm.home, spec)
 
@@ -183,6 +201,7 @@ def add_start_step(tx: Tx, operation: Operation, vm: Vm, *, pin: str | None = No
 @on_done("vm.start_on_node")
 def _started(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
     vm = vm_of(tx, operation)
+    operation.decision = result.pop("decision", None)
     vm.server_node, vm.port, vm.ip = result["node"], result["port"], result["ip"]
     vm.started_at = vm.active_at = now()
     vm.observed_state, vm.observed_at = "running", now()
@@ -200,6 +219,8 @@ def _not_started(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> 
     saved = bool(step.spec.get("saved"))
     leave_via(vm, VmState.STARTING, VmState.SAVED if saved else VmState.STOPPED)
     cool_port(tx, vm)
+    release_unused(tx, vm, step)
+    wake_others(tx, vm.home)
 
 
 def leave_via(vm: Vm, via: VmState, to: VmState) -> None:
@@ -213,6 +234,20 @@ def cool_port(tx: Tx, vm: Vm) -> None:
     vm.port = None
     control, vm_id, home = tx.control, vm.id, vm.home
     tx.after(lambda: control.reservations.ports.cool(home, vm_id, control.settings.port_cooling_s))
+
+
+def release_unused(tx: Tx, vm: Vm, step: Step) -> None:
+    """What this step claimed and never used: an attempt handed to another server node, and then called off."""
+    control, vm_id, home, step_id = tx.control, vm.id, vm.home, step.id
+
+    def release() -> None:
+        for claim in control.reservations.pool.claim_of(vm_id):
+            if claim.step == step_id:
+                control.reservations.pool.release(
+                    home, vm_id, claim.node, control.settings.dhcp_lease_s, step=step_id
+                )  # fmt: skip
+
+    tx.after(release)
 
 
 # --- the short commands
@@ -315,10 +350,15 @@ for _verb, _what in COMMANDS.items():
 
 def released(tx: Tx, vm: Vm) -> None:
     """The guest was observed gone: record it, cool the port, and wake who waits for room."""
-    control, home = tx.control, vm.home
     vm.server_node = vm.ip = vm.ready_at = None
     cool_port(tx, vm)
-    tx.after(lambda: wake_parked(control, home))
+    wake_others(tx, vm.home)
+
+
+def wake_others(tx: Tx, domain_node: str) -> None:
+    """Room was freed there: whoever waits for it and fits goes on, the oldest first."""
+    control = tx.control
+    tx.after(lambda: wake_waiting(control, domain_node))
 
 
 # --- delete
@@ -378,3 +418,5 @@ def forget(tx: Tx, vm: Vm) -> None:
     cool_port(tx, vm)
     tx.after(lambda: control.reservations.macs.release(vm_id))
     tx.after(lambda: control.reservations.disks.release(home, vm_id))
+    if vm.tags or vm.rules:
+        tx.after(lambda: control.reservations.marks.forget(home, vm_id))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import select
@@ -12,8 +12,11 @@ from sqlalchemy.orm import Session
 from hdcs_tasks.errors import HdcsError, Invalid, NoCapacity, NotFound
 from hdcs_tasks.image.control import get_image
 from hdcs_tasks.operations.control import Asked, Control, Tx, on_done, on_failed
+from hdcs_tasks.pool import planning
 from hdcs_tasks.pool import rules as pool_rules
-from hdcs_tasks.pool.control import get_domain_node
+from hdcs_tasks.pool.control import get_domain_node, get_server_node
+from hdcs_tasks.pool.policy import VmPolicy, changed, check_tags, read
+from hdcs_tasks.pool.rooms import candidate, disk_limit_bytes
 from hdcs_tasks.states import ImageState, VmState
 from hdcs_tasks.store.models import DomainNode, Image, Operation, Profile, Step, Vm, new_id
 from hdcs_tasks.store.transitions import move
@@ -23,7 +26,8 @@ from hdcs_tasks.vm.rules import expand_names
 
 @dataclass(frozen=True)
 class CloneRequest:
-    """What to clone: ``count`` VMs of ``profile`` from ``image`` (name or name:version)."""
+    """What to clone: ``count`` VMs of ``profile`` from ``image`` (name or name:version). ``rules``: fields of
+    ``policy.VmPolicy`` that go before the profile's."""
 
     image: str
     name: str
@@ -33,17 +37,34 @@ class CloneRequest:
     start: bool = False
     owner: str = ""
     tags: tuple[str, ...] = ()
+    rules: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A profile as this clone needs it."""
+    """A profile as this clone needs it; ``rules``: what a VM keeps of ``policy.VmPolicy``."""
 
     profile: str
     vcpus: int
     memory_mib: int
     disk_bytes: int
     usb: str
+    rules: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def wanted(self) -> pool_rules.Shape:
+        """What the scheduler judges by."""
+        ruled = read(VmPolicy, self.rules)
+        return pool_rules.Shape(
+            self.vcpus, self.memory_mib, disk_bytes=self.disk_bytes, memory_overcommit=ruled.memory_overcommit,
+            vcpu_overcommit=ruled.vcpu_overcommit,
+        )  # fmt: skip
+
+    def terms(self, tags: Sequence[str] = ()) -> pool_rules.Terms:
+        ruled = read(VmPolicy, self.rules)
+        return pool_rules.Terms(
+            pin=ruled.pin, node_tags=ruled.node_tags, together=ruled.together, apart=ruled.apart, tags=tuple(tags)
+        )
 
 
 def get_profile(session: Session, name: str) -> Profile:
@@ -63,28 +84,76 @@ def clone(control: Control, request: CloneRequest, asked: Asked) -> Operation:
         if (same := tx.same_request(asked)) is not None:
             return same
         names, shape, image = _check(tx, request)
-        candidates = _candidates(tx, request, image)
-        homes = choose_homes(control, candidates, shape, len(names))
+        rooms = _rooms(tx, request, shape, image)
+        homes, choice = choose_homes(control, rooms, shape, request.tags, len(names))
         if len(names) == 1:
-            return _clone_one(tx, request, names[0], shape, image, homes[0], asked, parent=None)
+            operation = _clone_one(tx, request, names[0], shape, image, homes[0], asked, parent=None)
+            operation.decision = decided(choice)
+            return operation
         wanted = {"image": image.name, "count": len(names), "profile": shape.profile, "start": request.start}
         parent = tx.open("vm.clone_many", asked=asked, subject=f"{names[0]} … {names[-1]}", request=wanted)
+        parent.decision = decided(choice)
         for name, home in zip(names, homes, strict=True):
             _clone_one(tx, request, name, shape, image, home, asked, parent)
         return parent
 
 
 def plan_clone(control: Control, request: CloneRequest) -> dict[str, Any]:
-    """What ``clone`` would do, and why or why not for every server node. Changes nothing."""
+    """What ``clone`` would do, and why or why not for every server node. Changes nothing.
+
+    ``{fits, message, vms: [{name, domain_node, server_node}], domain_nodes: [{domain_node, why, load, vms, decision}],
+    refusal}``; ``server_node`` is where layer two would start it as things are now.
+    """
     with control.store.read() as session:
         tx = Tx(session, control, [])
         names, shape, image = _check(tx, request)
-        candidates = _candidates(tx, request, image)
+        rooms = _rooms(tx, request, shape, image)
+    choice = _choose(control, rooms, shape, request.tags, len(names))
+    shown: dict[str, Any] = {
+        "message": pool_rules.explain(choice, shape.wanted, shape.profile),
+        "domain_nodes": [_pool_shown(verdict, rooms) for verdict in choice.verdicts],
+    }
     try:
-        homes = choose_homes(control, candidates, shape, len(names))
+        homes, _ = choose_homes(control, rooms, shape, request.tags, len(names))
     except NoCapacity as error:
-        return {"fits": False, "refusal": error.to_dict()}
-    return {"fits": True, "vms": [{"name": n, "domain_node": h} for n, h in zip(names, homes, strict=True)]}
+        return shown | {"fits": False, "vms": [], "refusal": error.to_dict()}
+    nodes = _server_nodes(control, rooms, shape, request.tags, homes)
+    vms = [{"name": n, "domain_node": h, "server_node": at} for n, h, at in zip(names, homes, nodes, strict=True)]
+    return shown | {"fits": True, "vms": vms, "refusal": None}
+
+
+def _pool_shown(verdict: pool_rules.PoolVerdict, rooms: Sequence[pool_rules.Candidate]) -> dict[str, Any]:
+    order = next(room.order for room in rooms if room.domain_node == verdict.domain_node)
+    return {
+        "domain_node": verdict.domain_node, "why": verdict.why, "load": round(verdict.load, 3), "vms": verdict.vms,
+        "decision": planning.decision(verdict.nodes, order),
+    }  # fmt: skip
+
+
+def decided(choice: pool_rules.Choice) -> dict[str, Any]:
+    """Layer one's decision as an operation keeps it: the pools, and of each the counts and the best server nodes."""
+    pools = [
+        {"domain_node": v.domain_node, "why": v.why, "load": round(v.load, 3), "vms": v.vms,
+         "counts": planning.decision(v.nodes, "spread", full=False)["counts"]}
+        for v in choice.verdicts
+    ]  # fmt: skip
+    best = [
+        {"domain_node": v.domain_node} | shown
+        for v in choice.verdicts if not v.why for shown in planning.decision(v.nodes, "spread", full=False)["best"]
+    ]  # fmt: skip
+    return {"domain_node": choice.domain_node, "domain_nodes": pools[: planning.BEST], "best": best[: planning.BEST]}
+
+
+def _server_nodes(
+    control: Control, rooms: Sequence[pool_rules.Candidate], shape: Shape, tags: Sequence[str], homes: Sequence[str]
+) -> list[str | None]:
+    left = {room.domain_node: room for room in rooms}
+    found: list[str | None] = []
+    for home in homes:
+        waiter = planning.Waiter("", shape.wanted, shape.terms(tags))
+        planned, left[home] = planning.plan(left[home], [waiter], control.settings.capacity)
+        found.append(planned[0].node)
+    return found
 
 
 def _check(tx: Tx, request: CloneRequest) -> tuple[list[str], Shape, Image]:
@@ -97,10 +166,24 @@ def _check(tx: Tx, request: CloneRequest) -> tuple[list[str], Shape, Image]:
     if request.domain_node is not None:
         get_domain_node(tx.session, request.domain_node)
     disk = max(profile.disk_bytes or 0, image.virtual_size_bytes or 0)
-    return names, Shape(profile.name, profile.vcpus, profile.memory_mib, disk, profile.usb), image
+    check_tags(request.tags)
+    ruled = changed(VmPolicy, profile.rules, request.rules)
+    if (pin := ruled.get("pin")) is not None:
+        _check_pin(tx, request, pin)
+    return names, Shape(profile.name, profile.vcpus, profile.memory_mib, disk, profile.usb, ruled), image
 
 
-def _candidates(tx: Tx, request: CloneRequest, image: Image) -> list[DomainNode]:
+def _check_pin(tx: Tx, request: CloneRequest, pin: str) -> None:
+    node = get_server_node(tx.session, pin)
+    if request.domain_node not in (None, node.domain_node):
+        raise Invalid(
+            f"server node {pin} is of domain node {node.domain_node}, not of {request.domain_node}",
+            next="See: hdcs node list",
+        )
+
+
+def _rooms(tx: Tx, request: CloneRequest, shape: Shape, image: Image) -> list[pool_rules.Candidate]:
+    """The domain nodes this clone may go to, as they are now."""
     ready = {copy.domain_node for copy in image.copies if copy.state is ImageState.READY}
     wanted = [request.domain_node] if request.domain_node else sorted(ready)
     missing = [name for name in wanted if name not in ready]
@@ -110,26 +193,49 @@ def _candidates(tx: Tx, request: CloneRequest, image: Image) -> list[DomainNode]
             f"image {image.name} is not ready on {', '.join(missing) or 'any domain node'} (it is on {where})",
             next=f"Bring it there: hdcs image add {image.name} FILE --domain-node {(missing or ['…'])[0]}",
         )
-    return list(tx.session.scalars(select(DomainNode).where(DomainNode.name.in_(wanted))))
+    return rooms_of(tx, tx.session.scalars(select(DomainNode).where(DomainNode.name.in_(wanted))).all())
 
 
-def choose_homes(control: Control, candidates: Sequence[DomainNode], shape: Shape, count: int) -> list[str]:
-    """Layer one for ``count`` equal VMs: each goes where a server node really fits, counting those just placed.
+def rooms_of(tx: Tx, rows: Sequence[DomainNode]) -> list[pool_rules.Candidate]:
+    return [candidate(tx.control, tx.session, row) for row in rows]
 
-    Raises NoCapacity naming every server node and why it was refused.
+
+def _choose(
+    control: Control, rooms: Sequence[pool_rules.Candidate], shape: Shape, tags: Sequence[str], count: int
+) -> pool_rules.Choice:
+    request = pool_rules.HomeRequest(shape.wanted, count, exclude=_strangers(rooms, shape), terms=shape.terms(tags))
+    return pool_rules.choose_domain_node(rooms, request, control.settings.capacity)
+
+
+def _strangers(rooms: Sequence[pool_rules.Candidate], shape: Shape) -> tuple[str, ...]:
+    """Domain nodes without the company this VM is to be kept together with, where another has it."""
+    wanted = read(VmPolicy, shape.rules).together
+    with_company = {
+        room.domain_node for room in rooms if any(node.members.get(tag) for node in room.nodes for tag in wanted)
+    }
+    return tuple(room.domain_node for room in rooms if with_company and room.domain_node not in with_company)
+
+
+def choose_homes(
+    control: Control, rooms: Sequence[pool_rules.Candidate], shape: Shape, tags: Sequence[str], count: int
+) -> tuple[list[str], pool_rules.Choice]:
+    """Layer one for ``count`` equal VMs: each goes where a server node really fits, counting those just placed; and the
+    choice made for the first. Raises NoCapacity naming every server node and why it was refused.
     """
-    settings = control.settings.capacity
-    rooms = [_room(control, row) for row in candidates]
-    wanted = pool_rules.Shape(shape.vcpus, shape.memory_mib, disk_bytes=shape.disk_bytes)
+    settings, terms = control.settings.capacity, shape.terms(tags)
+    first = choice = _choose(control, rooms, shape, tags, 1)
     homes: list[str] = []
     while len(homes) < count:
-        choice = pool_rules.choose_domain_node(rooms, pool_rules.HomeRequest(wanted), settings)
+        if homes:
+            choice = _choose(control, rooms, shape, tags, 1)
         if choice.domain_node is None:
-            raise _refused(choice, wanted, shape.profile, len(homes), count)
+            raise _refused(choice, shape.wanted, shape.profile, len(homes), count)
         homes.append(choice.domain_node)
-        rooms = [pool_rules.with_one_more(room, wanted, settings) if room.domain_node == choice.domain_node else room
-                 for room in rooms]  # fmt: skip
-    return homes
+        rooms = [
+            pool_rules.with_one_more(room, shape.wanted, settings, terms) if room.domain_node == choice.domain_node
+            else room for room in rooms
+        ]  # fmt: skip
+    return homes, first
 
 
 def _refused(choice: pool_rules.Choice, wanted: pool_rules.Shape, profile: str, placed: int, count: int) -> NoCapacity:
@@ -140,34 +246,24 @@ def _refused(choice: pool_rules.Choice, wanted: pool_rules.Shape, profile: str, 
     )  # fmt: skip
 
 
-def _room(control: Control, row: DomainNode) -> pool_rules.Candidate:
-    """A domain node as layer one sees it now: what is free on its server nodes, of its ports and its storage."""
-    limit = int((row.storage_total_bytes or 0) * control.settings.capacity.disk_overcommit)
-    nodes = tuple(
-        pool_rules.NodeRoom(
-            v.name, pool_rules.Free(v.free_vcpus, v.free_memory_mib, ips=v.free_ips), v.vcpus, v.memory_mib,
-            schedulable=v.schedulable, tags=v.tags,
-        )
-        for v in control.reservations.pool.nodes(row.name)
-    )  # fmt: skip
-    usage = control.reservations.ports.usage(row.name)
-    free_disk = limit - control.reservations.disks.used(row.name)
-    return pool_rules.Candidate(row.name, nodes, usage.free + usage.cooling, free_disk, has_image=True)
-
-
 def _clone_one(
     tx: Tx, request: CloneRequest, name: str, shape: Shape, image: Image, home: str, asked: Asked,
     parent: Operation | None,
 ) -> Operation:  # fmt: skip
     vm = new_vm(tx, name, shape, home, image_id=image.id, owner=request.owner, tags=request.tags)
-    wanted = {"image": image.id, "start": request.start, "profile": shape.profile}
+    wanted = {"image": image.id, "start": request.start, "profile": shape.profile, "domain_node": request.domain_node}
     operation = tx.open("vm.clone", asked=asked, vm=vm, parent=parent, request=wanted)
-    spec = {
-        "shown": {"vm": name, "image": f"{image.name}:{image.version}", "pool": home}, "vm_id": vm.id, "name": name,
-        "image": image.name, "version": image.version, "image_id": image.id, "disk_bytes": vm.disk_bytes,
-    }  # fmt: skip
-    tx.step(operation, "vm.clone_on_node", home, spec)
+    add_clone_step(tx, operation, vm, image)
     return operation
+
+
+def add_clone_step(tx: Tx, operation: Operation, vm: Vm, image: Image) -> Step:
+    spec = {
+        "shown": {"vm": vm.name, "image": f"{image.name}:{image.version}", "pool": vm.home}, "vm_id": vm.id,
+        "name": vm.name, "image": image.name, "version": image.version, "image_id": image.id,
+        "disk_bytes": vm.disk_bytes,
+    }  # fmt: skip
+    return tx.step(operation, "vm.clone_on_node", vm.home, spec)
 
 
 def new_vm(
@@ -178,17 +274,23 @@ def new_vm(
     vm = Vm(
         name=name, state=VmState.CREATING, home=home, image_id=image_id, profile=shape.profile, vcpus=shape.vcpus,
         memory_mib=shape.memory_mib, disk_bytes=shape.disk_bytes, usb=shape.usb, mac="", owner=owner, tags=list(tags),
+        rules=dict(shape.rules),
     )  # fmt: skip
     vm.id = vm_id = new_id()
     vm.mac = control.reservations.macs.take(vm_id)
     tx.undo(lambda: control.reservations.macs.release(vm_id))
-    row = get_domain_node(tx.session, home)
-    limit_bytes = int((row.storage_total_bytes or 0) * control.settings.capacity.disk_overcommit)
-    control.reservations.disks.claim(home, vm_id, shape.disk_bytes, limit_bytes)
-    tx.undo(lambda: control.reservations.disks.release(home, vm_id))
+    promise_disk(tx, home, vm_id, shape.disk_bytes)
     tx.session.add(vm)
     tx.session.flush()
     return vm
+
+
+def promise_disk(tx: Tx, home: str, vm_id: str, disk_bytes: int) -> None:
+    """The VM's share of a domain node's storage, given back if the transaction fails; NoCapacity."""
+    control = tx.control
+    limit_bytes = disk_limit_bytes(control, get_domain_node(tx.session, home))
+    control.reservations.disks.claim(home, vm_id, disk_bytes, limit_bytes)
+    tx.undo(lambda: control.reservations.disks.release(home, vm_id))
 
 
 @on_done("vm.clone_on_node")

@@ -7,14 +7,29 @@ from __future__ import annotations
 
 from typing import Any
 
-from hdcs_tasks.errors import HdcsError, Invalid, OutcomeUnknown, Rejected, WrongState
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from hdcs_tasks.errors import HdcsError, Invalid, OutcomeUnknown, Rejected, WrongState, from_dict
 from hdcs_tasks.operations.control import Asked, Control, Tx, on_done, on_failed, on_start
 from hdcs_tasks.pool.control import IN_POOL, get_server_node
+from hdcs_tasks.pool.rooms import vm_terms
 from hdcs_tasks.routing import direct_queue
-from hdcs_tasks.states import VmState
+from hdcs_tasks.states import ServerNodeState, VmState
 from hdcs_tasks.store.models import DomainNode, Operation, ServerNode, Step, Vm, now
 from hdcs_tasks.store.transitions import move
-from hdcs_tasks.vm.control import check_given, get_vm, leave_via, need_of, vm_of
+from hdcs_tasks.vm.control import (
+    check_given,
+    get_vm,
+    leave_via,
+    placing_fields,
+    release_unused,
+    vm_of,
+    wake_others,
+)
+
+PATIENCE_S = 30.0
+"""A VM that cannot move runs on where it is, so a migration does not wait for room as long as a start does."""
 
 
 def migrate(control: Control, name: str, asked: Asked, *, to: str | None = None, live: bool = True) -> Operation:
@@ -23,19 +38,26 @@ def migrate(control: Control, name: str, asked: Asked, *, to: str | None = None,
         if (same := tx.same_request(asked)) is not None:
             return same
         vm = get_vm(tx.session, name)
-        check_given(tx, vm, "migrate")
-        if to is not None:
-            _check_target(tx, vm, to)
+        check_migrate(tx, vm, to)
         return tx.open("vm.migrate", asked=asked, vm=vm, request={"to": to, "live": live, "source": vm.server_node})
 
 
-def _check_target(tx: Tx, vm: Vm, to: str) -> None:
-    if tx.session.get(DomainNode, to) is not None:
+def check_migrate(tx: Tx, vm: Vm, to: str | None) -> None:
+    """WrongState, Conflict, Rejected or Invalid unless the VM may move to ``to`` (None: anywhere in its home)."""
+    check_given(tx, vm, "migrate")
+    if to is not None:
+        _check_target(tx.session, vm, to)
+    else:
+        _check_company(tx.session, vm)
+
+
+def _check_target(session: Session, vm: Vm, to: str) -> None:
+    if session.get(DomainNode, to) is not None:
         raise Rejected(
             f"VM {vm.name} cannot move to domain node {to}: only moves inside a domain node are built so far",
             next=f"Name a server node of {vm.home}: hdcs node list",
         )
-    node = get_server_node(tx.session, to)
+    node = get_server_node(session, to)
     if node.domain_node != vm.home:
         raise Invalid(f"server node {to} is of {node.domain_node}, VM {vm.name} of {vm.home}", next="hdcs node list")
     if node.name == vm.server_node:
@@ -44,15 +66,28 @@ def _check_target(tx: Tx, vm: Vm, to: str) -> None:
         raise WrongState(f"server node {to} is {node.state}", next="Choose another: hdcs node list")
 
 
+def _check_company(session: Session, vm: Vm) -> None:
+    """There must be another server node at all; whether one has room is layer two's to say."""
+    others = select(ServerNode.name).where(
+        ServerNode.domain_node == vm.home, ServerNode.state == ServerNodeState.UP, ServerNode.name != vm.server_node
+    )
+    if session.scalar(others.limit(1)) is None:
+        raise WrongState(
+            f"VM {vm.name} cannot migrate: {vm.home} has no other server node that is up",
+            next=f"Bring another one into {vm.home} (see: hdcs node list)",
+        )
+
+
 @on_start("vm.migrate")
 def _begin(tx: Tx, operation: Operation) -> None:
     vm = vm_of(tx, operation)
     source = get_server_node(tx.session, operation.request["source"])
     move(vm, VmState.MIGRATING)
     to = operation.request.get("to")
-    spec = _spec(vm, source) | {"need": need_of(tx.control, vm), "pin": to, "exclude": [source.name]}
+    terms = vm_terms(vm, pin=to, exclude=[source.name], pinned=False, start=False)
+    spec = _spec(vm, source) | placing_fields(tx, vm, terms)
     spec["shown"] = {"vm": vm.name, "from": source.name, "to": to or "?"}
-    tx.step(operation, "vm.migrate_prepare_on_node", vm.home, spec)
+    tx.step(operation, "vm.migrate_prepare_on_node", vm.home, spec, patience_s=PATIENCE_S)
 
 
 def _spec(vm: Vm, source: ServerNode) -> dict[str, Any]:
@@ -65,6 +100,7 @@ def _spec(vm: Vm, source: ServerNode) -> dict[str, Any]:
 @on_done("vm.migrate_prepare_on_node")
 def _prepared(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
     vm = vm_of(tx, operation)
+    operation.decision = result.get("decision")
     target = {key: result[key] for key in ("node", "address", "ip", "port")}
     operation.request = operation.request | {"target": target}
     if operation.cancel_asked:
@@ -103,6 +139,7 @@ def _finished(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) 
 def _cleaned(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
     vm = vm_of(tx, operation)
     leave_via(vm, VmState.MIGRATING, VmState.RUNNING)
+    wake_others(tx, vm.home)
     measured = {key: value for key, value in operation.request["measured"].items() if key != "checkpoints"}
     tx.finish(operation, measured | operation.request.get("finish", {}) | {
         "from": operation.request["source"], "to": operation.request["target"]["node"], "ip": vm.ip,
@@ -111,7 +148,9 @@ def _cleaned(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -
 
 @on_failed("vm.migrate_prepare_on_node")
 def _not_prepared(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
-    leave_via(vm_of(tx, operation), VmState.MIGRATING, VmState.RUNNING)
+    vm = vm_of(tx, operation)
+    leave_via(vm, VmState.MIGRATING, VmState.RUNNING)
+    release_unused(tx, vm, step)
 
 
 @on_failed("vm.migrate_on_node")
@@ -134,9 +173,9 @@ def _undo_target(tx: Tx, operation: Operation, vm: Vm) -> None:
 
 @on_done("vm.migrate_undo_on_node")
 def _undone(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
-    leave_via(vm_of(tx, operation), VmState.MIGRATING, VmState.RUNNING)
-    from hdcs_tasks.errors import from_dict
-
+    vm = vm_of(tx, operation)
+    leave_via(vm, VmState.MIGRATING, VmState.RUNNING)
+    wake_others(tx, vm.home)
     tx.fail(operation, from_dict(operation.error or {"code": "cancelled", "message": "cancelled; it runs on"}))
 
 

@@ -9,7 +9,7 @@ from hdcs_tasks.operations.control_tasks import control
 from hdcs_tasks.operations.requests import asked_by_task, request_task
 from hdcs_tasks.operations.views import view
 from hdcs_tasks.vm import control as vm_control
-from hdcs_tasks.vm import control_clone, control_migrate
+from hdcs_tasks.vm import control_clone, control_migrate, control_replan  # noqa: F401 - replan registers itself
 
 
 @request_task("vm.clone")

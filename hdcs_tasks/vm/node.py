@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from hdcs_tasks.errors import (
     Cancelled,
     ClaimLost,
     HdcsError,
+    NoCapacity,
     NotFound,
     OutcomeUnknown,
-    Unavailable,
     Unreachable,
 )
 from hdcs_tasks.hypervisor import disks, guests, networks, storage
@@ -62,6 +63,7 @@ def clone(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
             next=f"Bring it here: hdcs image add {spec['image']} FILE --domain-node {run.ctx.domain_node}",
         )
     target = place.disk(spec["vm_id"])
+    _check_space(run.ctx)
     run.check()
     target.parent.mkdir(mode=0o711, exist_ok=True)
     try:
@@ -84,6 +86,19 @@ def _still_ours(run: Run) -> None:
         run.check()
     except Cancelled:
         return
+
+
+SPACE_LEFT_BYTES = 64 * 1024 * 1024
+
+
+def _check_space(ctx: NodeContext) -> None:
+    """A storage that is full pauses every guest on it: the last bytes are theirs."""
+    _, free = storage.disk_usage(ctx.settings.storage_root)
+    if free < SPACE_LEFT_BYTES:
+        raise NoCapacity(
+            f"storage of domain node {ctx.domain_node} is full: {free} bytes are free",
+            next="Delete VMs or images, or add storage",
+        )
 
 
 def image_path(place: storage.StorageLayout, name: str, version: int) -> Path:
@@ -124,12 +139,7 @@ def start(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     ctx = run.ctx
     guest = spec["guest"]
     run.progress(10, "choosing a server node")
-    placed = ctx.reservations.pool.place(
-        PlaceRequest(
-            ctx.domain_node, guest["vm_id"], run.step, spec["need"]["vcpus"], spec["need"]["memory_mib"],
-            pin=spec.get("pin"), order=ctx.settings.placement,
-        )
-    )  # fmt: skip
+    placed = choose(ctx, place_request(run, spec, guest["vm_id"], start_s=ctx.settings.boot_slot_s))
     if placed.node != ctx.server_node:
         raise HandOver(placed.node, spec)
     run.progress(40, f"starting on {placed.node}")
@@ -138,11 +148,48 @@ def start(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
             _start_here(run, spec, placed)
     except ClaimLost:
         raise  # a newer attempt observes and settles; the claim on capacity stays with the VM
-    except HdcsError as error:
+    except Exception as error:  # whatever it was: what was claimed is given back, or known to be in doubt
         _undo_start(run, guest, error)
         raise
-    _start_ended(ctx, guest["vm_id"])
-    return {"node": placed.node, "port": placed.port, "ip": placed.ip}
+    if spec.get("saved"):
+        # It comes back as it was and boots nothing; a booting guest counts until its agent answers.
+        _start_ended(ctx, guest["vm_id"])
+    return {"node": placed.node, "port": placed.port, "ip": placed.ip, "decision": decision(run, spec, placed)}
+
+
+def place_request(run: Run, spec: dict[str, Any], vm_id: str, *, start_s: float) -> PlaceRequest:
+    """Layer two's request from a step's spec (vm/control.py: placing_fields)."""
+    return PlaceRequest(
+        run.ctx.domain_node, vm_id, run.step, spec["need"]["vcpus"], spec["need"]["memory_mib"], pin=spec["pin"],
+        exclude=tuple(spec["exclude"]), order=spec["order"], tags=tuple(spec["node_tags"]), start_s=start_s,
+        marks=tuple(spec["marks"]), shuns=tuple(spec["shuns"]), seeks=tuple(spec["seeks"]), label=spec["label"],
+        hint=spec["hint"],
+    )  # fmt: skip
+
+
+def decision(run: Run, spec: dict[str, Any], placed: Placed) -> dict[str, Any]:
+    """What the operation keeps of the choice: counts, and the server nodes that were next in layer two's order."""
+    need, pool = spec["need"], run.ctx.reservations.pool
+    stand = pool.standing(run.ctx.domain_node, need["vcpus"], need["memory_mib"], spec["order"])
+    counts = {"fits": stand.fitting, "too little room": stand.open - stand.fitting, "closed": stand.nodes - stand.open}
+    best = [{"node": node, "free_vcpus": vcpus, "free_memory_mib": mib} for node, vcpus, mib in stand.best]
+    return {"node": placed.node, "order": spec["order"], "counts": counts, "best": best}
+
+
+def choose(ctx: NodeContext, request: PlaceRequest) -> Placed:
+    """Layer two's choice, which must be a living server node.
+
+    One that died may be chosen until the lease sweep sees it, and an attempt that was handed to it still has its claim
+    there. Nothing of this step can have begun on it: control sends a step that has to its own queue alone.
+    """
+    placed = ctx.reservations.pool.place(request)
+    if placed.node == ctx.server_node or ctx.reservations.leases.holder("node", placed.node):
+        return placed
+    log.warning("placed on a server node without a lease: placing again", vm=request.vm, node=placed.node)
+    ctx.reservations.pool.release(
+        request.domain_node, request.vm, placed.node, ctx.settings.dhcp_lease_s, step=request.step
+    )  # fmt: skip
+    return ctx.reservations.pool.place(replace(request, exclude=(*request.exclude, placed.node)))
 
 
 def _start_here(run: Run, spec: dict[str, Any], placed: Placed) -> None:
@@ -192,12 +239,12 @@ def restore_checkpoints(host: Host, place: storage.StorageLayout, vm_id: str) ->
 def _start_ended(ctx: NodeContext, vm_id: str) -> None:
     """The guest runs: that Redis does not hear of it now must not fail its start; the entry runs out by itself."""
     try:
-        ctx.reservations.pool.started(ctx.server_node, vm_id)
+        ctx.reservations.pool.started(ctx.domain_node, ctx.server_node, vm_id)
     except Unreachable as error:
         log.info("end of a start not noted", vm=vm_id, error=str(error))
 
 
-def _undo_start(run: Run, guest: dict[str, Any], error: HdcsError) -> None:
+def _undo_start(run: Run, guest: dict[str, Any], error: Exception) -> None:
     """After a failed start: whatever was claimed is free again, once the guest is seen not to run here.
 
     Running under this step: a cancelled start ends it, any other leaves it to the next attempt, which finds it. What
@@ -215,7 +262,7 @@ def _undo_start(run: Run, guest: dict[str, Any], error: HdcsError) -> None:
         if seen.step != run.step:
             return  # another's guest: the error is a Conflict that says so
         what = f"it runs, but its start did not end: {error}"
-    except Unavailable as blind:
+    except HdcsError as blind:
         what = f"its start failed ({error}), and what it left cannot be seen: {blind}"
     raise OutcomeUnknown(f"VM {guest['name']}: {what}", next="The next attempt observes") from error
 

@@ -8,8 +8,7 @@ from hdcs_tasks.errors import HdcsError, OutcomeUnknown
 from hdcs_tasks.hypervisor import agent, guests, migration, networks
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.node import HandOver, Run
-from hdcs_tasks.reservations import PlaceRequest
-from hdcs_tasks.vm.node import layout, lock, release, restore_checkpoints
+from hdcs_tasks.vm.node import choose, decision, layout, lock, place_request, release, restore_checkpoints
 
 log = logger(__name__)
 
@@ -17,18 +16,16 @@ log = logger(__name__)
 def prepare(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     """On the target: claim capacity and IP by layer two, and tell this node's DHCP of the VM."""
     ctx = run.ctx
-    placed = ctx.reservations.pool.place(
-        PlaceRequest(
-            spec["home"], spec["vm_id"], run.step, spec["need"]["vcpus"], spec["need"]["memory_mib"],
-            pin=spec.get("pin"), exclude=tuple(spec["exclude"]), order=ctx.settings.placement,
-        )
-    )  # fmt: skip
+    placed = choose(ctx, place_request(run, spec, spec["vm_id"], start_s=0))
     if placed.node != ctx.server_node:
         raise HandOver(placed.node, spec)
     layout(ctx)
     run.check()
     networks.add_dhcp_host(ctx.host(), ctx.settings.network_name, spec["mac"], placed.ip, spec["name"])
-    return {"node": placed.node, "ip": placed.ip, "port": placed.port, "address": ctx.settings.server_node_ip}
+    return {
+        "node": placed.node, "ip": placed.ip, "port": placed.port, "address": ctx.settings.server_node_ip,
+        "decision": decision(run, spec, placed),
+    }  # fmt: skip
 
 
 def perform(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
@@ -76,7 +73,6 @@ def finish(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
             )
         run.check()
         restore_checkpoints(host, layout(ctx), vm_id)
-        ctx.reservations.pool.started(ctx.server_node, vm_id)
         return {"network": _renew(run, spec)}
 
 

@@ -8,6 +8,7 @@ from hdcs_tasks.vm import node, node_migrate
 clone = step_task("vm.clone_on_node", node.clone)
 start = step_task("vm.start_on_node", node.start)
 delete = step_task("vm.delete_on_node", node.delete)
+discard = step_task("vm.discard_on_node", node.delete)
 save = step_task("vm.save_on_node", node.save)
 stop = step_task("vm.stop_on_node", node.stop)
 suspend = step_task("vm.suspend_on_node", node.suspend)

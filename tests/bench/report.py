@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from statistics import median
 from time import perf_counter
 from typing import Any, Literal
 
@@ -30,9 +31,12 @@ def judged(
     goal: float,
     sense: Literal[">=", "<="],
     of: str = "ratio",
+    ratio: float | None = None,
 ) -> Figure:
-    """A figure with a goal for its ratio to the baseline, or (``of="value"``) for the value itself."""
-    ratio = value / baseline if baseline else None
+    """A figure with a goal for its ratio to the baseline, or (``of="value"``) for the value itself. ``ratio``: as
+    measured by pairs (``rates``), where that is not simply the quotient of the two."""
+    if ratio is None and baseline:
+        ratio = value / baseline
     measured = value if of == "value" or ratio is None else ratio
     met = measured >= goal if sense == ">=" else measured <= goal
     return Figure(name, round(value, 4), unit, baseline and round(baseline, 4), ratio and round(ratio, 4),
@@ -52,13 +56,14 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def rates(rounds: int, *works: Callable[[], int]) -> list[float]:
-    """Runs per second of each piece of work, interleaved ``rounds`` times so that a noisy machine hits all alike.
-    Each piece does some runs and returns how many. The median round counts."""
-    found: list[list[float]] = [[] for _ in works]
+def rates(rounds: int, base: Callable[[], int], *works: Callable[[], int]) -> list[tuple[float, float]]:
+    """Runs per second and ratio to ``base``'s of each piece of work, ``base`` itself first. Each piece does some runs
+    and returns how many; keep them short. They alternate ``rounds`` times, and the medians count: of the rounds'
+    rates, and of the ratios taken within each round, for a noisy machine is the same machine only for a moment."""
+    found: list[list[float]] = [[] for _ in range(1 + len(works))]
     for _ in range(rounds):
-        for i, work in enumerate(works):
+        for i, work in enumerate((base, *works)):
             begin = perf_counter()
             count = work()
             found[i].append(count / (perf_counter() - begin))
-    return [sorted(f)[len(f) // 2] for f in found]
+    return [(median(f), median(rate / own for rate, own in zip(f, found[0], strict=True))) for f in found]

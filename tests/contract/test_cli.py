@@ -211,10 +211,9 @@ def test_doctor(cloud: Cloud, hdcs: Hdcs) -> None:
         ("domain show nobody", 3, "no domain node"),
         ("vm clone nothing --name a", 3, "no image"),
         ("vm clone mini --name a --profile nothing", 3, "no profile"),
-        ("vm clone mini --name Bad_Name --profile tiny", 2, "not a name"),
+        ("vm clone mini --name Bad_Name --profile tiny", 2, "not a valid VM name"),
         ("vm clone mini --name a --count 2 --profile tiny", 2, "{:03d}"),
         ("vm clone mini --name a --profile large", 5, "node1"),
-        ("vm clone mini --name a --profile large --dry-run", 5, "node1"),
         ("vm list --state sleepy", 2, "Known: creating"),
         ("vm stop --state sleepy", 2, "Known: creating"),
         ("image add mini mini.qcow2", 2, "absolute path"),
@@ -308,9 +307,17 @@ def test_the_same_key_is_the_same_operation(cloud: Cloud, hdcs: Hdcs) -> None:
 def test_dry_run_tells_and_changes_nothing(cloud: Cloud, hdcs: Hdcs) -> None:
     words = ("vm", "clone", "mini", "--name", "a-{}", "--count", "2", "--profile", "tiny", "--dry-run")
     code, out, _ = hdcs(*words)
-    assert code == 0 and [line.split() for line in out.splitlines()[1:]] == [["a-1", "east"], ["a-2", "east"]]
+    rows = [line.split() for line in out.splitlines()[1:3]]
+    assert code == 0 and rows == [["a-1", "east", "node1"], ["a-2", "east", "node1"]]
+    assert "node1" in out.splitlines()[-1]  # every server node, and why or why not
     assert json.loads(hdcs(*words, "-f", "json")[1])["fits"] is True
     assert cloud.vms.list() == []
+
+
+def test_a_refused_dry_run_still_explains(cloud: Cloud, hdcs: Hdcs) -> None:
+    code, out, err = hdcs("vm", "clone", "mini", "--name", "a", "--profile", "large", "--dry-run")
+    assert code == 5 and "node1" in out and "7680 MiB free" in out
+    assert "no domain node fits profile large (8 vCPU, 16384 MiB): east: node1 7680 MiB free" in err
 
 
 def test_op_list_show_and_cancel(cloud: Cloud, hdcs: Hdcs) -> None:

@@ -364,7 +364,7 @@ def test_starts_under_way_are_bounded(reservations: Reservations) -> None:
     pool.place(request("b"))
     with pytest.raises(NoCapacity, match="starts under way"):
         pool.place(request("c"))
-    pool.started("n1", "a")
+    pool.started("east", "n1", "a")
     pool.place(request("c", start_s=0.05))
     time.sleep(0.1)
     pool.place(request("d"))

@@ -17,6 +17,7 @@ from hdcs_tasks.pool.rules import (
     NodeFacts,
     NodeRoom,
     Shape,
+    Terms,
     capacity,
     choose_domain_node,
     explain,
@@ -122,7 +123,7 @@ def test_bulk_is_split_when_no_pool_takes_all() -> None:
 
 def test_tags_must_all_be_there() -> None:
     tagged = NodeRoom("n", Free(8, 8192), 8, 8192, tags=("gpu",))
-    request = HomeRequest(Shape(1, 128), tags=("gpu",))
+    request = HomeRequest(Shape(1, 128), terms=Terms(node_tags=("gpu",)))
     assert choose_domain_node([Candidate("a", (tagged,))], request, SETTINGS).domain_node == "a"
     assert choose_domain_node([Candidate("a", (room("m", 9000),))], request, SETTINGS).domain_node is None
 

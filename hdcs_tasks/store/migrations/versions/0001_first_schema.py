@@ -24,6 +24,7 @@ def upgrade() -> None:
         sa.Column("storage_primary", sa.String(length=63), nullable=True),
         sa.Column("storage_total_bytes", sa.BigInteger(), nullable=True),
         sa.Column("storage_free_bytes", sa.BigInteger(), nullable=True),
+        sa.Column("rules", sa.JSON(), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("name", name=op.f("pk_domain_node")),
     )
@@ -67,6 +68,7 @@ def upgrade() -> None:
         sa.Column("memory_mib", sa.Integer(), nullable=False),
         sa.Column("disk_bytes", sa.BigInteger(), nullable=True),
         sa.Column("usb", sa.String(length=255), nullable=False),
+        sa.Column("rules", sa.JSON(), nullable=False),
         sa.PrimaryKeyConstraint("name", name=op.f("pk_profile")),
     )
     op.create_table(
@@ -112,6 +114,7 @@ def upgrade() -> None:
         sa.Column("facts", sa.JSON(), nullable=False),
         sa.Column("vcpus", sa.Integer(), nullable=False),
         sa.Column("memory_mib", sa.Integer(), nullable=False),
+        sa.Column("rules", sa.JSON(), nullable=False),
         sa.Column("joined_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("state_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("observed_at", sa.DateTime(timezone=True), nullable=True),
@@ -137,6 +140,7 @@ def upgrade() -> None:
         sa.Column("ip", sa.String(length=45), nullable=True),
         sa.Column("owner", sa.String(length=255), nullable=False),
         sa.Column("tags", sa.JSON(), nullable=False),
+        sa.Column("rules", sa.JSON(), nullable=False),
         sa.Column("idle_after_s", sa.Double(), nullable=True),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("state_at", sa.DateTime(timezone=True), nullable=False),
@@ -184,6 +188,7 @@ def upgrade() -> None:
         sa.Column("requested_by", sa.String(length=255), nullable=False),
         sa.Column("reason", sa.Text(), nullable=False),
         sa.Column("request", sa.JSON(), nullable=False),
+        sa.Column("decision", sa.JSON(), nullable=True),
         sa.Column("result", sa.JSON(), nullable=True),
         sa.Column("error", sa.JSON(), nullable=True),
         sa.Column("needs_operator", sa.Boolean(), nullable=False),

@@ -1,0 +1,77 @@
+"""Dry runs: where layer two would put VMs as things are now, and for every server node why or why not. Reads only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from hdcs_tasks.errors import NoCapacity
+from hdcs_tasks.operations.control import Control, Tx
+from hdcs_tasks.pool import planning
+from hdcs_tasks.pool.control import get_domain_node
+from hdcs_tasks.pool.rooms import candidate, vm_shape, vm_terms
+from hdcs_tasks.pool.rules import Candidate
+from hdcs_tasks.store.models import Vm
+from hdcs_tasks.vm.control import check_given, check_pin, get_vm, label_of
+from hdcs_tasks.vm.control_migrate import check_migrate
+
+
+def plan_start(control: Control, names: Sequence[str], *, pin: str | None = None) -> dict[str, Any]:
+    """What ``start`` or ``start_many`` would do. Raises NotFound and WrongState as they do.
+
+    ``{fits, vms: [{name, domain_node, server_node, message, decision}], refusal}``; ``decision`` as planning.decision
+    tells it, with every server node. What does not fit would wait in line: ``server_node`` is None.
+    """
+    with control.store.read() as session:
+        tx = Tx(session, control, [])
+        vms = [get_vm(session, name) for name in dict.fromkeys(names)]
+        for vm in vms:
+            check_given(tx, vm, "start")
+            if pin is not None:
+                check_pin(session, vm, pin)
+        rooms = _rooms(control, session, vms)
+    shown: list[dict[str, Any]] = []
+    for home, room in rooms.items():
+        there = [vm for vm in vms if vm.home == home]
+        waiters = [planning.Waiter(vm.id, vm_shape(vm), vm_terms(vm, pin=pin)) for vm in there]
+        planned, _ = planning.plan(room, waiters, control.settings.capacity)
+        shown += [_shown(vm, room, found) for vm, found in zip(there, planned, strict=True)]
+    return _answer(shown)
+
+
+def plan_migrate(control: Control, name: str, *, to: str | None = None) -> dict[str, Any]:
+    """What ``migrate`` would do; the form of ``plan_start``'s answer."""
+    with control.store.read() as session:
+        vm = get_vm(session, name)
+        check_migrate(Tx(session, control, []), vm, to)
+        room = _rooms(control, session, [vm])[vm.home]
+    terms = vm_terms(vm, pin=to, exclude=[vm.server_node or ""], pinned=False, start=False)
+    planned, _ = planning.plan(room, [planning.Waiter(vm.id, vm_shape(vm), terms)], control.settings.capacity)
+    return _answer([_shown(vm, room, planned[0])])
+
+
+def _rooms(control: Control, session: Session, vms: Sequence[Vm]) -> dict[str, Candidate]:
+    homes = dict.fromkeys(vm.home for vm in vms)
+    return {
+        home: candidate(control, session, get_domain_node(session, home), cooling_ports=False) for home in homes
+    }  # fmt: skip
+
+
+def _shown(vm: Vm, room: Candidate, planned: planning.Planned) -> dict[str, Any]:
+    why = "" if planned.node else planning.refusal_words(label_of(vm), vm.home, planned.verdicts, planned.pool_why)
+    return {
+        "name": vm.name, "domain_node": vm.home, "server_node": planned.node, "message": why, "profile": vm.profile,
+        "decision": planning.decision(planned.verdicts, room.order, pool_why=planned.pool_why),
+    }  # fmt: skip
+
+
+def _answer(shown: list[dict[str, Any]]) -> dict[str, Any]:
+    refused = [vm for vm in shown if vm["server_node"] is None]
+    refusal = None
+    if refused:
+        some = f" ({len(shown) - len(refused)} of {len(shown)} VMs fit)" if len(shown) > 1 else ""
+        hint = f"See: hdcs pool capacity {refused[0]['profile']}"
+        refusal = NoCapacity(refused[0]["message"] + some, next=hint).to_dict()
+    return {"fits": not refused, "vms": shown, "refusal": refusal}

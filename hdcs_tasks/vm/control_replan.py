@@ -1,0 +1,85 @@
+"""A clone that layer two refuses is planned anew on the next domain node, within the same operation.
+
+refused at home → the VM's home changes → what its old home's storage holds of it is removed → clone there
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import select
+
+from hdcs_tasks.errors import HdcsError, NoCapacity
+from hdcs_tasks.operations.control import Tx, on_done, on_failed, on_no_room
+from hdcs_tasks.pool import rules as pool_rules
+from hdcs_tasks.states import ImageState, VmState
+from hdcs_tasks.store.models import DomainNode, Image, Operation, Step, Vm
+from hdcs_tasks.store.transitions import move
+from hdcs_tasks.vm.control import vm_of
+from hdcs_tasks.vm.control_clone import Shape, add_clone_step, choose_homes, decided, promise_disk, rooms_of
+
+REPLANS = 3
+"""Domain nodes a clone tries beside its first home before it waits."""
+
+
+@on_no_room("vm.start_on_node", "vm.clone_on_node")
+def _elsewhere(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> bool:
+    """Whether the clone goes on in another domain node; a pinned one, and any other start, waits where it is."""
+    refused = [*operation.request.get("refused", [])]
+    if operation.kind != "vm.clone" or operation.request.get("domain_node") or len(refused) >= REPLANS:
+        return False
+    vm = vm_of(tx, operation)
+    if operation.cancel_asked or vm.state not in (VmState.CREATING, VmState.STARTING):
+        return False
+    old = vm.home
+    choice = _next_home(tx, vm, [*refused, old])
+    if choice is None or choice.domain_node is None:
+        return False
+    try:
+        promise_disk(tx, choice.domain_node, vm.id, vm.disk_bytes)
+    except NoCapacity:
+        return False
+    vm.home = choice.domain_node
+    if vm.state is VmState.STARTING:
+        move(vm, VmState.CREATING)
+    operation.request = operation.request | {"refused": [*refused, old]}
+    operation.decision = decided(choice)
+    tx.event("vm.replanned", vm.name, f"VM {vm.name} goes to {vm.home}: {error.message}", was=old)
+    spec = {"shown": {"vm": vm.name, "pool": old}, "vm_id": vm.id, "name": vm.name, "home": old}
+    tx.step(operation, "vm.discard_on_node", old, spec)
+    return True
+
+
+def _next_home(tx: Tx, vm: Vm, refused: list[str]) -> pool_rules.Choice | None:
+    image = tx.session.get(Image, vm.image_id)
+    ready = [c.domain_node for c in image.copies if c.state is ImageState.READY] if image is not None else []
+    names = [name for name in ready if name not in refused]
+    rows = tx.session.scalars(select(DomainNode).where(DomainNode.name.in_(names))).all()
+    shape = Shape(vm.profile, vm.vcpus, vm.memory_mib, vm.disk_bytes, vm.usb, vm.rules)
+    try:
+        return choose_homes(tx.control, rooms_of(tx, rows), shape, vm.tags, 1)[1]
+    except NoCapacity:
+        return None
+
+
+@on_done("vm.discard_on_node")
+def _discarded(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
+    control, old, vm = tx.control, step.spec["home"], vm_of(tx, operation)
+    vm_id = vm.id
+    tx.after(lambda: control.reservations.disks.release(old, vm_id))
+    _go_on(tx, operation, vm)
+
+
+@on_failed("vm.discard_on_node")
+def _not_discarded(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
+    """The disk that stays there keeps its promise of storage: an operator removes both."""
+    vm, old = vm_of(tx, operation), step.spec["home"]
+    tx.event("vm.disk_left", vm.name, f"the disk VM {vm.name} had in {old} was not removed: {error.message}", home=old)
+    if not operation.cancel_asked:
+        _go_on(tx, operation, vm)
+
+
+def _go_on(tx: Tx, operation: Operation, vm: Vm) -> None:
+    image = tx.session.get(Image, vm.image_id)
+    if vm.state is VmState.CREATING and image is not None:
+        add_clone_step(tx, operation, vm, image)
