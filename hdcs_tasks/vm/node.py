@@ -144,6 +144,8 @@ def start(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
         raise HandOver(placed.node, spec)
     run.progress(40, f"starting on {placed.node}")
     try:
+        # Before the guest runs: from then on nothing that fails may pass for a start that failed.
+        why = decision(run, spec, placed)
         with lock(ctx, guest["vm_id"]):
             _start_here(run, spec, placed)
     except ClaimLost:
@@ -154,7 +156,7 @@ def start(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     if spec.get("saved"):
         # It comes back as it was and boots nothing; a booting guest counts until its agent answers.
         _start_ended(ctx, guest["vm_id"])
-    return {"node": placed.node, "port": placed.port, "ip": placed.ip, "decision": decision(run, spec, placed)}
+    return {"node": placed.node, "port": placed.port, "ip": placed.ip, "decision": why}
 
 
 def place_request(run: Run, spec: dict[str, Any], vm_id: str, *, start_s: float) -> PlaceRequest:

@@ -23,7 +23,7 @@ from hdcs_tasks.errors import HypervisorRefused, NoCapacity, OutcomeUnknown, Unr
 from hdcs_tasks.hypervisor.connection import HostPool
 from hdcs_tasks.operations.control import Asked, Control, Tx, on_start
 from hdcs_tasks.operations.node import HandOver, NodeContext, Run, execute, resend_spooled
-from hdcs_tasks.operations.recovery import recovery_sweep, settle, wake_parked
+from hdcs_tasks.operations.recovery import recovery_sweep, settle, wake
 from hdcs_tasks.operations.spool import Spool
 from hdcs_tasks.operations.views import cancel, list_operations, show
 from hdcs_tasks.reservations import Reservations
@@ -300,7 +300,7 @@ def test_waiting_for_room_costs_no_attempt_and_frees_the_choice_of_node(desk: De
         assert desk.run(failing(NoCapacity("full"))) == ["failed"]
         step = desk.step(operation)
         assert (step.state, step.node) == (StepState.PARKED, None)
-        wake_parked(desk.control, "east")
+        wake(desk.control, [desk.step(operation).id])
     assert len(desk.step(operation).history) == 1
     # A lost executor and an error now are the first attempts that count.
     desk.messages()
@@ -313,7 +313,7 @@ def test_waiting_for_room_costs_no_attempt_and_frees_the_choice_of_node(desk: De
     desk.due(operation, not_before=ago(1))
     recovery_sweep(desk.control)
     desk.run(failing(NoCapacity("full after all")), queue=direct_queue("east", "node1"))
-    wake_parked(desk.control, "east")
+    wake(desk.control, [desk.step(operation).id])
     assert desk.run(good, node="node2") == ["done"], "any node of the pool may take it again"
     assert desk.state(operation) == "done"
 
