@@ -187,12 +187,21 @@ def partial_file(target: Path, attempt: str = "0") -> Iterator[Path]:
     try:
         yield partial
         sync(partial)
-        partial.rename(target)
+        _publish(partial, target)
         sync(target.parent)
     except BaseException:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+def _publish(partial: Path, target: Path) -> None:
+    """Give the file its name unless another has it: a rename would put an old attempt's file over a living disk."""
+    try:
+        os.link(partial, target)
+    except FileExistsError:
+        raise Conflict(f"{target} appeared meanwhile", next="Look at what is there; another attempt made it") from None
+    partial.unlink()
 
 
 def sync(path: Path) -> None:

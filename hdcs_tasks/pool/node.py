@@ -9,7 +9,7 @@ from typing import Any
 from celery.exceptions import TimeoutError as CeleryTimeoutError
 
 from hdcs_tasks.clock import now_s
-from hdcs_tasks.errors import Conflict, HdcsError, Invalid, Unreachable
+from hdcs_tasks.errors import HdcsError, Invalid, Unavailable, Unreachable
 from hdcs_tasks.hypervisor import facts as host_facts
 from hdcs_tasks.hypervisor import guests, networks, storage
 from hdcs_tasks.hypervisor.locks import vm_lock
@@ -115,7 +115,7 @@ def _remove_dhcp_host(ctx: NodeContext, mac: str, vm_id: str) -> None:
     if not vm_id:
         networks.remove_dhcp_host(ctx.host(), ctx.settings.network_name, mac)
         return
-    with suppress(Conflict), vm_lock(ctx.settings.state_dir, vm_id):
+    with suppress(Unavailable), vm_lock(ctx.settings.state_dir, vm_id):
         held = [c for c in ctx.reservations.pool.claim_of(vm_id) if c.node == ctx.server_node]
         if not held and ctx.reservations.epoch.is_open():
             networks.remove_dhcp_host(ctx.host(), ctx.settings.network_name, mac)

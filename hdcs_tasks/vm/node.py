@@ -15,6 +15,7 @@ from typing import Any
 
 from hdcs_tasks.errors import (
     BackupBroken,
+    Cancelled,
     ClaimLost,
     HdcsError,
     NoCapacity,
@@ -71,11 +72,20 @@ def clone(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
             attempt=str(run.attempt),
         )  # fmt: skip
     except HdcsError:
+        _still_ours(run)
         remove_folder(target.parent)
         raise
     for left in target.parent.glob(f"{target.name}.*.partial"):
         left.unlink(missing_ok=True)  # of an attempt that was killed
     return {"node": run.ctx.server_node, "disk": str(target)}
+
+
+def _still_ours(run: Run) -> None:
+    """Before removing what a failed attempt left: a newer attempt may have made its disk there. Raises ClaimLost."""
+    try:
+        run.check()
+    except Cancelled:
+        return
 
 
 SPACE_LEFT_BYTES = 64 * 1024 * 1024

@@ -300,3 +300,11 @@ def test_boot_probe_tells_booting_from_not(tmp_path: Path) -> None:
     disk.write_bytes(b"\xf4" * 510 + b"\x55\xaa")  # halts at once
     assert not facts.boots(emulator, "tcg", str(disk), 1)
     assert not facts.boots("no-such-emulator", "tcg", str(disk), 1)
+
+
+def test_an_old_attempt_does_not_overwrite_a_newer_ones_file(tmp_path: Path) -> None:
+    target = tmp_path / "disk0.qcow2"
+    with pytest.raises(Conflict, match="appeared meanwhile"), disks.partial_file(target, "1") as partial:
+        partial.write_text("old")
+        target.write_text("new")
+    assert target.read_text() == "new" and not partial.exists()

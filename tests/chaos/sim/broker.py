@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 from kombu.exceptions import OperationalError
@@ -111,13 +112,23 @@ class Broker:
 
 
 class SimCelery:
-    """One process's door to the broker: what ``operations.sending`` and ``operations.publishing`` use of Celery."""
+    """One process's door to the broker: what ``operations.sending`` uses of a Celery app and of its producer.
+
+    All are equal: ``sending`` keeps one (mute) event dispatcher per app, and thousands of histories share it.
+    """
 
     def __init__(self, broker: Broker, process: Process) -> None:
         self._broker = broker
         self._process = process
-        self.producer_pool = self
+        self.producer_pool = self.amqp = self
+        self.events = SimpleNamespace(Dispatcher=MuteDispatcher)
         self._held: list[tuple[str, dict[str, Any], str, Any]] = []
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SimCelery)
+
+    def __hash__(self) -> int:
+        return hash(SimCelery)
 
     @contextmanager
     def acquire(self, block: bool = True, timeout: float | None = None) -> Iterator[SimCelery]:
@@ -141,9 +152,24 @@ class SimCelery:
         if not self._broker.reachable(self._process):
             raise OperationalError("the broker does not answer")
 
-    def send_task(self, name: str, *, kwargs: dict[str, Any], queue: Any, expires: Any = None, **_: Any) -> None:
-        target = queue if isinstance(queue, str) else queue.name
-        spec = kwargs.get("spec") or {}
-        shown = " ".join(f"{k}={v}" for k, v in spec.get("shown", {}).items())
-        self._broker.kernel.tell(f"{self._process.name} sends {name} {shown} to {target}")
-        self._held.append((name, json.loads(json.dumps(kwargs)), target, expires))
+    def as_task_v2(self, task_id: str, name: str, *, kwargs: dict[str, Any], **_: Any) -> SimpleNamespace:
+        body = (name, json.loads(json.dumps(kwargs)))
+        return SimpleNamespace(body=body, headers={}, properties={}, sent_event=None)
+
+    def publish(
+        self, body: tuple[str, dict[str, Any]], *, routing_key: str, expiration: float | None, **_: Any
+    ) -> None:
+        name, message = body
+        shown = " ".join(f"{k}={v}" for k, v in (message.get("spec") or {}).get("shown", {}).items())
+        self._broker.kernel.tell(f"{self._process.name} sends {name} {shown} to {routing_key}")
+        self._held.append((name, message, routing_key, expiration))
+
+
+class MuteDispatcher:
+    """Flower's events are no part of what is judged."""
+
+    def __init__(self, enabled: bool) -> None:
+        assert not enabled
+
+    def publish(self, kind: str, fields: dict[str, Any], producer: SimCelery, retry: bool) -> None:
+        return None

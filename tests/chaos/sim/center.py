@@ -22,7 +22,7 @@ from hdcs_tasks.operations.sending import send
 from hdcs_tasks.operations.spool import Spool
 from hdcs_tasks.pool import control as pool_control
 from hdcs_tasks.pool import node as pool_node
-from hdcs_tasks.pool import rebuild, tidy
+from hdcs_tasks.pool import rebuild, tidy, waiting
 from hdcs_tasks.pool.identity import instance_id
 from hdcs_tasks.pool.proof import JoinRequest
 from hdcs_tasks.reservations import Reservations
@@ -61,6 +61,8 @@ SWEEPS: dict[str, tuple[str, Callable[[Control], Any]]] = {
     "operations.recovery_sweep": ("recovery", recovery.recovery_sweep),
     "pool.lease_sweep": ("leases", pool_control.lease_sweep),
     "pool.reservation_sweep": ("reservations", rebuild.reservation_sweep),
+    "pool.waiting_sweep": ("waiting", waiting.waiting_sweep),
+    "pool.dhcp_sweep": ("dhcp", tidy.dhcp_sweep),
     "pool.tidy_sweep": ("tidy", tidy.tidy_sweep),
     "monitor.sample_sweep": ("monitor", monitor_control.sample_sweep),
 }
@@ -193,6 +195,8 @@ class Node:
             kernel.tell(f"{ctx.server_node}: {name} attempt {message['attempt']}: {became}")
         elif name == "pool.report_on_node":
             pool_node.report(ctx, **message)
+        elif name == tidy.TIDY_TASK:
+            pool_node.tidy(ctx)
         elif name == monitor_control.SAMPLE_TASK:
             self._sample(ctx)
 
@@ -309,7 +313,7 @@ class Center:
             node.start()
         config = self.ground.control_settings
         for at, task in enumerate(SWEEPS):
-            period = config.sweep_s * (4 if task.startswith(("monitor", "pool.tidy")) else 1)
+            period = config.sweep_s * (4 if task.startswith(("monitor", "pool.tidy", "pool.dhcp")) else 1)
             self._beat(task, period, 0.5 + at)
 
     def _beat(self, task: str, period_s: float, delay_s: float) -> None:
@@ -322,7 +326,7 @@ class Center:
 
     def _has_work(self, task: str) -> bool:
         """Whether a sweep could find anything: one that cannot is left out, it costs and shows nothing."""
-        if task == "operations.recovery_sweep":
+        if task in ("operations.recovery_sweep", "pool.waiting_sweep"):
             return self.live_operations() > 0
         if task == "pool.lease_sweep":
             lost = self.ground.live.execute("SELECT count(*) FROM server_node WHERE state = 'lost'").fetchone()[0]

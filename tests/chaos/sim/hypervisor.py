@@ -6,6 +6,7 @@ server node (``hdcs_tasks/*/node*.py``) look for ``hdcs_tasks.hypervisor``; the 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -307,7 +308,11 @@ class World:
             partial.touch()
             self.kernel.sleep(self.kernel.rng.uniform(0.02, 2.0))
             self.kernel.point("rename overlay")
-            partial.rename(target)
+            os.link(partial, target)
+            partial.unlink()
+        except FileExistsError:
+            partial.unlink(missing_ok=True)
+            raise Conflict(f"{target} appeared meanwhile") from None
         except OSError as error:
             raise HypervisorRefused(f"cannot create {target}: {error}") from error
         return target

@@ -311,7 +311,8 @@ _COMMANDS: dict[str, Callable[[RedisModel, list[str]], Any]] = {
     "HSETNX": _M._hsetnx, "HDEL": _M._hdel, "HEXISTS": _M._hexists, "HLEN": _M._hlen, "HVALS": _M._hvals,
     "HGETALL": _M._hgetall, "ZADD": _M._zadd, "ZREM": _M._zrem, "ZCARD": _M._hlen, "ZCOUNT": _M._zcount,
     "ZRANGE": _M._zrange, "ZRANGEBYSCORE": _M._zrangebyscore, "ZREVRANGEBYSCORE": _M._zrevrangebyscore,
-    "ZREMRANGEBYSCORE": _M._zremrangebyscore, "SADD": _M._sadd, "SREM": _M._srem, "SMEMBERS": _M._smembers,
+    "ZREMRANGEBYSCORE": _M._zremrangebyscore, "SADD": _M._sadd, "SCARD": _M._hlen, "SREM": _M._srem,
+    "SMEMBERS": _M._smembers,
     "RPUSH": _M._rpush, "LPOP": _M._lpop, "LLEN": _M._llen,
 }  # fmt: skip
 

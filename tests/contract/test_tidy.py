@@ -1,0 +1,113 @@
+"""What the simulation found: leaks and lost claims, each on a real Redis and a real database."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hdcs_tasks.clock import new_id, now, now_s
+from hdcs_tasks.operations.control import Asked, Control
+from hdcs_tasks.pool import control as pool_control
+from hdcs_tasks.pool.proof import JoinRequest
+from hdcs_tasks.pool.rebuild import snapshot
+from hdcs_tasks.pool.tidy import tidy_sweep
+from hdcs_tasks.reservations import PlaceRequest
+from hdcs_tasks.states import ServerNodeState, VmState
+from hdcs_tasks.store.models import ServerNode, Vm
+from hdcs_tasks.store.transitions import move
+from hdcs_tasks.vm.control_clone import Shape, new_vm
+
+pytestmark = pytest.mark.contract
+TOKEN = "token"
+FACTS = {"cpu_mhz": 3000, "sockets": 1, "cores_per_socket": 4, "threads_per_core": 1, "max_vcpus": 64,
+         "memory_mib": 16000}  # fmt: skip
+
+
+def join_request(name: str = "node1") -> JoinRequest:
+    storage = {"total_bytes": 10**12, "free_bytes": 10**12}
+    return JoinRequest("east", name, "10.0.0.1", f"instance-{name}", FACTS, storage, now_s()).signed(TOKEN)
+
+
+@pytest.fixture
+def pool(control: Control) -> Control:
+    pool_control.create_domain_node(control, "east", TOKEN)
+    pool_control.join(control, join_request())
+    return control
+
+
+def stopped_vm(control: Control) -> str:
+    with control.transaction() as tx:
+        vm = new_vm(tx, "desk-1", Shape("tiny", 1, 128, 10**9, "off"), "east", image_id=None)
+        move(vm, VmState.STOPPED)
+        return vm.id
+
+
+def place(control: Control, vm_id: str) -> Any:
+    return control.reservations.pool.place(PlaceRequest("east", vm_id, "step", 1, 400))
+
+
+def test_a_deleted_vm_leaves_nothing_though_control_died_after_the_commit(pool: Control) -> None:
+    vm_id = stopped_vm(pool)
+    with pool.transaction() as tx:
+        vm = tx.session.get_one(Vm, vm_id)
+        move(vm, VmState.DELETING)
+        move(vm, VmState.DELETED)
+        vm.deleted_at = now()
+    assert tidy_sweep(pool) == 2
+    assert pool.reservations.macs.all() == {} and pool.reservations.disks.all("east") == {}
+
+
+def test_what_an_open_transaction_took_is_not_given_back_in_the_first_sweep(pool: Control) -> None:
+    stranger = new_id()
+    mac = pool.reservations.macs.take(stranger)
+    assert tidy_sweep(pool) == 0
+    assert pool.reservations.macs.all() == {stranger: mac}
+    assert tidy_sweep(pool) == 1
+    assert pool.reservations.macs.all() == {}
+
+
+def test_claims_of_a_resting_vm_go_but_not_while_an_operation_lives(pool: Control) -> None:
+    vm_id = stopped_vm(pool)
+    place(pool, vm_id)
+    with pool.transaction() as tx:
+        operation = tx.open("backup.verify", asked=Asked(), vm=tx.session.get_one(Vm, vm_id))
+    assert tidy_sweep(pool) == 0
+    with pool.transaction() as tx:
+        tx.finish(tx.session.merge(operation))
+    assert tidy_sweep(pool) == 2
+    assert pool.reservations.pool.claims("east") == []
+    assert pool.reservations.ports.cooling("east") == {vm_id}
+
+
+def test_a_rebuild_keeps_the_claim_of_a_start_under_way(pool: Control) -> None:
+    vm_id = stopped_vm(pool)
+    placed = place(pool, vm_id)
+    with pool.transaction() as tx:
+        tx.open("vm.start", asked=Asked(), vm=tx.session.get_one(Vm, vm_id))
+    reports = {"node1": {"guests": []}}
+    found = snapshot(pool, reports).pools["east"]
+    assert [(c.vm, c.node, c.port, c.ip) for c in found.claims] == [(vm_id, "node1", placed.port, placed.ip)]
+
+
+def test_a_rebuild_counts_what_began_to_run_after_the_report(pool: Control) -> None:
+    vm_id = stopped_vm(pool)
+    placed = place(pool, vm_id)
+    with pool.transaction() as tx:
+        vm = tx.session.get_one(Vm, vm_id)
+        move(vm, VmState.RUNNING)
+        vm.server_node, vm.port, vm.ip = "node1", placed.port, placed.ip
+    found = snapshot(pool, {"node1": {"guests": []}}).pools["east"]
+    assert [(c.vm, c.ip) for c in found.claims] == [(vm_id, placed.ip)]
+
+
+def test_a_join_that_broke_off_after_its_lease_is_made_again(pool: Control) -> None:
+    leases = pool.reservations.leases
+    leases.drop("node", "node1", "instance-node1")
+    assert pool_control.lease_sweep(pool) == ["node1"]
+    leases.grant("node", "node1", "instance-node1", 60)  # the half of a join that came before the record
+    assert pool_control.lease_sweep(pool) == []
+    assert leases.holder("node", "node1") is None, "the node renews for ever, and is never in the pool again"
+    pool_control.join(pool, join_request())
+    with pool.store.read() as session:
+        assert session.get_one(ServerNode, "node1").state is ServerNodeState.UP
