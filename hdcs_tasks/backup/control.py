@@ -10,7 +10,8 @@ from sqlalchemy.orm import Session
 
 from hdcs_tasks.backup.rules import FullRule, Point, next_point
 from hdcs_tasks.errors import Conflict, HdcsError, NotFound, WrongState
-from hdcs_tasks.operations.control import Asked, Control, Tx, on_done, on_failed, on_start
+from hdcs_tasks.operations.control import Asked, Control, Tx
+from hdcs_tasks.operations.handlers import on_done, on_failed, on_start
 from hdcs_tasks.states import OPERATION_LIVE, STEP_LIVE, BackupState
 from hdcs_tasks.store.models import Backup, Image, Operation, Step, Vm, new_id
 from hdcs_tasks.store.transitions import move

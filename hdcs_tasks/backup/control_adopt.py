@@ -8,7 +8,8 @@ from typing import Any
 from sqlalchemy import select
 
 from hdcs_tasks.errors import Conflict
-from hdcs_tasks.operations.control import Asked, Control, Tx, on_done
+from hdcs_tasks.operations.control import Asked, Control, Tx
+from hdcs_tasks.operations.handlers import on_done
 from hdcs_tasks.pool.control import get_domain_node
 from hdcs_tasks.states import OPERATION_LIVE, BackupState
 from hdcs_tasks.store.models import Backup, Operation, Step

@@ -12,7 +12,8 @@ from typing import Any
 from hdcs_tasks.backup.control import usable
 from hdcs_tasks.backup.control_restore import open_as_new
 from hdcs_tasks.errors import HdcsError, from_dict
-from hdcs_tasks.operations.control import Asked, Control, Tx, on_done, on_failed
+from hdcs_tasks.operations.control import Asked, Control, Tx
+from hdcs_tasks.operations.handlers import on_done, on_failed
 from hdcs_tasks.routing import direct_queue
 from hdcs_tasks.states import VmState
 from hdcs_tasks.store.models import Backup, Operation, Step, now

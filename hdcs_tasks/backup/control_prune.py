@@ -9,7 +9,8 @@ from sqlalchemy import select
 from hdcs_tasks.backup.control import is_being_read, points_of
 from hdcs_tasks.backup.rules import Keep, Prune, plan_prune
 from hdcs_tasks.errors import Conflict, HdcsError, NotFound, OutcomeUnknown
-from hdcs_tasks.operations.control import Asked, Control, Tx, on_done, on_failed
+from hdcs_tasks.operations.control import Asked, Control, Tx
+from hdcs_tasks.operations.handlers import on_done, on_failed
 from hdcs_tasks.states import BackupState
 from hdcs_tasks.store.models import Backup, Operation, Step, Vm
 from hdcs_tasks.store.transitions import move

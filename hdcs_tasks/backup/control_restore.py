@@ -9,7 +9,8 @@ from sqlalchemy import func, select
 from hdcs_tasks.backup.control import found_broken, spec_of, usable
 from hdcs_tasks.backup.rules import RESTORE_IN_PLACE_IN
 from hdcs_tasks.errors import HdcsError, Invalid, NotFound, WrongState
-from hdcs_tasks.operations.control import Asked, Control, Tx, on_done, on_failed
+from hdcs_tasks.operations.control import Asked, Control, Tx
+from hdcs_tasks.operations.handlers import on_done, on_failed
 from hdcs_tasks.pool.control import get_domain_node
 from hdcs_tasks.states import BackupState, ImageState, VmState
 from hdcs_tasks.store.models import Backup, Image, ImageCopy, Operation, Step, Vm, new_id, now

@@ -10,7 +10,8 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from hdcs_tasks.errors import Conflict, HdcsError, Invalid, NotFound, WrongState
-from hdcs_tasks.operations.control import Asked, Control, Tx, on_done, on_failed
+from hdcs_tasks.operations.control import Asked, Control, Tx
+from hdcs_tasks.operations.handlers import on_done, on_failed
 from hdcs_tasks.pool.control import get_domain_node
 from hdcs_tasks.routing import check_name
 from hdcs_tasks.states import ImageState

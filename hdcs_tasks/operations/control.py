@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 from hdcs_tasks.config import Settings
 from hdcs_tasks.errors import Cancelled, Conflict, HdcsError, NotFound, OutcomeUnknown, from_dict
 from hdcs_tasks.logs import logger
+from hdcs_tasks.operations.handlers import ON_DONE, ON_FAILED, ON_START
 from hdcs_tasks.operations.publishing import Publisher
 from hdcs_tasks.operations.rules import bulk_percent, is_touched
 from hdcs_tasks.reservations import Reservations
@@ -33,61 +34,6 @@ log = logger(__name__)
 # FOR NO KEY UPDATE on PostgreSQL: a row updated twice in a transaction takes a key-share lock on every row it refers
 # to, so two children that end at once would deadlock on a parent locked FOR UPDATE.
 ROW_LOCK = {"key_share": True}
-
-Done = Callable[["Tx", Operation, Step, dict[str, Any]], None]
-Failed = Callable[["Tx", Operation, Step, HdcsError], None]
-ON_DONE: dict[str, Done] = {}
-ON_FAILED: dict[str, Failed] = {}
-NoRoom = Callable[["Tx", Operation, Step, HdcsError], bool]
-ON_NO_ROOM: dict[str, NoRoom] = {}
-ON_START: dict[str, Callable[[Tx, Operation], None]] = {}
-
-
-def on_start(kind: str) -> Callable[[Callable[[Tx, Operation], None]], Callable[[Tx, Operation], None]]:
-    """Register what adds the first step of this kind of operation, from the records as they are when it begins."""
-
-    def register(function: Callable[[Tx, Operation], None]) -> Callable[[Tx, Operation], None]:
-        ON_START[kind] = function
-        return function
-
-    return register
-
-
-def on_done(*steps: str) -> Callable[[Done], Done]:
-    """Register what settles these steps when they succeeded.
-
-    ``kind:step`` is asked after ``step`` in operations of that kind: how a feature goes on after another's step.
-    """
-
-    def register(function: Done) -> Done:
-        for step in steps:
-            ON_DONE[step] = function
-        return function
-
-    return register
-
-
-def on_failed(*steps: str) -> Callable[[Failed], Failed]:
-    """Register what settles these steps when they failed for good or were cancelled. Keys as in ``on_done``."""
-
-    def register(function: Failed) -> Failed:
-        for step in steps:
-            ON_FAILED[step] = function
-        return function
-
-    return register
-
-
-def on_no_room(*steps: str) -> Callable[[NoRoom], NoRoom]:
-    """Register what may find another way for these steps when layer two has no room: True, and it has added the steps
-    to take instead; False, and the step waits."""
-
-    def register(function: NoRoom) -> NoRoom:
-        for step in steps:
-            ON_NO_ROOM[step] = function
-        return function
-
-    return register
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from sqlalchemy import select
 from hdcs_tasks.clock import now_s, random_hex
 from hdcs_tasks.errors import Cancelled, HdcsError, NoCapacity, OutcomeUnknown, from_dict
 from hdcs_tasks.logs import logger
-from hdcs_tasks.operations.control import ON_NO_ROOM, Control, Tx, request_cancel, settle_done, settle_failed
+from hdcs_tasks.operations.control import Control, Tx, request_cancel, settle_done, settle_failed
+from hdcs_tasks.operations.handlers import ON_NO_ROOM
 from hdcs_tasks.operations.rules import (
     StepFacts,
     Verdict,

@@ -9,7 +9,8 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from hdcs_tasks.errors import Conflict, HdcsError, Invalid, NotFound, OutcomeUnknown, Unreachable, WrongState
-from hdcs_tasks.operations.control import Asked, Control, Tx, busy, on_done, on_failed, on_start
+from hdcs_tasks.operations.control import Asked, Control, Tx, busy
+from hdcs_tasks.operations.handlers import on_done, on_failed, on_start
 from hdcs_tasks.pool import rules as pool_rules
 from hdcs_tasks.pool.control import IN_POOL, get_domain_node, get_server_node
 from hdcs_tasks.pool.rooms import order_of, vm_shape, vm_terms

@@ -11,7 +11,8 @@ from sqlalchemy.orm import Session
 
 from hdcs_tasks.errors import HdcsError, Invalid, NoCapacity, NotFound
 from hdcs_tasks.image.control import get_image
-from hdcs_tasks.operations.control import Asked, Control, Tx, on_done, on_failed
+from hdcs_tasks.operations.control import Asked, Control, Tx
+from hdcs_tasks.operations.handlers import on_done, on_failed
 from hdcs_tasks.pool import planning
 from hdcs_tasks.pool import rules as pool_rules
 from hdcs_tasks.pool.control import get_domain_node, get_server_node

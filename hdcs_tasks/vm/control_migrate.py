@@ -11,7 +11,8 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from hdcs_tasks.errors import HdcsError, Invalid, OutcomeUnknown, Rejected, WrongState, from_dict
-from hdcs_tasks.operations.control import Asked, Control, Tx, on_done, on_failed, on_start
+from hdcs_tasks.operations.control import Asked, Control, Tx
+from hdcs_tasks.operations.handlers import on_done, on_failed, on_start
 from hdcs_tasks.pool.control import IN_POOL, get_server_node
 from hdcs_tasks.pool.rooms import vm_terms
 from hdcs_tasks.routing import direct_queue

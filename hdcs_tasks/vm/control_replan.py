@@ -10,7 +10,8 @@ from typing import Any
 from sqlalchemy import select
 
 from hdcs_tasks.errors import HdcsError, NoCapacity
-from hdcs_tasks.operations.control import Tx, on_done, on_failed, on_no_room
+from hdcs_tasks.operations.control import Tx
+from hdcs_tasks.operations.handlers import on_done, on_failed, on_no_room
 from hdcs_tasks.pool import rules as pool_rules
 from hdcs_tasks.states import ImageState, VmState
 from hdcs_tasks.store.models import DomainNode, Image, Operation, Step, Vm

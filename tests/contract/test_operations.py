@@ -21,7 +21,8 @@ from sqlalchemy import select
 from hdcs_tasks.app import make_app
 from hdcs_tasks.errors import HypervisorRefused, NoCapacity, OutcomeUnknown, Unreachable, WrongState
 from hdcs_tasks.hypervisor.connection import HostPool
-from hdcs_tasks.operations.control import Asked, Control, Tx, on_start
+from hdcs_tasks.operations.control import Asked, Control, Tx
+from hdcs_tasks.operations.handlers import on_start
 from hdcs_tasks.operations.node import HandOver, NodeContext, Run, execute, resend_spooled
 from hdcs_tasks.operations.recovery import recovery_sweep, settle, wake
 from hdcs_tasks.operations.spool import Spool
