@@ -1,0 +1,11 @@
+"""For every test: a run that is ended by SIGTERM (a time limit, say) ends as by Ctrl-C, so that fixtures clean up."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+
+def pytest_configure() -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
