@@ -45,7 +45,10 @@ def reservation_sweep(control: Control) -> str:
     reports, waited_s = _reports(control, run_id, nodes)
     if len(reports) < len(nodes) and waited_s < WAIT_FOR_REPORTS_S:
         return "waiting"
-    reservations.rebuild(snapshot(control, reports))
+    token = reservations.epoch.take_rebuild(run_id)
+    if token is None:
+        return "open"
+    reservations.rebuild(snapshot(control, reports), token=token)
     for node in nodes:
         # A lease missing after Redis was lost is not a lost node: each gets one term to renew.
         reservations.leases.grant("node", node.name, node.instance, control.settings.lease_ttl_s)
@@ -76,15 +79,32 @@ def snapshot(control: Control, reports: dict[str, dict[str, Any]]) -> Snapshot:
         rows = list(session.scalars(select(DomainNode)))
         nodes = list(session.scalars(select(ServerNode)))
         vms = list(session.scalars(select(Vm).where(Vm.deleted_at.is_(None))))
-        busy = set(session.scalars(select(Operation.live_vm).where(Operation.live_vm.is_not(None))))
+        live = {
+            operation.live_vm: operation
+            for operation in session.scalars(select(Operation).where(Operation.live_vm.is_not(None)))
+        }
     present = control.reservations.dump().pools
     pools = {}
     for row in rows:
         pool = _pool_snapshot(control, row, nodes, vms, reports)
         held = present[row.name].claims if row.name in present else ()
-        pools[row.name] = _with_busy(pool, [claim for claim in held if claim.vm in busy])
+        coming = _coming(control, [vm for vm in vms if vm.home == row.name], live)
+        pools[row.name] = _with_busy(pool, [*(claim for claim in held if claim.vm in live), *coming])
     subnets = {node.name: node.subnet for node in nodes}
     return Snapshot(macs={vm.id: vm.mac for vm in vms}, subnets=subnets, pools=pools)
+
+
+def _coming(control: Control, vms: list[Vm], live: dict[str | None, Operation]) -> list[Claim]:
+    """What migrating VMs hold where they go, as their operations have it: Redis may have been emptied."""
+    found = []
+    for vm in vms:
+        target = live[vm.id].request.get("target") if vm.id in live else None
+        if target:
+            need = need_of(vm_shape(vm), control.settings.capacity)
+            found.append(
+                Claim(vm.home, vm.id, target["node"], need.vcpus, need.memory_mib, target["port"], target["ip"], "")
+            )
+    return found
 
 
 def _with_busy(pool: PoolSnapshot, held: list[Claim]) -> PoolSnapshot:

@@ -68,15 +68,16 @@ class Reservations:
     def from_settings(cls, settings: Settings) -> Reservations:
         return cls(connect(settings.redis_url), settings.key_prefix, settings.mac_prefix)
 
-    def rebuild(self, snapshot: Snapshot, port_cooling_s: float = 120.0) -> None:
+    def rebuild(self, snapshot: Snapshot, port_cooling_s: float = 120.0, token: str | None = None) -> None:
         """Replace every reservation by the snapshot's and open the epoch; allocation is closed until it is done.
 
         Server nodes that registered but are not in the snapshot stay registered. Ports of VMs without a claim cool for
         ``port_cooling_s`` from now; IPs that cooled are free again, but given out after all never used. Invalid: the
-        snapshot gives something twice. If Redis restarts meanwhile allocation stays closed: rebuild again. Steps and
-        leases are left alone.
+        snapshot gives something twice. ``token``: of ``epoch.take_rebuild``, asked for before the snapshot was read;
+        Conflict: somebody else has taken the rebuild in hand since. If Redis restarts meanwhile allocation stays
+        closed: rebuild again. Steps and leases are left alone.
         """
-        _rebuild.rebuild(self._link, self.epoch, self.dump(), snapshot, port_cooling_s)
+        _rebuild.rebuild(self._link, self.epoch, self.dump(), snapshot, port_cooling_s, token)
 
     def dump(self) -> Snapshot:
         """Every reservation as it stands."""

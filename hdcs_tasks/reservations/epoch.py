@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hdcs_tasks.clock import random_hex
 from hdcs_tasks.reservations.link import Link
 
 
@@ -34,6 +35,14 @@ class Epoch:
         """
         self._link.do("SET", self._key, run_id or self.run_id())
 
-    def close(self) -> None:
-        """Stop allocation, to read record and world for a rebuild while nothing new is given out."""
-        self._link.do("DEL", self._key)
+    def close(self) -> str:
+        """Stop allocation, to read record and world for a rebuild while nothing new is given out. The answer is the
+        text that now stands for the epoch: only who holds it ends the rebuild."""
+        token = f"closed:{random_hex(8)}"
+        self._link.do("SET", self._key, token)
+        return token
+
+    def take_rebuild(self, run_id: str) -> str | None:
+        """``close``, unless the reservations are open already (None): of two that rebuild, the later one does it."""
+        token = random_hex(8)
+        return f"closed:{token}" if self._link.call("epoch_take", [self._key], run_id, token) else None

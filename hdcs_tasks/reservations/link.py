@@ -109,13 +109,23 @@ class Link:
                 pipe.execute_command(*command)
             return list(pipe.execute()) if len(pipe) else []
 
-    def transaction(self, commands: Iterable[Sequence[Value]]) -> None:
-        """Many plain commands, all or none."""
+    def transaction(self, commands: Iterable[Sequence[Value]], *, while_: tuple[str, str] | None = None) -> bool:
+        """Many plain commands, all or none; with ``while_`` only if that key holds that text. False: it does not."""
         with redis_errors():
             pipe = self._raw.pipeline(transaction=True)
+            if while_ is not None:
+                pipe.watch(while_[0])
+                if pipe.get(while_[0]) != while_[1]:
+                    pipe.reset()
+                    return False
+                pipe.multi()
             for command in commands:
                 pipe.execute_command(*command)
-            pipe.execute()
+            try:
+                pipe.execute()
+            except redis.WatchError:
+                return False
+            return True
 
     def scan(self, pattern: str) -> list[str]:
         """Every key below the prefix that fits the pattern."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from hdcs_tasks.errors import Invalid
+from hdcs_tasks.errors import Conflict, Invalid
 from hdcs_tasks.reservations.epoch import Epoch
 from hdcs_tasks.reservations.link import Link
 from hdcs_tasks.reservations.model import Claim, Orphans, PoolNode, PoolSnapshot, Snapshot
@@ -19,19 +19,24 @@ _FAMILIES = ("mac:*", "subnet:*", "port_ranges:*", "ports:*", "pools:*", "pool:*
 _CHUNK = 1000
 
 
-def rebuild(link: Link, epoch: Epoch, present: Snapshot, snapshot: Snapshot, port_cooling_s: float) -> None:
+def rebuild(
+    link: Link, epoch: Epoch, present: Snapshot, snapshot: Snapshot, port_cooling_s: float, token: str | None
+) -> None:
     """See ``Reservations.rebuild``. ``present``: what Redis holds, for server nodes only it knows."""
     _check(snapshot)
     run_id = epoch.run_id()
-    epoch.close()
+    token = token or epoch.close()
     merged = _merged(present, snapshot)
     old = [key for family in _FAMILIES for key in link.scan(family)]
     commands: list[Sequence[Value]] = [("UNLINK", *old[at : at + _CHUNK]) for at in range(0, len(old), _CHUNK)]
     commands += _commands(link, merged)
     now = link.do("TIME")
     commands += _cooling_ports(link, merged, int(now[0]) * 1000 + int(now[1]) // 1000 + round(port_cooling_s * 1000))
-    # Last, and with the run_id of before: a Redis that restarted in between stays closed.
-    link.transaction([*commands, ("SET", link.key("epoch", "run_id"), run_id)])
+    # Last, and with the run_id of before: a Redis that restarted in between stays closed. Only while the rebuild is in
+    # our hands: what was given out since another one opened the epoch is not in this snapshot.
+    key = link.key("epoch", "run_id")
+    if not link.transaction([*commands, ("SET", key, run_id)], while_=(key, token)):
+        raise Conflict("another control worker took the rebuild in hand meanwhile", next="It ends it; look again")
 
 
 def _merged(present: Snapshot, snapshot: Snapshot) -> Snapshot:
@@ -77,6 +82,7 @@ def _commands(link: Link, snapshot: Snapshot) -> Iterator[Sequence[Value]]:
     yield from _hash(link.key("subnet", "of_node"), {n: pack_subnet(s) for n, s in snapshot.subnets.items()})
     for name, pool in snapshot.pools.items():
         yield from _pool_commands(link, name, pool)
+        yield from _ips(link, pool, snapshot.subnets)
 
 
 def _pool_commands(link: Link, name: str, pool: PoolSnapshot) -> Iterator[Sequence[Value]]:
@@ -118,9 +124,18 @@ def _node_commands(link: Link, domain_node: str, node: PoolNode, claims: Sequenc
     free_vcpus, free_memory = node.vcpus - vcpus, node.memory_mib - memory
     if node.schedulable and free_vcpus > 0 and free_memory > 0:
         yield ("ZADD", link.key("pool", domain_node), free_memory * 65536 + min(free_vcpus, 65535), node.name)
-    if node.subnet:
-        ips = {c.vm: ip_number(c.ip) for c in claims if c.ip}
-        yield from _span(link.key("ips", node.name), *guest_span(node.subnet), ips)
+
+
+def _ips(link: Link, pool: PoolSnapshot, subnets: Mapping[str, str]) -> Iterator[Sequence[Value]]:
+    """Addresses of every server node, also of a lost one: what it holds must not be given again when it is back."""
+    in_pool = {node.name: node.subnet for node in pool.nodes}
+    owned: dict[str, dict[str, int]] = {name: {} for name in in_pool}
+    for claim in pool.claims:
+        if claim.ip:
+            owned.setdefault(claim.node, {})[claim.vm] = ip_number(claim.ip)
+    for name, ips in owned.items():
+        if subnet := in_pool.get(name) or subnets.get(name):
+            yield from _span(link.key("ips", name), *guest_span(subnet), ips)
 
 
 def _span(base: str, first: int, last: int, owned: Mapping[str, int]) -> Iterator[Sequence[Value]]:

@@ -68,7 +68,7 @@ def calls(rng: random.Random) -> list[Callable[[Reservations], Any]]:
         lambda r: r.notes.read("note"),
         lambda r: r.pool.nodes(pool),
         lambda r: r.pool.claims(pool),
-        lambda r: r.epoch.close() if cool_s else r.epoch.open(),
+        lambda r: r.epoch.close() and None if cool_s else r.epoch.open(),
         lambda r: r.epoch.open(),
         lambda r: r.epoch.is_open(),
         lambda r: r.rebuild(SNAPSHOT),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from hdcs_tasks.clock import new_id, now, now_s
+from hdcs_tasks.errors import Conflict
 from hdcs_tasks.operations.control import Asked, Control
 from hdcs_tasks.pool import control as pool_control
 from hdcs_tasks.pool.proof import JoinRequest
@@ -111,3 +112,41 @@ def test_a_join_that_broke_off_after_its_lease_is_made_again(pool: Control) -> N
     pool_control.join(pool, join_request())
     with pool.store.read() as session:
         assert session.get_one(ServerNode, "node1").state is ServerNodeState.UP
+
+
+def test_of_two_rebuilds_the_slower_one_writes_nothing(pool: Control) -> None:
+    vm_id = stopped_vm(pool)
+    reservations = pool.reservations
+    reservations.epoch.close()
+    run_id = reservations.epoch.run_id()
+    slow = reservations.epoch.take_rebuild(run_id)
+    old = snapshot(pool, {})
+    quick = reservations.epoch.take_rebuild(run_id)
+    reservations.rebuild(snapshot(pool, {}), token=quick)
+    placed = place(pool, vm_id)
+    with pytest.raises(Conflict, match="another control worker"):
+        reservations.rebuild(old, token=slow)
+    assert reservations.epoch.take_rebuild(run_id) is None
+    assert reservations.epoch.is_open()
+    assert [claim.ip for claim in reservations.pool.claims("east")] == [placed.ip]
+
+
+def test_a_rebuild_knows_where_a_migrating_vm_goes_though_redis_is_empty(pool: Control) -> None:
+    vm_id = stopped_vm(pool)
+    target = {"node": "node1", "port": 20007, "ip": "10.128.0.9", "address": "10.0.0.1"}
+    with pool.transaction() as tx:
+        tx.open("vm.clone", asked=Asked(), vm=tx.session.get_one(Vm, vm_id), request={"target": target})
+    claims = snapshot(pool, {}).pools["east"].claims
+    assert [(c.vm, c.node, c.port, c.ip) for c in claims] == [(vm_id, "node1", 20007, "10.128.0.9")]
+
+
+def test_addresses_held_on_a_lost_server_node_are_not_given_again_when_it_is_back(pool: Control) -> None:
+    vm_id = stopped_vm(pool)
+    placed = place(pool, vm_id)
+    with pool.transaction() as tx:
+        tx.open("vm.start", asked=Asked(), vm=tx.session.get_one(Vm, vm_id))
+    pool.reservations.leases.drop("node", "node1", "instance-node1")
+    pool_control.lease_sweep(pool)
+    pool.reservations.rebuild(snapshot(pool, {}))
+    pool_control.join(pool, join_request())
+    assert place(pool, new_id()).ip != placed.ip

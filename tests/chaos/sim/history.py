@@ -168,11 +168,15 @@ class History:
         self._stop_redis("Redis wiped", None)
 
     def _stop_redis(self, what: str, lost_ms: int | None) -> None:
+        if not self.center.broker.up:
+            return
         self.center.broker.up = False
         self.kernel.fault(what, "" if lost_ms is None else f"{lost_ms} ms")
         self.kernel.at(self.kernel.rng.choice((0.1, 2.0, 14.0)), lambda: self._start_redis(lost_ms))
 
     def _start_redis(self, lost_ms: int | None) -> None:
+        if self.center.broker.up:
+            return
         self._restarts += 1
         if lost_ms is None:
             self.center.redis.wipe()

@@ -424,10 +424,12 @@ class ModelClient:
     def scan_iter(self, pattern: str, count: int = 0) -> Iterator[str]:
         return iter(self.server.scan(pattern))
 
-    def through(self, commands: list[Words], raise_on_error: bool) -> list[Any]:
-        """One round trip of many commands."""
+    def through(self, commands: list[Words], raise_on_error: bool, watched: tuple[str, Any] | None = None) -> list[Any]:
+        """One round trip of many commands; none of them where a watched key has changed."""
         if commands:
             self.asked(commands[0])
+        if watched is not None and self.server.run("GET", watched[0]) != watched[1]:
+            raise redis.WatchError("Watched variable changed.")
         answers: list[Any] = []
         for words in commands:
             try:
@@ -485,6 +487,19 @@ class _Pipeline:
     def __init__(self, client: ModelClient) -> None:
         self._client = client
         self._commands: list[Words] = []
+        self._watched: tuple[str, Any] | None = None
+
+    def watch(self, key: str) -> None:
+        self._watched = (key, self._client.execute_command("GET", key))
+
+    def get(self, key: str) -> Any:
+        return self._client.execute_command("GET", key)
+
+    def multi(self) -> None:
+        return None
+
+    def reset(self) -> None:
+        self._commands, self._watched = [], None
 
     def __len__(self) -> int:
         return len(self._commands)
@@ -493,5 +508,6 @@ class _Pipeline:
         self._commands.append(words)
 
     def execute(self, raise_on_error: bool = True) -> list[Any]:
-        commands, self._commands = self._commands, []
-        return self._client.through(commands, raise_on_error)
+        commands, watched = self._commands, self._watched
+        self.reset()
+        return self._client.through(commands, raise_on_error, watched)
