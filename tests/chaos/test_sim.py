@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import pytest
 from sqlalchemy import event
 
 from hdcs_tasks.operations.node import Run
-from hdcs_tasks.reservations import scripts
-from hdcs_tasks.reservations.scripts import _source
 from hdcs_tasks.store.models import Operation
 from tests.chaos.sim.center import Ground
 from tests.chaos.sim.history import History
@@ -72,19 +68,3 @@ def test_without_one_live_operation_per_vm_the_record_breaks(ground: Ground) -> 
         event.remove(Operation, "before_insert", forget)
         event.remove(Operation, "before_update", forget)
     assert found
-
-
-@pytest.mark.timeout(600)
-def test_without_the_epoch_guard_something_is_given_twice(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unguarded(name: str, run_id: str) -> str:
-        return _source(name).replace("~= '@RUN_ID@'", "== 'never'")
-
-    def sha(name: str, run_id: str) -> str:
-        return hashlib.sha1(unguarded(name, run_id).encode(), usedforsecurity=False).hexdigest()
-
-    monkeypatch.setattr(scripts, "script_text", unguarded)
-    monkeypatch.setattr(scripts, "script_sha", sha)
-    assert first_violation(
-        ground, "address given twice", "port given twice", "claim lost", "port is not the record's",
-        "disk promises leaked or lost", "MACs leaked or lost", "not settled",
-    )  # fmt: skip

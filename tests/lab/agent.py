@@ -18,7 +18,7 @@ class Agent:
     def call(self, command: str, **arguments: Any) -> Any:
         return json.loads(self._send(json.dumps({"execute": command, "arguments": arguments})))["return"]
 
-    def wait(self, timeout_s: float = 60) -> float:
+    def wait(self, timeout_s: float = 180) -> float:
         """Seconds until it answers."""
         started = time.monotonic()
         while True:

@@ -76,7 +76,7 @@ class HypervisorNode:
         self.signal(number, "qemu-system-x86_64", f"guest={spec.name},")
 
 
-def wait_until(done: Callable[[], object], timeout_s: float = 20) -> None:
+def wait_until(done: Callable[[], object], timeout_s: float = 90) -> None:
     deadline = time.monotonic() + timeout_s
     while not done():
         assert time.monotonic() < deadline, "waited in vain"

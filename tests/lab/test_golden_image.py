@@ -133,7 +133,7 @@ def _load(machine: Machine, seconds: float) -> float:
     return (machine.cpu_s() - before) / (time.monotonic() - started)
 
 
-def _eventually(check: object, timeout_s: float = 15) -> None:
+def _eventually(check: object, timeout_s: float = 90) -> None:
     deadline = time.monotonic() + timeout_s
     while not check():  # type: ignore[operator]
         assert time.monotonic() < deadline

@@ -63,7 +63,7 @@ def test_bounced_link_brings_a_new_address(node: HypervisorNode, booted: GuestSp
     wait_until(lambda: agent.addresses(node.host, booted.vm_id)["agent"] == (node.address(booted),))
     networks.add_dhcp_host(node.host, "hdcs", booted.mac, "10.92.128.222", booted.name)
     agent.renew_network(node.host, booted.vm_id)
-    wait_until(lambda: agent.addresses(node.host, booted.vm_id)["agent"] == ("10.92.128.222",), 30)
+    wait_until(lambda: agent.addresses(node.host, booted.vm_id)["agent"] == ("10.92.128.222",), 120)
     with pytest.raises(HypervisorRefused, match="no network interface"):
         agent.renew_network(node.host, booted.vm_id, "52:54:00:00:00:00")
 
