@@ -222,7 +222,8 @@ def _destroy(guest: Any, label: str) -> None:
                 raise
 
 
-def _active(guest: Any, label: str) -> bool:
+def active(guest: Any, label: str) -> bool:
+    """Whether the guest runs; one that went away since it was looked up does not."""
     with libvirt_errors(f"look at guest {label}"):
         try:
             return bool(guest.isActive())
@@ -238,7 +239,7 @@ def _ask_to_stop(host: Host, guest: Any, seen: GuestInfo, timeout_s: float) -> N
     deadline = time.monotonic() + timeout_s
     press_at = 0.0
     by_agent = agent.ping(host, seen.vm_id)
-    while _active(guest, seen.name):
+    while active(guest, seen.name):
         now = time.monotonic()
         if now >= deadline:
             raise Unavailable(
@@ -323,7 +324,7 @@ def save(host: Host, vm_id: str, path: Path) -> None:
     """
     partial = path.with_name(path.name + ".partial")
     guest = host.lookup(vm_id)
-    if guest is not None and _active(guest, vm_id):
+    if guest is not None and active(guest, vm_id):
         partial.unlink(missing_ok=True)
         with host.another() as own, libvirt_errors(f"save guest {vm_id}", unsure=True):
             own.guest(vm_id).saveFlags(str(partial), None, 0)

@@ -18,6 +18,7 @@ import libvirt
 from hdcs_tasks.errors import Cancelled, HypervisorRefused, NotFound, OutcomeUnknown, WrongState
 from hdcs_tasks.hypervisor.connection import Host
 from hdcs_tasks.hypervisor.errors import libvirt_errors
+from hdcs_tasks.hypervisor.guests import active
 
 # on_progress(percent 0..100, phase, seconds left or None). The first word of phase is the phase itself.
 OnProgress = Callable[[float, str, float | None], None]
@@ -223,7 +224,7 @@ def _aborted(guest: Any, kind: str, what: str) -> JobEnd:
 
 def _ended(host: Host, vm_id: str, kind: str) -> JobEnd:
     guest = host.lookup(vm_id)
-    if guest is None or not guest.isActive():
+    if guest is None or not active(guest, vm_id):
         return JobEnd(kind, "completed" if kind == "migration_out" else "failed", {})
     stats = completed_stats(guest)
     good = bool(stats.get("success", kind != "migration_out"))

@@ -121,7 +121,7 @@ def test_a_storage_without_its_marker_is_refused(unchanged: Center, tmp_path: Pa
     storage = {"HDCS_STORAGE_ROOT": str(tmp_path / "empty")}
     said = refusal(unchanged, "node2", tmp_path, HDCS_SERVER_NODE="node9", **storage)
     assert f"{tmp_path}/empty is not the storage of domain node east: no .hdcs-domain-node there" in said
-    assert "Mount the storage of east there" in said
+    assert "Mount that of east there" in said
 
 
 def test_the_storage_of_another_domain_node_is_refused(unchanged: Center, tmp_path: Path) -> None:
