@@ -22,6 +22,7 @@ from hdcs_tasks.errors import (
     NoCapacity,
     NotFound,
     OutcomeUnknown,
+    Unavailable,
     Unreachable,
 )
 from hdcs_tasks.hypervisor import disks, guests, networks, storage
