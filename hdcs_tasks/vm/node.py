@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from hdcs_tasks.errors import (
     NoCapacity,
     NotFound,
     OutcomeUnknown,
+    Unavailable,
     Unreachable,
 )
 from hdcs_tasks.hypervisor import disks, guests, networks, storage
@@ -139,24 +141,50 @@ def start(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     ctx = run.ctx
     guest = spec["guest"]
     run.progress(10, "choosing a server node")
-    placed = choose(ctx, place_request(run, spec, guest["vm_id"], start_s=ctx.settings.boot_slot_s))
-    if placed.node != ctx.server_node:
-        raise HandOver(placed.node, spec)
+    placed = _place_here(run, spec)
     run.progress(40, f"starting on {placed.node}")
-    try:
-        # Before the guest runs: from then on nothing that fails may pass for a start that failed.
-        why = decision(run, spec, placed)
-        with lock(ctx, guest["vm_id"]):
-            _start_here(run, spec, placed)
-    except ClaimLost:
-        raise  # a newer attempt observes and settles; the claim on capacity stays with the VM
-    except Exception as error:  # whatever it was: what was claimed is given back, or known to be in doubt
-        _undo_start(run, guest, error)
-        raise
+    # Before the guest runs: from then on nothing that fails may pass for a start that failed.
+    why = decision(run, spec, placed)
+    with _lock_for_start(run, guest):
+        # Once more: whoever had the lock before may have given back what was placed above.
+        placed = _place_here(run, spec)
+        _start_or_undo(run, spec, placed)
     if spec.get("saved"):
         # It comes back as it was and boots nothing; a booting guest counts until its agent answers.
         _start_ended(ctx, guest["vm_id"])
     return {"node": placed.node, "port": placed.port, "ip": placed.ip, "decision": why}
+
+
+def _place_here(run: Run, spec: dict[str, Any]) -> Placed:
+    """Layer two's choice; HandOver where it is another server node."""
+    ctx = run.ctx
+    placed = choose(ctx, place_request(run, spec, spec["guest"]["vm_id"], start_s=ctx.settings.boot_slot_s))
+    if placed.node != ctx.server_node:
+        raise HandOver(placed.node, spec)
+    return placed
+
+
+@contextmanager
+def _lock_for_start(run: Run, guest: dict[str, Any]) -> Iterator[None]:
+    """The VM's lock. Where an earlier attempt may hold it, and start the guest yet, nothing is known without it."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(lock(run.ctx, guest["vm_id"]))
+        except Unavailable as error:
+            if run.attempt > 1:
+                raise OutcomeUnknown(f"an earlier attempt holds VM {guest['name']}: {error.message}") from error
+            raise
+        yield
+
+
+def _start_or_undo(run: Run, spec: dict[str, Any], placed: Placed) -> None:
+    try:
+        _start_here(run, spec, placed)
+    except ClaimLost:
+        raise  # a newer attempt observes and settles; the claim on capacity stays with the VM
+    except Exception as error:  # whatever it was: what was claimed is given back, or known to be in doubt
+        _undo_start(run, spec["guest"], error)
+        raise
 
 
 def place_request(run: Run, spec: dict[str, Any], vm_id: str, *, start_s: float) -> PlaceRequest:
@@ -253,9 +281,10 @@ def _undo_start(run: Run, guest: dict[str, Any], error: Exception) -> None:
     """After a failed start: whatever was claimed is free again, once the guest is seen not to run here.
 
     Running under this step: a cancelled start ends it, any other leaves it to the next attempt, which finds it. What
-    cannot be seen is not guessed. Raises OutcomeUnknown.
+    cannot be seen is not guessed. Raises OutcomeUnknown, or ClaimLost: what is here may be a newer attempt's.
     """
     ctx, vm_id = run.ctx, guest["vm_id"]
+    _still_ours(run)
     try:
         seen = guests.info(ctx.host(), vm_id)
         if seen is not None and seen.active and seen.step == run.step and run.is_cancelled():

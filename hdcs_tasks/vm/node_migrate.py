@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hdcs_tasks.errors import HdcsError, OutcomeUnknown
+from hdcs_tasks.errors import HdcsError, NotFound, OutcomeUnknown
 from hdcs_tasks.hypervisor import agent, guests, migration, networks
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.node import HandOver, Run
@@ -38,11 +38,14 @@ def perform(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
         if seen is None or not seen.active:
             return _moved_earlier(spec)
         run.check()
-        done = migration.migrate_live(
-            ctx.host(), spec["vm_id"], target_uri=migrate_uri(target["address"]), target_address=target["address"],
-            graphics_uri=f"spice://{target['address']}", unsafe=ctx.settings.migrate_unsafe,
-            on_progress=run.progress, cancelled=run.cancelled, deadline_s=ctx.settings.step_deadline_s,
-        )  # fmt: skip
+        try:
+            done = migration.migrate_live(
+                ctx.host(), spec["vm_id"], target_uri=migrate_uri(target["address"]), target_address=target["address"],
+                graphics_uri=f"spice://{target['address']}", unsafe=ctx.settings.migrate_unsafe,
+                on_progress=run.progress, cancelled=run.cancelled, deadline_s=ctx.settings.step_deadline_s,
+            )  # fmt: skip
+        except NotFound:
+            return _moved_earlier(spec)  # libvirt went on with an earlier attempt's move, which ended just now
     return {
         "total_ms": done.total_ms, "downtime_ms": done.downtime_ms, "bytes": done.bytes,
         "memory_bytes": done.memory_bytes, "disk_bytes": done.disk_bytes,

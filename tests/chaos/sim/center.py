@@ -334,6 +334,8 @@ class Center:
         if task == "pool.reservation_sweep":
             open_ = self.redis.run("GET", "hdcs:epoch:run_id") == self.redis.run_id
             return not open_ or self.kernel.rng.random() < 0.1
+        if task == "monitor.sample_sweep":
+            return bool(self.ground.live.execute("SELECT 1 FROM vm WHERE server_node IS NOT NULL").fetchone())
         return True
 
     def live_operations(self) -> int:
