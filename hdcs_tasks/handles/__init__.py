@@ -1,0 +1,1 @@
+"""What Python callers hold: the parts of ``Cloud``, one file per kind of record."""

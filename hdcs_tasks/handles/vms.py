@@ -1,0 +1,134 @@
+"""Desktops."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hdcs_tasks.errors import WaitTimedOut
+from hdcs_tasks.handles.operation import Operation, Part, Plan, View
+from hdcs_tasks.operations.control import Control
+from hdcs_tasks.vm import control as vm_control
+from hdcs_tasks.vm import control_clone, control_console, control_migrate, control_plan
+
+
+class Vm(Part):
+    """One desktop."""
+
+    def __init__(self, control: Control, by: str, name: str) -> None:
+        super().__init__(control, by)
+        self.name = name
+
+    def show(self) -> View:
+        return vm_control.show(self._control, self.name)
+
+    def start(
+        self, *, node: str | None = None, dry_run: bool = False, idempotency_key: str | None = None, reason: str = ""
+    ) -> Any:
+        """Start it; an Operation, or with ``dry_run`` a Plan."""
+        if dry_run:
+            return Plan(control_plan.plan_start(self._control, [self.name], pin=node))
+        asked = self._asked(idempotency_key, reason)
+        return self._op(vm_control.start(self._control, self.name, asked, pin=node))
+
+    restore = start
+
+    def _command(self, verb: str, key: str | None, reason: str, **options: Any) -> Operation:
+        asked = self._asked(key, reason)
+        return self._op(vm_control.command(self._control, verb, self.name, asked, **options))
+
+    def stop(
+        self, *, force: bool = False, timeout_s: float = 60.0, idempotency_key: str | None = None, reason: str = ""
+    ) -> Operation:
+        return self._command("stop", idempotency_key, reason, force=force, timeout_s=timeout_s)
+
+    def suspend(self, *, idempotency_key: str | None = None, reason: str = "") -> Operation:
+        return self._command("suspend", idempotency_key, reason)
+
+    def resume(self, *, idempotency_key: str | None = None, reason: str = "") -> Operation:
+        return self._command("resume", idempotency_key, reason)
+
+    def reboot(self, *, force: bool = False, idempotency_key: str | None = None, reason: str = "") -> Operation:
+        return self._command("reboot", idempotency_key, reason, force=force)
+
+    def save(self, *, idempotency_key: str | None = None, reason: str = "") -> Operation:
+        return self._command("save", idempotency_key, reason)
+
+    def delete(self, *, idempotency_key: str | None = None, reason: str = "") -> Operation:
+        return self._op(vm_control.delete(self._control, self.name, self._asked(idempotency_key, reason)))
+
+    def migrate(
+        self, to: str | None = None, *, live: bool = True, dry_run: bool = False, idempotency_key: str | None = None,
+        reason: str = "",
+    ) -> Any:  # fmt: skip
+        """Move it; an Operation, or with ``dry_run`` a Plan."""
+        if dry_run:
+            return Plan(control_plan.plan_migrate(self._control, self.name, to=to))
+        asked = self._asked(idempotency_key, reason)
+        return self._op(control_migrate.migrate(self._control, self.name, asked, to=to, live=live))
+
+    def set_usb(self, policy: str) -> View:
+        """``on``, ``off`` or a SPICE filter; takes effect at the next start."""
+        return vm_control.set_usb(self._control, self.name, policy)
+
+    def set_idle(self, after_s: float | None) -> View:
+        """Stop it once unused for ``after_s`` seconds; 0 never, None as ``HDCS_IDLE_AFTER_S`` says."""
+        return vm_control.set_idle(self._control, self.name, after_s)
+
+    def console(self, *, ttl_s: float = 60.0) -> str:
+        """A virt-viewer ``.vv`` text whose ticket expires after ``ttl_s`` seconds."""
+        operation_id, text = control_console.console(self._control, self.name, self._asked(), ttl_s=ttl_s)
+        Operation(self._control, operation_id).result(timeout_s=30)
+        return text
+
+    def wait_ready(self, *, timeout_s: float = 120.0) -> View:
+        """Wait until the guest's agent has answered since the last start; the VM's view. Raises WaitTimedOut."""
+        end = time.monotonic() + timeout_s
+        while not (seen := self.show())["ready_at"]:
+            if time.monotonic() > end:
+                raise WaitTimedOut(
+                    f"the guest agent of VM {self.name} has not answered for {timeout_s:.0f} s (VM is {seen['state']})",
+                    next="Is qemu-guest-agent installed in its image? Look at its console",
+                )
+            time.sleep(0.2)
+        return seen
+
+
+class Vms(Part):
+    """The desktops of the data center."""
+
+    def __getitem__(self, name: str) -> Vm:
+        return Vm(self._control, self._by, name)
+
+    def list(self, **filters: Any) -> list[View]:
+        """Views; filters: state, home, server_node, owner, profile, tag, names."""
+        return vm_control.list_vms(self._control, **filters)
+
+    def that_can(self, verb: str, **filters: Any) -> Sequence[View]:
+        """The listed VMs that ``verb`` (start, stop, …, backup) can be given to as they are; filters as in ``list``."""
+        return vm_control.list_given(self._control, verb, **filters)
+
+    def clone(
+        self, image: str, *, name: str, count: int = 1, profile: str = "small", domain_node: str | None = None,
+        start: bool = False, owner: str = "", tags: Sequence[str] = (), rules: Mapping[str, Any] | None = None,
+        dry_run: bool = False, idempotency_key: str | None = None, reason: str = "",
+    ) -> Any:  # fmt: skip
+        """Clone ``count`` VMs as derived images; an Operation, or a Plan with ``dry_run``. ``rules``: fields of
+        ``pool.policy.VmPolicy`` (pin, together, apart, node_tags, …) that go before the profile's."""
+        request = control_clone.CloneRequest(
+            image, name, count, profile, domain_node, start, owner or self._by, tuple(tags), rules or {}
+        )
+        if dry_run:
+            return Plan(control_clone.plan_clone(self._control, request))
+        return self._op(control_clone.clone(self._control, request, self._asked(idempotency_key, reason)))
+
+    def start_all(
+        self, names: Sequence[str] = (), *, dry_run: bool = False, idempotency_key: str | None = None,
+        reason: str = "", **selector: Any,
+    ) -> Any:  # fmt: skip
+        """Start every named or selected VM: one parent operation, or with ``dry_run`` a Plan."""
+        chosen = list(names) or [v["name"] for v in self.list(**(selector | {"state": "stopped"}))]
+        if dry_run:
+            return Plan(control_plan.plan_start(self._control, chosen))
+        return self._op(vm_control.start_many(self._control, chosen, self._asked(idempotency_key, reason)))
