@@ -60,6 +60,8 @@ def take_sample(control: Control, sample: dict[str, Any]) -> None:
 
 def _tell_unrecorded(tx: Tx, node: ServerNode, seen: set[str], at: datetime) -> None:
     """An event, once, for each guest that the record has not here and that no operation is about to record."""
+    if not seen:
+        return
     known = {vm.id: vm for vm in tx.session.scalars(select(Vm).where(Vm.id.in_(seen)))}
     for vm_id in sorted(seen):
         vm = known.get(vm_id)

@@ -181,17 +181,21 @@ class Tx:
     def lock_operation(self, operation: Operation) -> None:
         """Lock parent, then operation: everybody in this order, else two that settle would deadlock on PostgreSQL."""
         self.session.flush()
-        for key in (operation.parent_id, operation.id):
+        self._lock_operations(operation.parent_id, operation.id)
+
+    def _lock_operations(self, *in_order: str | None) -> None:
+        for key in in_order:
             if key is not None:
                 # Read anew: what was read before the lock may have changed while waiting for it.
                 self.session.get(Operation, key, with_for_update=ROW_LOCK, populate_existing=True)
 
     def lock_step(self, step_id: str) -> Step | None:
         """The step, locked with the operations above it and read anew; None where there is none."""
-        step = self.session.get(Step, step_id)
-        if step is None:
+        above = select(Operation.parent_id, Operation.id).join(Step).where(Step.id == step_id)
+        found = self.session.execute(above).one_or_none()
+        if found is None:
             return None
-        self.lock_operation(step.operation)
+        self._lock_operations(*found)
         return self.session.get(Step, step_id, with_for_update=ROW_LOCK, populate_existing=True)
 
     def step(

@@ -115,9 +115,11 @@ def recovery_sweep(control: Control) -> dict[str, int]:
     counts = {verdict.value: 0 for verdict in Verdict} | {"woken": 0}
     if not control.reservations.epoch.is_open():
         return counts  # Nothing may be claimed before the rebuild; attempts would be spent for nothing.
-    _start_stranded(control)
-    counts["woken"] = _each(control, _due_ids(control), _wake)
-    ids = _published_ids(control)
+    stranded, due, ids = _found(control)
+    for ended_id in stranded:
+        with control.transaction() as tx:
+            tx.start_waiting(ended_id)
+    counts["woken"] = _each(control, due, _wake)
     statuses = dict(zip(ids, control.reservations.steps.statuses(ids), strict=True))
 
     def recover(tx: Tx, step: Step) -> None:
@@ -155,26 +157,20 @@ def _each(control: Control, ids: list[str], action: Callable[[Tx, Step], None]) 
     return len(ids)
 
 
-def _due_ids(control: Control) -> list[str]:
-    with control.store.read() as session:
-        parked = select(Step.id).where(Step.state == StepState.PARKED, Step.not_before <= now())
-        return list(session.scalars(parked.order_by(Step.created_at)))
-
-
-def _published_ids(control: Control) -> list[str]:
-    with control.store.read() as session:
-        return list(session.scalars(select(Step.id).where(Step.state == StepState.PUBLISHED)))
-
-
-def _start_stranded(control: Control) -> None:
-    """What waits for an operation that has ended already: nothing else would begin it."""
+def _found(control: Control) -> tuple[list[str], list[str], list[str]]:
+    """Ended operations that others wait for still (nothing else would begin these), parked steps that are due, oldest
+    first, and published steps."""
     with control.store.read() as session:
         ended = select(Operation.id).where(Operation.state.not_in(OPERATION_LIVE))
-        query = select(Operation.waits_for).where(Operation.waits_for.in_(ended)).distinct()
-        stranded = [found for found in session.scalars(query) if found is not None]
-    for ended_id in stranded:
-        with control.transaction() as tx:
-            tx.start_waiting(ended_id)
+        waited_for = select(Operation.waits_for).where(Operation.waits_for.in_(ended)).distinct()
+        stranded = [found for found in session.scalars(waited_for) if found is not None]
+        is_due = (Step.state == StepState.PARKED) & (Step.not_before <= now())
+        steps = select(Step.id, Step.state).where(is_due | (Step.state == StepState.PUBLISHED))
+        rows = session.execute(steps.order_by(Step.created_at)).all()
+    return (
+        stranded, [step_id for step_id, state in rows if state is StepState.PARKED],
+        [step_id for step_id, state in rows if state is StepState.PUBLISHED],
+    )  # fmt: skip
 
 
 def _wake(tx: Tx, step: Step) -> None:

@@ -44,11 +44,13 @@ class Spool:
     def pending(self) -> list[dict[str, Any]]:
         """Every report still kept, oldest first."""
         reports: list[dict[str, Any]] = []
-        for path in self.folder.glob("*.json"):
+        for name in os.listdir(self.folder) if self.folder.is_dir() else ():
+            if not name.endswith(".json"):
+                continue
             try:
-                reports.append(json.loads(path.read_text()))
+                reports.append(json.loads((self.folder / name).read_text()))
             except (OSError, ValueError) as error:
-                log.error("spooled outcome unreadable", path=str(path), error=str(error))
+                log.error("spooled outcome unreadable", path=str(self.folder / name), error=str(error))
         return sorted(reports, key=lambda report: (report["ended_at"], report["step"]))
 
     def drop(self, report: dict[str, Any]) -> None:

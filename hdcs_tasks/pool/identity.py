@@ -17,8 +17,13 @@ _FILE = "node.json"
 
 def instance_id(config: Settings) -> str:
     """This server's own id, made once: a restarted worker is the same node, another server with its name is not."""
-    path = config.state_dir / "instance"
-    config.state_dir.mkdir(parents=True, exist_ok=True)
+    return _instance(config.state_dir)
+
+
+@lru_cache(maxsize=16)
+def _instance(state_dir: Path) -> str:
+    path = state_dir / "instance"
+    state_dir.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         _write(path, uuid.uuid4().hex)
     return path.read_text().strip()

@@ -64,6 +64,8 @@ def _surely_gone(control: Control, gone: set[str]) -> set[str]:
     notes = control.reservations.notes
     before = notes.read(NOTE)
     notes.drop(NOTE)
+    if not gone:
+        return set()
     with control.store.read() as session:
         deleted = set(session.scalars(select(Vm.id).where(Vm.id.in_(gone), Vm.deleted_at.is_not(None))))
     for vm_id in sorted(gone - deleted):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, TypeAlias
 
-from sqlalchemy import inspect, update
+from sqlalchemy import Update, bindparam, inspect, update
 from sqlalchemy.orm import Mapper, Session, object_session
 from sqlalchemy.orm.attributes import set_committed_value
 
@@ -33,20 +34,28 @@ def move(record: Stateful, new: StrEnum) -> None:
 
 
 def _compare_and_set(session: Session, record: Stateful, old: StrEnum, new: StrEnum) -> None:
-    session.flush()
-    mapper: Mapper[Any] = inspect(type(record))
-    identity = zip(mapper.primary_key, mapper.primary_key_from_instance(record), strict=True)
+    kind = type(record)
     values: dict[str, object] = {"state": new}
-    if "state_at" in mapper.columns:
+    if hasattr(kind, "state_at"):
         values["state_at"] = now()
-    statement = update(type(record)).where(*(column == value for column, value in identity))
-    statement = statement.where(mapper.columns["state"] == old).values(values)
-    done = session.execute(statement.execution_options(synchronize_session=False))
+    mapper: Mapper[Any] = inspect(kind)
+    row = zip(mapper.primary_key, mapper.primary_key_from_instance(record), strict=True)
+    keys = {f"row_{column.name}": value for column, value in row}
+    done = session.execute(_statement(kind), {**values, **keys, "old": old})
     if getattr(done, "rowcount", 0) != 1:
         raise Conflict(f"{subject_of(record)} changed while it was moved from {old} to {new}", next="Try again")
     for name, value in values.items():
         # The row holds it already: the object shall neither write it nor read it again.
         set_committed_value(record, name, value)
+
+
+@lru_cache
+def _statement(kind: type[Stateful]) -> Update:
+    """The update of one row that still is in state ``old``. Made once: most transactions move several records."""
+    table: Any = kind.__table__
+    row = [column == bindparam(f"row_{column.name}") for column in table.primary_key]
+    changed: dict[str, Any] = {name: bindparam(name) for name in ("state", "state_at") if name in table.c}
+    return update(table).where(*row, table.c.state == bindparam("old")).values(changed)
 
 
 def subject_of(record: object) -> str:

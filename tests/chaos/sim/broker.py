@@ -120,9 +120,16 @@ class SimCelery:
     def __init__(self, broker: Broker, process: Process) -> None:
         self._broker = broker
         self._process = process
-        self.producer_pool = self.amqp = self
         self.events = SimpleNamespace(Dispatcher=MuteDispatcher)
         self._held: list[tuple[str, dict[str, Any], str, Any]] = []
+
+    @property
+    def producer_pool(self) -> SimCelery:
+        return self
+
+    @property
+    def amqp(self) -> SimCelery:
+        return self
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SimCelery)

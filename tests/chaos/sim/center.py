@@ -256,16 +256,26 @@ class Center:
         self.world.by_state_dir = {c.state_dir: self.world.hosts[n] for n, c in ground.nodes.items()}
         self.nodes = {name: Node(self, config, self.world.hosts[name]) for name, config in ground.nodes.items()}
         self.controls: dict[str, Process] = {}
+        self._reservations: dict[Process, Reservations] = {}
         self.vm_ids: dict[str, str] = {}
         self.fence = Fence(kernel, server)
         self.world.fence = self.fence.judge
         kernel.on_crash = self._died
 
+    def close(self) -> None:
+        """Let go of what points back here, so that a finished history is freed at once and not by the collector."""
+        for part in (self.broker, self.world, self.fence, *self.nodes.values(), self):
+            vars(part).clear()
+
     # --- what each process has
 
     def reservations(self, process: Process) -> Reservations:
-        client: Any = ModelClient(self.redis, lambda words: self._gate(process, words))
-        return Reservations(client, "hdcs:")
+        """The process's own, made once as in the product: what it knows of Redis's scripts lives as long as it does."""
+        made = self._reservations.get(process)
+        if made is None:
+            client: Any = ModelClient(self.redis, lambda words: self._gate(process, words))
+            made = self._reservations[process] = Reservations(client, "hdcs:")
+        return made
 
     def _gate(self, process: Process, words: Words) -> bool:
         kernel = self.kernel
@@ -326,14 +336,18 @@ class Center:
 
     def _has_work(self, task: str) -> bool:
         """Whether a sweep could find anything: one that cannot is left out, it costs and shows nothing."""
-        if task in ("operations.recovery_sweep", "pool.waiting_sweep"):
+        if task == "operations.recovery_sweep":
             return self.live_operations() > 0
+        if task == "pool.waiting_sweep":
+            return bool(self.ground.live.execute("SELECT 1 FROM step WHERE state = 'parked' LIMIT 1").fetchone())
         if task == "pool.lease_sweep":
             lost = self.ground.live.execute("SELECT count(*) FROM server_node WHERE state = 'lost'").fetchone()[0]
             return lost or any(self.redis.run("GET", f"hdcs:lease:node:{name}") is None for name in self.nodes)
         if task == "pool.reservation_sweep":
             open_ = self.redis.run("GET", "hdcs:epoch:run_id") == self.redis.run_id
             return not open_ or self.kernel.rng.random() < 0.1
+        if task in ("pool.tidy_sweep", "pool.dhcp_sweep"):
+            return self.kernel.rng.random() < 0.5
         if task == "monitor.sample_sweep":
             return bool(self.ground.live.execute("SELECT 1 FROM vm WHERE server_node IS NOT NULL").fetchone())
         return True
@@ -344,9 +358,10 @@ class Center:
         return int(self.ground.live.execute(query).fetchone()[0])
 
     def sweep(self) -> None:
-        """Every sweep at once, beside those of beat."""
+        """Every sweep that could find anything at once, beside those of beat."""
         for task in SWEEPS:
-            self.broker.put(task, {"period_s": 0.001}, CONTROL, 60)
+            if task.startswith("pool.") or self._has_work(task):  # those of reservations find what nobody expects
+                self.broker.put(task, {"period_s": 0.001}, CONTROL, 60)
 
     def start_control(self, name: str) -> None:
         process = self.controls[name] = Process(name)

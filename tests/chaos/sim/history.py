@@ -62,6 +62,8 @@ class History:
             self._peace()
             self._settle()
             judge(self)
+            self.kernel.close()
+        self.center.close()
         return self
 
     # --- what is asked

@@ -208,6 +208,17 @@ class Kernel(Clock):
         if self.actors.pop(actor.greenlet, None) is not None and actor.ended is not None:
             self.at(0.0, actor.ended)
 
+    def close(self) -> None:
+        """End every actor and forget what is to come: what would keep a finished history alive."""
+        self._queue.clear()
+        for actor in list(self.actors.values()):
+            actor.process.die()
+            if actor.greenlet.gr_frame is not None:
+                actor.greenlet.throw(GreenletExit)
+        self.actors.clear()
+        self._queue.clear()
+        self.on_crash = lambda actor: None
+
     def kill(self, process: Process) -> None:
         """End a process and what belongs to it, at once."""
         process.die()

@@ -396,7 +396,10 @@ class ModelClient:
         """``gate(words)``: True to have the commands run twice, as a client does whose first answer was lost."""
         self.server = server
         self.gate = gate
-        self.connection_pool = self
+
+    @property
+    def connection_pool(self) -> ModelClient:
+        return self  # no attribute: a circle would keep every client until the next collection
 
     def get_connection_kwargs(self) -> dict[str, Any]:
         return {"decode_responses": True}
@@ -448,7 +451,10 @@ class ModelConnection:
         self._client = client
         self._answers: deque[Any] = deque()
         self._run_id: str | None = None
-        self.retry = self
+
+    @property
+    def retry(self) -> ModelConnection:
+        return self
 
     def call_with_retry(self, do: Callable[[], Any], fail: Callable[[Exception], Any]) -> Any:
         return do()
@@ -471,16 +477,19 @@ class ModelConnection:
                 try:
                     self._answers.append(server.run(*words))
                 except redis.RedisError as error:
-                    self._answers.append(error)
+                    self._answers.append(error.with_traceback(None))
 
     def send_command(self, *words: Any, check_health: bool = True) -> None:
         self.send_packed_command([words])
 
     def read_response(self) -> Any:
         answer = self._answers.popleft()
-        if isinstance(answer, Exception):
+        if not isinstance(answer, Exception):
+            return answer
+        try:
             raise answer
-        return answer
+        finally:
+            del answer  # an error whose traceback holds it is freed by the collector only
 
 
 class _Pipeline:
