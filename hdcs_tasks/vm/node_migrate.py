@@ -6,6 +6,7 @@ from typing import Any
 
 from hdcs_tasks.errors import HdcsError, NotFound, OutcomeUnknown
 from hdcs_tasks.hypervisor import agent, guests, migration, networks
+from hdcs_tasks.hypervisor.connection import Host
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.node import HandOver, Run
 from hdcs_tasks.vm.node import choose, decision, layout, lock, place_request, release, restore_checkpoints
@@ -37,6 +38,8 @@ def perform(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
         seen = guests.info(ctx.host(), spec["vm_id"])
         if seen is None or not seen.active:
             return _moved_earlier(spec)
+        if seen.state == "paused" and _is_left_over(run, spec):
+            return _moved_earlier(spec)
         run.check()
         try:
             done = migration.migrate_live(
@@ -50,6 +53,36 @@ def perform(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
         "total_ms": done.total_ms, "downtime_ms": done.downtime_ms, "bytes": done.bytes,
         "memory_bytes": done.memory_bytes, "disk_bytes": done.disk_bytes,
     }  # fmt: skip
+
+
+def _is_left_over(run: Run, spec: dict[str, Any]) -> bool:
+    """Whether the guest that stands still here is what a hand-over left that nobody saw the end of.
+
+    A guest that may move runs; libvirt stops it only to hand it over. If its libvirtd dies right then, it stays
+    stopped here whatever became of the other side. At the target libvirt keeps a definition from the moment the guest
+    runs there, so none means that it never did: then it goes on here.
+    """
+    ctx, vm_id = run.ctx, spec["vm_id"]
+    seen = migration.observe(ctx.host(), _target_host(spec), vm_id)
+    if seen.busy:
+        return False
+    if seen.target is migration.Presence.ABSENT:
+        run.check()
+        guests.resume(ctx.host(), vm_id)
+        return False
+    if seen.target in (migration.Presence.UNKNOWN, migration.Presence.PAUSED):
+        raise OutcomeUnknown(
+            f"VM {spec['name']} was stopped for its hand-over to {spec['target']['node']}, which has not ended there",
+            next=f"Is libvirtd of {spec['target']['node']} up? The move is tried again",
+        )
+    return True
+
+
+def _target_host(spec: dict[str, Any]) -> Host | None:
+    try:
+        return Host.open(migrate_uri(spec["target"]["address"]), timeout_s=10)
+    except HdcsError:
+        return None
 
 
 def migrate_uri(address: str) -> str:
@@ -94,11 +127,12 @@ def clean(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     ctx = run.ctx
     with lock(ctx, spec["vm_id"]):
         seen = guests.info(ctx.host(), spec["vm_id"])
-        if seen is not None and seen.active:
+        if seen is not None and seen.state == "running":
             raise OutcomeUnknown(f"VM {spec['name']} still runs on {ctx.server_node}", next="Look at both server nodes")
         run.check()
         if seen is not None:
-            guests.stop(ctx.host(), spec["vm_id"], force=True)  # a left-over definition
+            # A left-over definition, or the stopped guest of a hand-over whose other side the finish step saw run.
+            guests.stop(ctx.host(), spec["vm_id"], force=True)
         release(ctx, spec["vm_id"], spec["mac"])
     return {"node": ctx.server_node}
 
