@@ -76,6 +76,9 @@ class Settings(BaseSettings):
     migrate_unsafe: bool = Field(
         False, description="The storage is one file system that libvirt takes for local (bind mount)"
     )
+    migrate_tls: bool = Field(
+        False, description="Server nodes reach each other's libvirt, memory and disks over TLS (certificates: moves.md)"
+    )
     node_concurrency: int = Field(2, ge=1, description="Long steps at once on one server node")
     quick_concurrency: int = Field(4, ge=1, description="Short commands at once on one server node")
     host_memory_mib: int = Field(0, ge=0, description="Overrides the memory libvirt reports (many nodes on one host)")

@@ -67,6 +67,29 @@ def add(
 
 
 @image.command()
+@click.argument("name")
+@click.argument("domain_node")
+@key_option
+@wait_options
+@pass_face
+def copy(
+    face: Face, name: str, domain_node: str, key: str | None, wait: bool, timeout_s: float | None, form: str
+) -> None:
+    """Bring an image to another domain node's storage, from one that has it.
+
+    Only data travels (holes do not), a copy that was cut off goes on where it was, and it counts once its hash is that
+    of the image.
+
+    \b
+    Examples:
+      hdcs image copy mini west
+      hdcs image copy mini:1 west --no-wait
+    """
+    operation = face.cloud.images.copy(name, domain_node, idempotency_key=key)
+    waiting.conclude([operation], form=form, wait=wait, timeout_s=timeout_s)
+
+
+@image.command()
 @click.argument("names", nargs=-1, required=True, metavar="IMAGE...")
 @yes_option
 @wait_options

@@ -36,6 +36,12 @@ _loop_pid: int | None = None
 _inherited: list[Any] = []
 
 
+def peer_uri(address: str, *, tls: bool = False) -> str:
+    """How a server node's libvirtd, or a process beside it, reaches that of the server node at ``address``."""
+    shown = f"[{address}]" if ":" in address else address
+    return f"qemu+{'tls' if tls else 'tcp'}://{shown}/system"
+
+
 def _run_event_loop() -> None:
     while True:
         libvirt.virEventRunDefaultImpl()

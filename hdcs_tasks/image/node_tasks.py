@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from hdcs_tasks.image import node
 from hdcs_tasks.operations.node_tasks import step_task
+from hdcs_tasks.pool import node_files
 
 add = step_task("image.add_on_node", node.add)
+copy = step_task("image.copy_on_node", node_files.fetch)
 delete = step_task("image.delete_on_node", node.delete)

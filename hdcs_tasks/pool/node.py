@@ -11,7 +11,7 @@ from celery.exceptions import TimeoutError as CeleryTimeoutError
 from hdcs_tasks.clock import now_s
 from hdcs_tasks.errors import HdcsError, Invalid, Unavailable, Unreachable
 from hdcs_tasks.hypervisor import facts as host_facts
-from hdcs_tasks.hypervisor import guests, networks, storage
+from hdcs_tasks.hypervisor import guests, networks, storage, transfer
 from hdcs_tasks.hypervisor.locks import vm_lock
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.node import NodeContext
@@ -44,6 +44,7 @@ def join(ctx: NodeContext, *, answer_timeout_s: float = 15.0) -> dict[str, Any]:
     )
     networks.ensure_network(host, spec)
     storage.ensure_pools(host, layout)
+    transfer.drop_send_pools(host)
     log.info("joined", domain_node=config.domain_node, subnet=answer["subnet"], primary=answer["storage_primary"])
     return answer
 
