@@ -11,6 +11,7 @@ import json
 import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,6 @@ def _hash_device(path: Path, size_bytes: int, watch: Watch) -> str:
 def _to_file(order: Order, target: Path, watch: Watch, attempt: str) -> dict[str, Any]:
     partial = target.with_name(f".{target.name}.{attempt}.partial")
     stream = target.with_name(f".{target.name}.{attempt}.vmdk.partial")
-    conversion.sweep(path for path in leftovers(target) if path.exists())
     try:
         files = _write_ova(order, target, partial, stream, watch) if order.fmt == "ova" else _write(
             order, target, partial, watch
@@ -126,9 +126,9 @@ def _to_file(order: Order, target: Path, watch: Watch, attempt: str) -> dict[str
     return manifest
 
 
-def leftovers(target: Path) -> list[Path]:
-    """What dead attempts at ``target`` left behind."""
-    return [*target.parent.glob(f".{target.name}.*.partial")]
+def leftovers(target: Path, step: str) -> list[Path]:
+    """What dead attempts of ``step`` at ``target`` left behind; another's may be at work."""
+    return [*target.parent.glob(f".{escape(target.name)}.{step}-*.partial")]
 
 
 def _write(order: Order, target: Path, partial: Path, watch: Watch) -> list[dict[str, Any]]:

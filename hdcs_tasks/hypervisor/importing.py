@@ -104,11 +104,12 @@ def leftovers(target: Path) -> Iterator[Path]:
     yield from target.parent.glob(f"{target.name}.*.v2v")
 
 
-def sweep_stale(images: Path, older_than_s: float = STALE_S) -> list[Path]:
-    """Remove partial files below ``images`` that nobody has written to for so long: of steps that were given up."""
+def sweep_stale(images: Path, exports: Path | None = None, older_than_s: float = STALE_S) -> list[Path]:
+    """Remove partial files that nobody has written to for so long: of steps that were given up."""
     now = time.time()
+    found = [*images.glob("*/*.partial"), *images.glob("*/*.v2v"), *(exports.glob(".*.partial") if exports else ())]
     stale = []
-    for path in [*images.glob("*/*.partial"), *images.glob("*/*.v2v")]:
+    for path in found:
         try:
             if now - path.lstat().st_mtime > older_than_s:
                 stale.append(path)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from hdcs_tasks.image.control_export import ExportRequest
 from hdcs_tasks.operations.control import Asked
 from hdcs_tasks.operations.control_tasks import control
 from hdcs_tasks.operations.requests import asked_by_task, request_task
 from hdcs_tasks.operations.views import view
 from hdcs_tasks.vm import control as vm_control
-from hdcs_tasks.vm import control_clone, control_migrate, control_replan  # noqa: F401 - replan registers itself
+from hdcs_tasks.vm import control_clone, control_export, control_migrate, control_refresh, control_replan  # noqa: F401 - replan registers itself
 
 
 @request_task("vm.clone")
@@ -68,3 +69,17 @@ def delete(vm: str, by: str = "celery", reason: str = "") -> dict[str, Any]:
 @request_task("vm.migrate")
 def migrate(vm: str, to: str | None = None, live: bool = True, by: str = "celery", reason: str = "") -> dict[str, Any]:
     return view(control_migrate.migrate(control(), vm, asked_by_task(by, reason), to=to, live=live))
+
+
+@request_task("vm.refresh")
+def refresh(vm: str, discard: bool = False, by: str = "celery", reason: str = "") -> dict[str, Any]:
+    return view(control_refresh.refresh(control(), vm, asked_by_task(by, reason), discard=discard))
+
+
+@request_task("vm.export")
+def export(
+    vm: str, path: str, format: str | None = None, compress: bool = False, force: bool = False,
+    node: str | None = None, by: str = "celery", reason: str = "",
+) -> dict[str, Any]:  # fmt: skip
+    request = ExportRequest(path, format, compress, force, node=node)
+    return view(control_export.export(control(), vm, request, asked_by_task(by, reason)))
