@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from hdcs_tasks.errors import Conflict
@@ -25,25 +26,14 @@ def bring_in(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     """Make the image. A repeated attempt first sweeps what dead ones left; one that finds the image whole is done."""
     place = layout(run)
     target = place.path("images", spec["image"], f"{spec['version']}.qcow2")
-    dead = [path for path in importing.leftovers(target) if path.exists()]
-    conversion.sweep(dead)
-    importing.sweep_stale(place.root / "images", place.root / "export")
-    run.check()
-    run.progress(0, "look")
-    found = _find(run, place, spec)
-    target.parent.mkdir(mode=0o711, exist_ok=True)
     try:
-        if target.exists():
-            digest = disks.sha256(target, on_progress=run.progress, cancelled=run.cancelled)
-        else:
-            digest = importing.bring_in(
-                found, target, watch(run, place), attempt=run.attempt,
-                drivers_on=run.ctx.server_node if spec["drivers"] else None,
-            )  # fmt: skip
-    except Conflict:
-        if not target.exists():
-            raise  # else an earlier attempt ended in between
-        digest = disks.sha256(target, on_progress=run.progress, cancelled=run.cancelled)
+        conversion.sweep([path for path in importing.leftovers(target) if path.exists()])
+        importing.sweep_stale(place.root / "images", place.root / "export")
+        run.check()
+        run.progress(0, "look")
+        found = _find(run, place, spec)
+        target.parent.mkdir(mode=0o711, exist_ok=True)
+        digest = _made(run, place, spec, found, target)
     finally:
         _remove_if_empty(target)
     made = disks.probe(target, root=place.root)
@@ -54,13 +44,25 @@ def bring_in(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _made(run: Run, place: StorageLayout, spec: dict[str, Any], found: importing.Found, target: Path) -> str:
+    """The hash of the image, which this attempt makes unless an earlier one did."""
+    if not target.exists():
+        drivers_on = run.ctx.server_node if spec["drivers"] else None
+        try:
+            return importing.bring_in(found, target, watch(run, place), attempt=run.attempt, drivers_on=drivers_on)
+        except Conflict:
+            if not target.exists():
+                raise  # else an earlier attempt ended in between
+    return disks.sha256(target, on_progress=run.progress, cancelled=run.cancelled)
+
+
 def _find(run: Run, place: StorageLayout, spec: dict[str, Any]) -> importing.Found:
     path, root = source_of(run, place, spec["path"])
     max_bytes = run.ctx.settings.image_max_gib << 30
     return importing.find(path, root, fmt=spec["format"], disk=spec["disk"], max_bytes=max_bytes)
 
 
-def _remove_if_empty(target: Any) -> None:
+def _remove_if_empty(target: Path) -> None:
     try:
         target.parent.rmdir()
     except OSError:
