@@ -23,6 +23,7 @@ from hdcs_tasks.handles.operation import Operation as Operation
 from hdcs_tasks.handles.operation import Operations, View
 from hdcs_tasks.handles.operation import Plan as Plan
 from hdcs_tasks.handles.pools import DomainNodes, Profiles, ServerNodes
+from hdcs_tasks.handles.storms import Storms
 from hdcs_tasks.handles.vms import Vm as Vm
 from hdcs_tasks.handles.vms import Vms
 from hdcs_tasks.monitor import control as monitor_control
@@ -45,6 +46,7 @@ class Cloud:
         self.profiles = Profiles(control, by)
         self.domain_nodes = DomainNodes(control, by)
         self.server_nodes = ServerNodes(control, by)
+        self.storms = Storms(control, by)
         self.operations = Operations(control, by)
 
     @classmethod

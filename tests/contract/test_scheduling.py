@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import redis
 
+from hdcs_tasks.clock import now_s
 from hdcs_tasks.cloud import Cloud
 from hdcs_tasks.config import CapacitySettings, Settings
 from hdcs_tasks.errors import HdcsError, Invalid, NoCapacity, WrongState
@@ -44,7 +45,7 @@ class Center:
         facts = {"cpu_mhz": 0, "sockets": 1, "cores_per_socket": cores, "threads_per_core": 1, "max_vcpus": 0,
                  "memory_mib": memory_mib}  # fmt: skip
         storage = {"total_bytes": disk_gib * GIB, "free_bytes": disk_gib * GIB}
-        request = JoinRequest(domain_node, name, "10.0.0.1", f"i-{name}", facts, storage, time.time())
+        request = JoinRequest(domain_node, name, "10.0.0.1", f"i-{name}", facts, storage, now_s())
         pool_control.join(self.control, request.signed(self.tokens[domain_node]))
 
     def image(self) -> None:
