@@ -163,6 +163,27 @@ def test_freed_capacity_wakes_the_oldest_that_fits_and_only_it(center: Center) -
     assert center.running() >= {"d"} or center.running() == {"big"}
 
 
+def test_a_storm_knows_its_line_and_its_pace(center: Center) -> None:
+    center.node("east", "node1", 4096)
+    center.image()
+    center.cloud.vms.clone("mini", name="d-{:02d}", count=8, profile="tiny")
+    center.play()
+    parent = center.cloud.vms.start_all(home="east")
+    line = center.cloud.line("east")
+    assert [(row["subject"], row["place"], row["of"]) for row in line] == [(f"d-{n:02d}", n, 8) for n in range(1, 9)]
+    assert {(row["waits_for"], row["eta_s"]) for row in line} == {("its turn", None)}
+    for step in center.steps("published")[:4]:
+        settle(center.control, center._report(step, None))
+    shown = parent.show()
+    places = [child["line"]["place"] for child in shown["children"] if child["state"] == "running"]
+    assert places == [1, 2, 3, 4]
+    # Four in what is counted as at least a second: the last of four comes in as long again.
+    last = [child["eta_s"] for child in shown["children"] if child.get("line")][-1]
+    assert 0 < last == shown["eta_s"] < 300
+    center.play()
+    assert center.cloud.line() == []
+
+
 def test_who_waits_is_not_tried_again_for_nothing(center: Center) -> None:
     center.node("east", "node1", 128)
     center.image()
