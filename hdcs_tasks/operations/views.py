@@ -9,7 +9,9 @@ from typing import Any
 from sqlalchemy import select
 
 from hdcs_tasks.operations.control import Control, get_operation
+from hdcs_tasks.operations.handlers import PLANS
 from hdcs_tasks.operations.line import places_of
+from hdcs_tasks.operations.rules import operation_percent
 from hdcs_tasks.states import OPERATION_LIVE, OperationState
 from hdcs_tasks.store.models import Operation, Step
 
@@ -70,7 +72,8 @@ def _live(control: Control, shown: dict[str, Any], steps: Sequence[Step]) -> dic
     last = steps[-1]
     status = control.reservations.steps.status(last.id)
     if status is not None and status.attempt == last.attempt and status.percent is not None:
-        shown["percent"] = round(min(99.0, (100.0 * (last.seq - 1) + status.percent) / len(steps)), 1)
+        reached = operation_percent(PLANS.get(shown["kind"], {}), [step.name for step in steps], status.percent)
+        shown["percent"] = round(max(shown["percent"], reached), 1)
         shown["phase"] = status.phase or shown["phase"]
         shown["eta_s"] = status.eta_s
     return shown

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hdcs_tasks.errors import HdcsError, NotFound, OutcomeUnknown
+from hdcs_tasks.errors import Conflict, HdcsError, HypervisorRefused, NotFound, OutcomeUnknown
 from hdcs_tasks.hypervisor import agent, guests, migration, networks
 from hdcs_tasks.hypervisor.connection import Host
 from hdcs_tasks.logs import logger
@@ -35,10 +35,7 @@ def perform(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     if spec["source"]["name"] != ctx.server_node:
         raise HandOver(spec["source"]["name"], spec)
     with lock(ctx, spec["vm_id"]):
-        seen = guests.info(ctx.host(), spec["vm_id"])
-        if seen is None or not seen.active:
-            return _moved_earlier(spec)
-        if seen.state == "paused" and _is_left_over(run, spec):
+        if _has_left(run, spec):
             return _moved_earlier(spec)
         run.check()
         try:
@@ -47,12 +44,20 @@ def perform(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
                 graphics_uri=f"spice://{target['address']}", unsafe=ctx.settings.migrate_unsafe,
                 on_progress=run.progress, cancelled=run.cancelled, deadline_s=ctx.settings.step_deadline_s,
             )  # fmt: skip
-        except NotFound:
-            return _moved_earlier(spec)  # libvirt went on with an earlier attempt's move, which ended just now
+        except (NotFound, Conflict, HypervisorRefused):
+            # libvirt went on with an earlier attempt's move, and ended it while this one waited for its turn?
+            if _has_left(run, spec):
+                return _moved_earlier(spec)
+            raise
     return {
         "total_ms": done.total_ms, "downtime_ms": done.downtime_ms, "bytes": done.bytes,
         "memory_bytes": done.memory_bytes, "disk_bytes": done.disk_bytes,
     }  # fmt: skip
+
+
+def _has_left(run: Run, spec: dict[str, Any]) -> bool:
+    seen = guests.info(run.ctx.host(), spec["vm_id"])
+    return seen is None or not seen.active or (seen.state == "paused" and _is_left_over(run, spec))
 
 
 def _is_left_over(run: Run, spec: dict[str, Any]) -> bool:
