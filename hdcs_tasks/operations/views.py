@@ -57,7 +57,8 @@ def show(control: Control, operation_id: str) -> dict[str, Any]:
         lines = places_of(control, session, live) if live else {}
         whole = _live(control, view(operation), operation.steps) | lines.get(operation.id, {})
         if whole["eta_s"] is None:
-            whole["eta_s"] = max((found["eta_s"] or 0.0 for found in lines.values()), default=None)
+            told = [found["eta_s"] for found in lines.values() if found["eta_s"] is not None]
+            whole["eta_s"] = max(told, default=None)
         return whole | {
             "steps": [step_view(step) for step in operation.steps],
             "children": [view(child) | lines.get(child.id, {}) for child in children],
