@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from hdcs_tasks.config import Settings
 from hdcs_tasks.errors import Cancelled, Conflict, HdcsError, NotFound, OutcomeUnknown, from_dict
 from hdcs_tasks.logs import logger
-from hdcs_tasks.operations.handlers import ON_DONE, ON_FAILED, ON_START, PLANS
+from hdcs_tasks.operations.handlers import ON_CHILD_ENDED, ON_DONE, ON_FAILED, ON_START, PLANS
 from hdcs_tasks.operations.publishing import Publisher
 from hdcs_tasks.operations.rules import bulk_percent, is_touched, operation_percent
 from hdcs_tasks.reservations import Reservations
@@ -303,11 +303,14 @@ class Tx:
         parent = self.session.get(Operation, parent_id, with_for_update=ROW_LOCK, populate_existing=True)
         if parent is None or parent.state not in OPERATION_LIVE:
             return
+        later = ON_CHILD_ENDED[parent.kind](self, parent) if parent.kind in ON_CHILD_ENDED else 0
+        self.session.flush()
         siblings = select(Operation).where(Operation.parent_id == parent_id).order_by(Operation.created_at)
         children = list(self.session.scalars(siblings.execution_options(populate_existing=True)))
         ended = [child for child in children if child.state not in OPERATION_LIVE]
-        parent.percent = bulk_percent([100.0 if child in ended else child.percent for child in children])
-        parent.phase = f"{len(ended)} of {len(children)}"
+        percents = [100.0 if child in ended else child.percent for child in children]
+        parent.percent = bulk_percent(percents + [0.0] * later)
+        parent.phase = f"{len(ended)} of {len(children) + later}"
         if len(ended) < len(children):
             return
         failed = [child for child in children if child.state is not OperationState.DONE]

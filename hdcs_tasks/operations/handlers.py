@@ -17,6 +17,8 @@ ON_DONE: dict[str, Done] = {}
 ON_FAILED: dict[str, Failed] = {}
 NoRoom = Callable[["Tx", Operation, Step, HdcsError], bool]
 ON_NO_ROOM: dict[str, NoRoom] = {}
+ChildEnded = Callable[["Tx", Operation], int]
+ON_CHILD_ENDED: dict[str, ChildEnded] = {}
 Start = Callable[["Tx", Operation], None]
 ON_START: dict[str, Start] = {}
 
@@ -71,6 +73,17 @@ def on_no_room(*steps: str) -> Callable[[NoRoom], NoRoom]:
     def register(function: NoRoom) -> NoRoom:
         for step in steps:
             ON_NO_ROOM[step] = function
+        return function
+
+    return register
+
+
+def on_child_ended(kind: str) -> Callable[[ChildEnded], ChildEnded]:
+    """Register what opens the next children of a bulk operation of this kind that has only so many at once; it returns
+    how many are still to be opened later."""
+
+    def register(function: ChildEnded) -> ChildEnded:
+        ON_CHILD_ENDED[kind] = function
         return function
 
     return register

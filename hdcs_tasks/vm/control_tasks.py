@@ -11,7 +11,8 @@ from hdcs_tasks.operations.recovery import sweep_once
 from hdcs_tasks.operations.requests import asked_by_task, request_task
 from hdcs_tasks.operations.views import view
 from hdcs_tasks.vm import control as vm_control
-from hdcs_tasks.vm import control_clone, control_migrate, control_replan, control_storm  # noqa: F401 - replan registers itself
+from hdcs_tasks.vm import control_clone, control_migrate, control_rebalance, control_storm
+from hdcs_tasks.vm import control_replan as control_replan  # registers itself
 
 
 @request_task("vm.clone")
@@ -70,6 +71,17 @@ def delete(vm: str, by: str = "celery", reason: str = "") -> dict[str, Any]:
 @request_task("vm.migrate")
 def migrate(vm: str, to: str | None = None, live: bool = True, by: str = "celery", reason: str = "") -> dict[str, Any]:
     return view(control_migrate.migrate(control(), vm, asked_by_task(by, reason), to=to, live=live))
+
+
+@request_task("pool.rebalance")
+def rebalance(
+    domain_node: str, max_moves: int = control_rebalance.MOVES, concurrency: int = control_rebalance.AT_ONCE,
+    by: str = "celery", reason: str = "",
+) -> dict[str, Any]:  # fmt: skip
+    asked = asked_by_task(by, reason)
+    return view(
+        control_rebalance.rebalance(control(), domain_node, asked, max_moves=max_moves, concurrency=concurrency)
+    )
 
 
 @request_task("storm.run")
