@@ -7,7 +7,7 @@ from enum import StrEnum
 
 import libvirt
 
-from hdcs_tasks.errors import HdcsError, HypervisorRefused, NotFound, OutcomeUnknown, Unreachable
+from hdcs_tasks.errors import HdcsError, HypervisorRefused, NotFound
 from hdcs_tasks.hypervisor.connection import Host
 from hdcs_tasks.hypervisor.errors import libvirt_errors
 from hdcs_tasks.hypervisor.jobs import current_job, job_of
@@ -51,6 +51,20 @@ class Whereabouts:
         return "both"
 
 
+    @property
+    def held_by(self) -> str:
+        """ "source" or "target", where that may be concluded; else "unknown".
+
+        A source that cannot be asked may still hold it: then only a guest that runs at the target is an answer, or one
+        that is not there at all (it is where it was). Both gone: it ended at its source, where the record has it.
+        """
+        if self.source is Presence.UNKNOWN:
+            if self.target is Presence.RUNNING:
+                return "target"
+            return "source" if self.target in (Presence.ABSENT, Presence.SHUTOFF) else "unknown"
+        return {"target": "target", "source": "source", "neither": "source"}.get(self.verdict, "unknown")
+
+
 def observe(source: Host | None, target: Host | None, vm_id: str) -> Whereabouts:
     """Where the guest of ``vm_id`` is, after an outcome nobody saw. None for a host that cannot be reached.
 
@@ -62,35 +76,6 @@ def observe(source: Host | None, target: Host | None, vm_id: str) -> Whereabouts
     except HdcsError:
         here, job = Presence.UNKNOWN, None
     return Whereabouts(here, there, job is not None and job.kind == "migration_out")
-
-
-def look(target: Host, source_uri: str, vm_id: str, *, resume: bool) -> str:
-    """From the target: who holds the living guest, "source" or "target"; a leftover of libvirt's hand-over that stands
-    paused at the target, and is the only one left, is let run (``resume``: unless it was suspended).
-
-    A source that cannot be reached may still hold it: then only a guest that runs here is an answer, or one that is
-    not here at all (it is where the record has it). Raises OutcomeUnknown for what nobody may conclude.
-    """
-    try:
-        source: Host | None = Host.open(source_uri)
-    except Unreachable:
-        source = None
-    try:
-        seen = observe(source, target, vm_id)
-    finally:
-        if source is not None:
-            source.close()
-    here = seen.target
-    if seen.verdict == "target" or (source is None and here is Presence.RUNNING):
-        if resume and here is Presence.PAUSED and seen.source in (Presence.ABSENT, Presence.SHUTOFF):
-            finish_at_target(target, vm_id)
-        return "target"
-    if seen.verdict in ("source", "neither") or (source is None and here in (Presence.ABSENT, Presence.SHUTOFF)):
-        return "source"
-    raise OutcomeUnknown(
-        f"guest {vm_id} is {seen.source} at its source and {here} at its target",
-        next="Look at both server nodes' libvirt (virsh list) before anything is started",
-    )
 
 
 def _presence(host: Host | None, vm_id: str) -> Presence:

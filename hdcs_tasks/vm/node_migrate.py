@@ -6,7 +6,7 @@ from typing import Any
 
 from hdcs_tasks.errors import HdcsError, NotFound, OutcomeUnknown
 from hdcs_tasks.hypervisor import agent, guests, migration, networks, whereabouts
-from hdcs_tasks.hypervisor.connection import peer_uri
+from hdcs_tasks.hypervisor.connection import Host, peer_uri
 from hdcs_tasks.hypervisor.spec import GuestInfo
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.node import HandOver, NodeContext, Run
@@ -80,10 +80,43 @@ def has_left(run: Run, spec: dict[str, Any]) -> bool:
         deadline_s=ctx.settings.step_deadline_s,
     )  # fmt: skip
     seen = guests.info(ctx.host(), spec["vm_id"])
-    if seen is not None and seen.active:
+    if seen is not None and seen.active and not (seen.state == "paused" and _is_left_over(run, spec)):
         return False
     log.warning("guest gone from its source", vm=spec["vm_id"], to=spec["target"]["node"], earlier=str(left))
     return True
+
+
+def _is_left_over(run: Run, spec: dict[str, Any]) -> bool:
+    """Whether the guest that stands still here is what a hand-over left that nobody saw the end of.
+
+    A guest that ran is stopped by libvirt only to hand it over. If its libvirtd dies right then, it stays stopped here
+    whatever became of the other side. At the target libvirt keeps a definition from the moment the guest runs there,
+    so none means that it never did: then it goes on here.
+    """
+    if spec["was"] != "running":
+        return False
+    ctx, vm_id = run.ctx, spec["vm_id"]
+    seen = whereabouts.observe(ctx.host(), peer(ctx, spec["target"]["address"]), vm_id)
+    if seen.busy:
+        return False
+    if seen.target is whereabouts.Presence.ABSENT:
+        run.check()
+        guests.resume(ctx.host(), vm_id)
+        return False
+    if seen.target in (whereabouts.Presence.UNKNOWN, whereabouts.Presence.PAUSED):
+        raise OutcomeUnknown(
+            f"VM {spec['name']} was stopped for its hand-over to {spec['target']['node']}, which has not ended there",
+            next=f"Is libvirtd of {spec['target']['node']} up? The move is tried again",
+        )
+    return True
+
+
+def peer(ctx: NodeContext, address: str) -> Host | None:
+    """The libvirt of another server node; None where it cannot be reached."""
+    try:
+        return Host.open(peer_uri(address, tls=ctx.settings.migrate_tls))
+    except HdcsError:
+        return None
 
 
 def finish(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
@@ -101,7 +134,7 @@ def see_it_here(run: Run, spec: dict[str, Any]) -> GuestInfo:
     ctx = run.ctx
     seen = guests.info(ctx.host(), spec["vm_id"])
     if seen is not None and seen.state == "paused" and spec["was"] == "running":
-        whereabouts.look(ctx.host(), _source_uri(ctx, spec), spec["vm_id"], resume=True)
+        _held_by(run, spec)
         seen = guests.info(ctx.host(), spec["vm_id"])
     if seen is None or not seen.active:
         raise OutcomeUnknown(
@@ -109,10 +142,6 @@ def see_it_here(run: Run, spec: dict[str, Any]) -> GuestInfo:
             next="Look at both server nodes' libvirt before starting it again",
         )
     return seen
-
-
-def _source_uri(ctx: NodeContext, spec: dict[str, Any]) -> str:
-    return peer_uri(spec["source"]["ip"], tls=ctx.settings.migrate_tls)
 
 
 def figures(ctx: NodeContext, spec: dict[str, Any]) -> dict[str, Any]:
@@ -137,9 +166,24 @@ def look(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     """On the target, after a move whose end nobody knows: who holds the guest."""
     with lock(run.ctx, spec["vm_id"]):
         run.check()
-        resume = spec["was"] == "running"
-        held = whereabouts.look(run.ctx.host(), _source_uri(run.ctx, spec), spec["vm_id"], resume=resume)
-    return {"node": run.ctx.server_node, "held_by": held}
+        return {"node": run.ctx.server_node, "held_by": _held_by(run, spec)}
+
+
+def _held_by(run: Run, spec: dict[str, Any]) -> str:
+    """ "source" or "target". One that stands still here because libvirt's hand-over broke, and is the only one left, is
+    let run. Raises OutcomeUnknown for what nobody may conclude."""
+    ctx, vm_id = run.ctx, spec["vm_id"]
+    seen = whereabouts.observe(peer(ctx, spec["source"]["ip"]), ctx.host(), vm_id)
+    held = seen.held_by
+    if held == "unknown":
+        raise OutcomeUnknown(
+            f"guest of VM {spec['name']} is {seen.source} at its source and {seen.target} at its target",
+            next="Look at both server nodes' libvirt (virsh list) before anything is started",
+        )
+    if held == "target" and spec["was"] == "running" and seen.target is whereabouts.Presence.PAUSED:
+        run.check()
+        whereabouts.finish_at_target(ctx.host(), vm_id)
+    return held
 
 
 def clean(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
@@ -155,11 +199,12 @@ def leave(run: Run, spec: dict[str, Any]) -> None:
     """The guest is seen not to run here, and no definition of it is left. Raises OutcomeUnknown."""
     ctx = run.ctx
     seen = guests.info(ctx.host(), spec["vm_id"])
-    if seen is not None and seen.active:
+    if seen is not None and seen.state == "running":
         raise OutcomeUnknown(f"VM {spec['name']} still runs on {ctx.server_node}", next="Look at both server nodes")
     run.check()
     if seen is not None:
-        guests.stop(ctx.host(), spec["vm_id"], force=True)  # a left-over definition
+        # A left-over definition, or the stopped guest of a hand-over whose other side the finish step saw.
+        guests.stop(ctx.host(), spec["vm_id"], force=True)
 
 
 def undo(run: Run, spec: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from sqlalchemy import select
 
 from hdcs_tasks.states import OPERATION_LIVE, OperationState, ServerNodeState, StepState, VmState
 from hdcs_tasks.store.models import Operation, ServerNode, Step, Vm
+from tests.chaos.sim.hypervisor import Guest
 from tests.chaos.sim.kernel import Actor, Kernel, Process
 from tests.chaos.sim.redis_model import RedisModel
 
@@ -98,7 +99,13 @@ _RESTING = frozenset({VmState.STOPPED, VmState.SAVED})
 
 def _guests(center: Center, living: dict[str, Vm], vms: list[Vm]) -> Iterator[tuple[str, str]]:
     names = {vm.id: vm.name for vm in vms}
-    where = {vm_id: (host.name, guest) for host in center.world.hosts.values() for vm_id, guest in host.guests.items()}
+    where: dict[str, tuple[str, Guest]] = {}
+    for host in center.world.hosts.values():
+        for vm_id, guest in host.guests.items():
+            if vm_id in where and guest.active and where[vm_id][1].active:
+                yield "VM on two server nodes", f"{names.get(vm_id, vm_id)} on {where[vm_id][0]} and {host.name}"
+            if vm_id not in where or guest.active:
+                where[vm_id] = (host.name, guest)
     for vm in living.values():
         found = where.get(vm.id)
         if vm.state in _SHOULD:

@@ -74,6 +74,7 @@ class History:
         self.center.start()
         kernel.odds = rng.choice(PROFILES)
         self.center.world.refuse = rng.choice((0.0, 0.0, 0.1))
+        self.center.world.broken_hand_over = rng.choice((0.0, 0.5))
         for number in range(rng.randint(3, 8)):
             kernel.at(rng.uniform(1.0, BUSY_S - 10), lambda number=number: self._request(number))  # type: ignore[misc]
         for _ in range(rng.choice((0, 0, 1, 1, 2, 3))):
@@ -244,7 +245,7 @@ class History:
         kernel, center = self.kernel, self.center
         kernel.tell("PEACE")
         kernel.odds = Odds(give_way=0.0)
-        center.world.refuse = 0.0
+        center.world.refuse = center.world.broken_hand_over = 0.0
         if not center.broker.up:
             self._start_redis(0)
         for node in center.nodes.values():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +25,9 @@ from hdcs_tasks.errors import (
     Unreachable,
     WrongState,
 )
+from hdcs_tasks.hypervisor.migration import Adopted
 from hdcs_tasks.hypervisor.spec import GuestInfo, GuestSpec
+from hdcs_tasks.hypervisor.whereabouts import Presence, Whereabouts
 from tests.chaos.sim.kernel import Actor, Kernel
 
 JOB_LOCK_S = 30.0
@@ -74,6 +76,9 @@ class World:
         self.by_state_dir: dict[Path, HostModel] = {}
         self.fence: Callable[[Actor, str], None] = lambda actor, what: None
         self.refuse = 0.0
+        self.broken_hand_over = 0.0
+
+    Presence = Presence
 
     def running(self, vm_id: str) -> list[str]:
         return [h.name for h in self.hosts.values() if (g := h.guests.get(vm_id)) is not None and g.active]
@@ -122,7 +127,7 @@ class World:
 
     def _seen(self, vm_id: str) -> None:
         """The rule of rules: one running guest per VM in the whole data center."""
-        where = self.running(vm_id)
+        where = [name for name in self.running(vm_id) if self.hosts[name].guests[vm_id].state == "running"]
         if len(where) > 1:
             self.kernel.violated("VM runs twice", f"{self.name_of(vm_id)} on {' and '.join(where)}")
 
@@ -262,8 +267,13 @@ class World:
             guest.job = ""
             if not (host.powered and target.up):
                 return
-            del host.guests[vm_id]
-            target.guests[vm_id] = guest
+            if self.kernel.rng.random() < self.broken_hand_over:
+                self._hand_over_unseen(host, guest)
+                if self.kernel.rng.random() < 0.5:
+                    return  # libvirtd of the target never let it run
+            else:
+                del host.guests[vm_id]
+            target.guests[vm_id] = replace(guest, state="running")
             self._seen(vm_id)
 
         self.kernel.at(seconds, arrive)
@@ -278,6 +288,56 @@ class World:
         if host.guests.get(vm_id) is guest:
             raise HypervisorRefused("the migration ended at its source")
         return SimpleNamespace(total_ms=1, downtime_ms=1, bytes=1, memory_bytes=1, disk_bytes=0)
+
+    def adopt(
+        self, host: HostModel, vm_id: str, *, cancelled: Callable[[], bool], deadline_s: float, **_: Any
+    ) -> Adopted:
+        """Watch the move a dead worker left to its end."""
+        self._enter(host, "adopt")
+        guest = host.guests.get(vm_id)
+        if guest is None:
+            return Adopted.LEFT
+        if guest.job != "migrate":
+            return Adopted.NONE
+        while guest.job == "migrate" and host.up:
+            self.kernel.sleep(0.5)
+            if cancelled() and guest.job == "migrate":
+                guest.job = ""
+                raise Cancelled("migration aborted")
+        return Adopted.STAYED if host.guests.get(vm_id) is guest else Adopted.LEFT
+
+    def finish_at_target(self, host: HostModel, vm_id: str) -> None:
+        self._change(host, "finish", vm_id)
+        self._guest(host, vm_id).state = "running"
+        self._seen(vm_id)
+
+    def arrived(self, host: HostModel, vm_id: str) -> None:
+        """libvirt keeps no figures here."""
+
+    def peer(self, _ctx: Any, address: str) -> HostModel | None:
+        host = next(h for h in self.hosts.values() if h.ip == address)
+        return host if host.up else None
+
+    def observe(self, source: HostModel | None, target: HostModel | None, vm_id: str) -> Whereabouts:
+        def presence(host: HostModel | None) -> Presence:
+            if host is None or not host.up:
+                return Presence.UNKNOWN
+            guest = host.guests.get(vm_id)
+            return Presence.ABSENT if guest is None else Presence(guest.state)
+
+        guest = None if source is None else source.guests.get(vm_id)
+        return Whereabouts(presence(source), presence(target), guest is not None and guest.job == "migrate")
+
+    def _hand_over_unseen(self, host: HostModel, guest: Guest) -> None:
+        """The source's libvirtd dies when the guest is stopped for its hand-over: nobody ends it there, or goes on."""
+        self.kernel.fault("libvirtd killed in a hand-over", f"{guest.name} on {host.name}")
+        host.guests[guest.vm_id] = replace(guest, state="paused")
+        host.up = False
+
+        def back() -> None:
+            host.up = host.powered
+
+        self.kernel.at(self.kernel.rng.choice((0.5, 6.0)), back)
 
     # --- network, disks, locks
 
@@ -359,6 +419,7 @@ def rooms(world: World) -> Iterator[None]:
             for name, stand_in in (
                 ("guests", world), ("networks", world), ("disks", world), ("migration", world),
                 ("vm_lock", world.vm_lock),
+                ("peer", world.peer), ("whereabouts", world),
                 ("restore_checkpoints", nothing), ("ensure_seed", nothing),
                 ("agent", SimpleNamespace(renew_network=nothing)),
             ):  # fmt: skip
