@@ -50,7 +50,6 @@ class Whereabouts:
             return "target"
         return "both"
 
-
     @property
     def held_by(self) -> str:
         """ "source" or "target", where that may be concluded; else "unknown".

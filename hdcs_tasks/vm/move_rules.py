@@ -61,7 +61,7 @@ def way_of(state: VmState, *, same_home: bool, live: bool) -> Way:
 
 @dataclass(frozen=True)
 class Shelf:
-    """A domain node as a stopped VM sees it: only its storage counts. ``free_disk_bytes``: what it may still promise."""
+    """A domain node as a VM that does not run sees it: its storage. ``free_disk_bytes``: what it may still promise."""
 
     domain_node: str
     free_disk_bytes: int

@@ -1,7 +1,7 @@
 """Moves between domain nodes, step by step on the server nodes: the VM's own disk layer travels with it or before it.
 
-Live: an empty overlay on the image is made at the target, libvirt copies the source's layer into it while the guest runs
-(its dirty bitmaps too), then its memory. Carried: the files of a VM that does not run are copied, checked by hash.
+Live: an empty overlay on the image is made at the target, libvirt copies the source's layer into it while the guest
+runs (its dirty bitmaps too), then its memory. Carried: the files of a VM that does not run are copied, checked by hash.
 At the source they are removed once the VM is seen at the target.
 """
 

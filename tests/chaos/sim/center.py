@@ -55,7 +55,7 @@ STEPS: dict[str, Any] = {
     "vm.resume_on_node": vm_node.resume, "vm.reboot_on_node": vm_node.reboot,
     "vm.migrate_prepare_on_node": node_migrate.prepare, "vm.migrate_on_node": node_migrate.perform,
     "vm.migrate_finish_on_node": node_migrate.finish, "vm.migrate_clean_on_node": node_migrate.clean,
-    "vm.migrate_undo_on_node": node_migrate.undo,
+    "vm.migrate_undo_on_node": node_migrate.undo, "vm.migrate_look_on_node": node_migrate.look,
 }  # fmt: skip
 SWEEPS: dict[str, tuple[str, Callable[[Control], Any]]] = {
     "operations.recovery_sweep": ("recovery", recovery.recovery_sweep),
