@@ -1,8 +1,8 @@
 """Emptying a server node or a whole domain node: nothing new goes there, what is there moves away, a few at a time.
 
-The operation (``pool.drain``, ``pool.drain_domain``) opens a move for one VM after the other and looks at the record anew
-each time one has ended: which VMs are still there, which were tried. So it survives every restart, and finds what came
-since it began. What could not be moved stays, and the operation says why; the node stays closed until ``resume``.
+The operation (``pool.drain``, ``pool.drain_domain``) opens a move for one VM after the other and looks at the record
+anew each time one has ended: which VMs are still there, which were tried. So it survives every restart, and finds what
+came since it began. What could not be moved stays, and the operation says why; the node stays closed until ``resume``.
 """
 
 from __future__ import annotations
@@ -257,9 +257,8 @@ def _why(vm: Vm, children: Sequence[Operation]) -> str:
 
 def _elsewhere(tx: Tx, vm: Vm) -> str:
     """The domain node layer one chooses for a VM that must leave its own. NoCapacity, naming why not each."""
-    rows = tx.session.scalars(
-        select(DomainNode).where(DomainNode.name != vm.home, DomainNode.draining.is_(False))
-    ).all()
+    others = select(DomainNode).where(DomainNode.name != vm.home, DomainNode.draining.is_(False))
+    rows = tx.session.scalars(others).all()
     image = tx.session.get(Image, vm.image_id) if vm.image_id else None
     rooms = [
         candidate(tx.control, tx.session, row, has_image=image is None or is_ready(image, row.name)) for row in rows

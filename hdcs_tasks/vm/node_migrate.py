@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hdcs_tasks.errors import HdcsError, NotFound, OutcomeUnknown
+from hdcs_tasks.errors import Conflict, HdcsError, HypervisorRefused, NotFound, OutcomeUnknown
 from hdcs_tasks.hypervisor import agent, guests, migration, networks, whereabouts
 from hdcs_tasks.hypervisor.connection import Host, peer_uri
 from hdcs_tasks.hypervisor.spec import GuestInfo
@@ -47,8 +47,11 @@ def perform(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
                 ctx.host(), spec["vm_id"], unsafe=ctx.settings.migrate_unsafe,
                 postcopy=bool(spec["options"].get("postcopy")), **terms(run, spec),
             )  # fmt: skip
-        except NotFound:
-            return dict(UNSEEN)  # libvirt went on with an earlier attempt's move, which ended just now
+        except (NotFound, Conflict, HypervisorRefused):
+            # libvirt went on with an earlier attempt's move, and ended it while this one waited for its turn?
+            if has_left(run, spec):
+                return dict(UNSEEN)
+            raise
     log.info("moved", vm=spec["name"], to=target["node"], downtime_ms=done.downtime_ms)
     return measured(done)
 

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hdcs_tasks.errors import HdcsError, NotFound, Rejected
+from hdcs_tasks.errors import Conflict, HdcsError, HypervisorRefused, NotFound, Rejected
 from hdcs_tasks.hypervisor import disks, migration, networks, storage
 from hdcs_tasks.hypervisor.checkpoints import keep_checkpoints, redefine_checkpoints
 from hdcs_tasks.hypervisor.connection import Host, peer_uri
@@ -100,8 +100,10 @@ def perform(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
                 ctx.host(), spec["vm_id"], console_port=target["port"], console_listen=target["listen"],
                 **node_migrate.terms(run, spec),
             )  # fmt: skip
-        except NotFound:
-            return node_migrate.UNSEEN | {"checkpoints": kept}
+        except (NotFound, Conflict, HypervisorRefused):
+            if node_migrate.has_left(run, spec):
+                return node_migrate.UNSEEN | {"checkpoints": kept}
+            raise
     log.info("moved", vm=spec["name"], to=target["node"], downtime_ms=done.downtime_ms, bytes=done.bytes)
     return node_migrate.measured(done) | {"checkpoints": kept}
 

@@ -221,7 +221,7 @@ class History:
     def _libvirtd(self) -> None:
         node = self._node()
         self.kernel.fault("libvirtd killed", node.config.server_node)
-        node.host.up = False
+        node.host.down()
         self.kernel.at(self.kernel.rng.choice((0.5, 6.0)), lambda: self._libvirtd_back(node))
 
     def _libvirtd_back(self, node: Node) -> None:

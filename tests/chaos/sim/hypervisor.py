@@ -59,9 +59,17 @@ class HostModel:
     dhcp: dict[str, str] = field(default_factory=dict)
     locks: set[str] = field(default_factory=set)
 
+    lives: int = 0
+    """How often its libvirtd has died: a call that was under way then never learns how it ended."""
+
+    def down(self) -> None:
+        self.up = False
+        self.lives += 1
+
     def power_off(self) -> None:
         """Every guest dies with its host; definitions and the network's hosts are files and stay."""
-        self.powered = self.up = False
+        self.powered = False
+        self.down()
         self.dhcp.clear()  # hosts are added live
         for guest in self.guests.values():
             guest.state, guest.job = "shutoff", ""
@@ -112,7 +120,7 @@ class World:
 
     def _job(self, host: HostModel, guest: Guest, job: str, seconds: float, finish: Callable[[], None]) -> None:
         """A job of libvirtd: it ends whether or not its caller still lives. The caller waits for it."""
-        guest.job = job
+        guest.job, life = job, host.lives
 
         def end() -> None:
             if guest.job == job and host.powered:
@@ -121,8 +129,8 @@ class World:
                     finish()
 
         self.kernel.at(seconds, end)
-        self.kernel.wait_for(lambda: guest.job != job or not host.up, seconds + 60)
-        if not host.up:
+        self.kernel.wait_for(lambda: guest.job != job or host.lives != life, seconds + 60)
+        if host.lives != life:
             raise OutcomeUnknown(f"libvirtd of {host.name} went away", next="Observe the guest before deciding")
 
     def _seen(self, vm_id: str) -> None:
@@ -258,7 +266,7 @@ class World:
             raise HypervisorRefused(f"libvirtd of {target.name} does not answer")
         if (there := target.guests.get(vm_id)) is not None and (there.active or there.job):
             raise Conflict(f"guest {guest.name} already exists at {target.name}")
-        seconds, started = self.kernel.rng.uniform(1.0, 15.0), self.kernel.time
+        seconds, started, life = self.kernel.rng.uniform(1.0, 15.0), self.kernel.time, host.lives
         guest.job = "migrate"
 
         def arrive() -> None:
@@ -277,13 +285,13 @@ class World:
             self._seen(vm_id)
 
         self.kernel.at(seconds, arrive)
-        while guest.job == "migrate" and host.up:
+        while guest.job == "migrate" and host.up and host.lives == life:
             on_progress(min(99.0, 100.0 * (self.kernel.time - started) / seconds), "memory", None)
             self.kernel.sleep(0.5)
             if cancelled() and guest.job == "migrate":
                 guest.job = ""
                 raise Cancelled("migration aborted")
-        if not host.up:
+        if not host.up or host.lives != life:
             raise OutcomeUnknown(f"libvirtd of {host.name} went away")
         if host.guests.get(vm_id) is guest:
             raise HypervisorRefused("the migration ended at its source")
@@ -332,7 +340,7 @@ class World:
         """The source's libvirtd dies when the guest is stopped for its hand-over: nobody ends it there, or goes on."""
         self.kernel.fault("libvirtd killed in a hand-over", f"{guest.name} on {host.name}")
         host.guests[guest.vm_id] = replace(guest, state="paused")
-        host.up = False
+        host.down()
 
         def back() -> None:
             host.up = host.powered
