@@ -42,11 +42,12 @@ def drain_node(
 ) -> Operation:  # fmt: skip
     """Let no new VM start on a server node and move its running ones live to others of its domain node.
 
-    Stopped VMs need nothing. Already being drained: that operation. ``moving`` False: only close it.
+    Stopped VMs need nothing. ``moving`` False: only close it. Raises NotFound, Conflict (it is being drained).
     """
     with control.transaction() as tx:
-        if (same := tx.same_request(asked) or _live(tx.session, NODE, name)) is not None:
+        if (same := tx.same_request(asked)) is not None:
             return same
+        _check_none(tx.session, NODE, name)
         pool.set_draining(tx, pool.get_server_node(tx.session, name), draining=True)
         return _open(tx, NODE, name, asked, moving, concurrency, options)
 
@@ -56,13 +57,22 @@ def drain_domain_node(
 ) -> Operation:
     """Close every server node of a domain node and move all its VMs, stopped ones too, to other domain nodes."""
     with control.transaction() as tx:
-        if (same := tx.same_request(asked) or _live(tx.session, DOMAIN, name)) is not None:
+        if (same := tx.same_request(asked)) is not None:
             return same
+        _check_none(tx.session, DOMAIN, name)
         row = pool.get_domain_node(tx.session, name)
         row.draining = True
         for node in _nodes(tx.session, name):
             pool.set_draining(tx, node, draining=True)
         return _open(tx, DOMAIN, name, asked, True, concurrency, options)
+
+
+def _check_none(session: Session, kind: str, name: str) -> None:
+    if (drain := _live(session, kind, name)) is not None:
+        raise Conflict(
+            f"{name} is being drained already: operation {drain.id} ({drain.phase})",
+            next=f"Watch it: hdcs op watch {drain.id}", details={"operation": drain.id},
+        )  # fmt: skip
 
 
 def _open(
