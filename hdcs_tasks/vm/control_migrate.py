@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 
 from hdcs_tasks.errors import Cancelled, HdcsError, Invalid, OutcomeUnknown, Unreachable, WrongState, from_dict
 from hdcs_tasks.operations.control import Asked, Control, Tx
-from hdcs_tasks.operations.handlers import on_done, on_failed, on_start
+from hdcs_tasks.operations.handlers import on_done, on_failed, on_start, plan_steps
 from hdcs_tasks.pool.control import IN_POOL, get_domain_node, get_server_node
 from hdcs_tasks.pool.rooms import vm_terms
 from hdcs_tasks.routing import direct_queue
@@ -44,6 +44,14 @@ from hdcs_tasks.vm.move_rules import ALIVE, MoveOptions, Way, way_of
 from hdcs_tasks.vm.rules import wrong_state_hint
 
 STAYS = "it starts on any server node of its domain node"
+
+# Of every way; an image that must be brought first comes before the rest begins.
+plan_steps("vm.migrate", {
+    "vm.migrate_prepare_on_node|vm.move_prepare_on_node|vm.save_on_node|vm.offer_on_node": 8,
+    "vm.migrate_on_node|vm.move_on_node|vm.fetch_on_node": 76,
+    "vm.migrate_finish_on_node|vm.move_finish_on_node|vm.discard_on_node": 12,
+    "vm.migrate_clean_on_node|vm.move_clean_on_node|vm.start_on_node": 4,
+})  # fmt: skip
 
 
 def migrate(
