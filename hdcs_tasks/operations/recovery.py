@@ -211,6 +211,9 @@ def _recover(tx: Tx, step: Step, status: StepStatus | None) -> Verdict:
             request_cancel(tx.control.reservations, step.id, is_touched(step.attempt, step.node))
     if ends_with_its_node(step.spec) and not (known and status is not None and status.leased) and _is_lost(tx, step):
         words = f"server node {step.node} was lost before {step.name} had ended"
+        step_id = step.id
+        # Before what comes instead is published: an executor that comes to again finds its claim gone.
+        tx.after(lambda: tx.control.reservations.steps.forget(step_id))
         settle_failed(tx, step, Unreachable(words, next="Bring it back: hdcs node list"))
         return Verdict.LEAVE
     verdict = judge(_facts(tx, step, status if known else None))

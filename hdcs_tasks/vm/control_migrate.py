@@ -274,7 +274,12 @@ def _not_performed(tx: Tx, operation: Operation, step: Step, error: HdcsError) -
 def _looked(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
     if result["held_by"] == "source":
         _undo_target(tx, operation, vm_of(tx, operation))
-        return
+    else:
+        _arrived_unseen(tx, operation)
+
+
+def _arrived_unseen(tx: Tx, operation: Operation) -> None:
+    """It moved after all, though whoever watched it saw no end."""
     operation.error = None
     operation.request = operation.request | {"measured": {"total_ms": -1, "downtime_ms": -1, "bytes": -1}}
     _arrived(tx, operation, {"unseen": True})
@@ -370,6 +375,9 @@ def _undo_target(tx: Tx, operation: Operation, vm: Vm) -> None:
 
 @on_done("vm.migrate_undo_on_node", "vm.move_undo_on_node")
 def _undone(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
+    if result.get("held_by") == "target":
+        _arrived_unseen(tx, operation)
+        return
     _stays(tx, operation, vm_of(tx, operation))
 
 

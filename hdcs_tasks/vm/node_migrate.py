@@ -211,20 +211,26 @@ def leave(run: Run, spec: dict[str, Any]) -> None:
 
 
 def undo(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
-    """On the target, after a move that did not happen: nothing of the VM stays here."""
+    """On the target, after a move that did not happen: nothing of the VM stays here. If it did happen after all,
+    ``held_by`` says so, and nothing is undone."""
     ctx = run.ctx
     with lock(ctx, spec["vm_id"]):
-        take_back(run, spec)
+        if not take_back(run, spec):
+            return {"node": ctx.server_node, "held_by": "target"}
         release(ctx, spec["vm_id"], spec["mac"])
-    return {"node": ctx.server_node}
+    return {"node": ctx.server_node, "held_by": "source"}
 
 
-def take_back(run: Run, spec: dict[str, Any]) -> None:
-    """End what a move that did not happen left of the guest here; never one that runs. Raises OutcomeUnknown."""
+def take_back(run: Run, spec: dict[str, Any]) -> bool:
+    """End what a move that did not happen left of the guest here; False where the guest runs here and nowhere else.
+    Raises OutcomeUnknown."""
     ctx = run.ctx
     seen = guests.info(ctx.host(), spec["vm_id"])
     if seen is not None and seen.state == "running":
+        if _held_by(run, spec) == "target":
+            return False
         raise OutcomeUnknown(f"VM {spec['name']} runs on {ctx.server_node}", next="Look at both server nodes")
     run.check()
     if seen is not None:
         guests.stop(ctx.host(), spec["vm_id"], force=True)
+    return True

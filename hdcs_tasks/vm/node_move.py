@@ -164,13 +164,14 @@ def undo(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     ctx = run.ctx
     place = layout(ctx)
     with lock(ctx, spec["vm_id"]):
-        node_migrate.take_back(run, spec)
+        if not node_migrate.take_back(run, spec):
+            return {"node": ctx.server_node, "held_by": "target"}
         _remove_files(place, spec["vm_id"])
         networks.remove_dhcp_host(ctx.host(), ctx.settings.network_name, spec["mac"])
         ctx.reservations.pool.release(
             ctx.domain_node, spec["vm_id"], ctx.server_node, ctx.settings.dhcp_lease_s, ctx.settings.port_cooling_s
         )  # fmt: skip
-    return {"node": ctx.server_node}
+    return {"node": ctx.server_node, "held_by": "source"}
 
 
 def _remove_files(place: storage.StorageLayout, vm_id: str) -> None:

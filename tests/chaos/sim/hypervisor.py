@@ -267,7 +267,7 @@ class World:
         if (there := target.guests.get(vm_id)) is not None and (there.active or there.job):
             raise Conflict(f"guest {guest.name} already exists at {target.name}")
         seconds, started, life = self.kernel.rng.uniform(1.0, 15.0), self.kernel.time, host.lives
-        guest.job = "migrate"
+        guest.job, was = "migrate", guest.state  # a suspended one arrives suspended
 
         def arrive() -> None:
             if guest.job != "migrate" or host.guests.get(vm_id) is not guest:
@@ -281,7 +281,7 @@ class World:
                     return  # libvirtd of the target never let it run
             else:
                 del host.guests[vm_id]
-            target.guests[vm_id] = replace(guest, state="running")
+            target.guests[vm_id] = replace(guest, state=was)
             self._seen(vm_id)
 
         self.kernel.at(seconds, arrive)
