@@ -11,7 +11,8 @@ from hdcs_tasks.operations.recovery import sweep_once
 from hdcs_tasks.operations.requests import asked_by_task, request_task
 from hdcs_tasks.operations.views import view
 from hdcs_tasks.vm import control as vm_control
-from hdcs_tasks.vm import control_clone, control_drain, control_migrate, control_replan  # noqa: F401 - replan registers itself
+from hdcs_tasks.vm import control_clone, control_drain, control_migrate, control_storm
+from hdcs_tasks.vm import control_replan as control_replan  # registers itself
 from hdcs_tasks.vm.move_rules import MoveOptions
 
 
@@ -106,3 +107,13 @@ def resume_domain(domain_node: str) -> dict[str, Any]:
 @app.task(name="vm.drain_sweep")
 def drain_sweep(period_s: float) -> None:
     sweep_once(control(), "drains", period_s, control_drain.drain_sweep)
+
+
+@request_task("storm.run")
+def storm_run(storm: str) -> dict[str, Any]:
+    return control_storm.run(control(), storm)
+
+
+@app.task(name="vm.storm_sweep")
+def storm_sweep(period_s: float) -> None:
+    sweep_once(control(), "storms", period_s, control_storm.storm_sweep)
