@@ -10,7 +10,8 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from hdcs_tasks.operations.control import Control, get_operation
-from hdcs_tasks.operations.rules import is_waiting, line_eta_s
+from hdcs_tasks.operations.handlers import PLANS
+from hdcs_tasks.operations.rules import is_waiting, line_eta_s, operation_percent
 from hdcs_tasks.states import OPERATION_LIVE, OperationState, StepState
 from hdcs_tasks.store.models import Operation, Step, now
 
@@ -105,7 +106,8 @@ def _live(control: Control, shown: dict[str, Any], steps: Sequence[Step]) -> dic
     last = steps[-1]
     status = control.reservations.steps.status(last.id)
     if status is not None and status.attempt == last.attempt and status.percent is not None:
-        shown["percent"] = round(min(99.0, (100.0 * (last.seq - 1) + status.percent) / len(steps)), 1)
+        reached = operation_percent(PLANS.get(shown["kind"], {}), [step.name for step in steps], status.percent)
+        shown["percent"] = round(max(shown["percent"], reached), 1)
         shown["phase"] = status.phase or shown["phase"]
         shown["eta_s"] = status.eta_s
     return shown
