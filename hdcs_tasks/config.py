@@ -100,8 +100,10 @@ class Settings(BaseSettings):
         30, ge=2, le=1000, description="Samples kept of each VM and server node, for so many periods"
     )
 
-    # backups
-    policy_sweep_s: float = Field(30, gt=0, description="Period of the sweep that begins what backup policies ask for")
+    # by the calendar
+    policy_sweep_s: float = Field(
+        30, gt=0, description="Period of the sweeps that begin what backup policies and storms ask for"
+    )
 
     # logs
     log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: console on a terminal, else json")
