@@ -8,8 +8,13 @@ from typing import Any
 
 from sqlalchemy import select
 
+<<<<<<< HEAD
 from hdcs_tasks.clock import now_s, random_hex
 from hdcs_tasks.errors import Cancelled, HdcsError, NoCapacity, OutcomeUnknown, Unreachable, from_dict
+=======
+from hdcs_tasks.clock import monotonic_s, now_s, random_hex
+from hdcs_tasks.errors import Cancelled, HdcsError, NoCapacity, OutcomeUnknown, from_dict
+>>>>>>> main
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.control import Control, Tx, advance, request_cancel, settle_done, settle_failed
 from hdcs_tasks.operations.handlers import ON_NO_ROOM
@@ -27,7 +32,12 @@ from hdcs_tasks.operations.rules import (
 )
 from hdcs_tasks.reservations import StepStatus
 from hdcs_tasks.routing import direct_queue, quick_queue
+<<<<<<< HEAD
 from hdcs_tasks.states import OPERATION_LIVE, STEP_LIVE, OperationState, ServerNodeState, StepState
+=======
+from hdcs_tasks.states import OPERATION_LIVE, STEP_LIVE, OperationState, StepState
+from hdcs_tasks.store import metering
+>>>>>>> main
 from hdcs_tasks.store.models import Operation, ServerNode, Step, now
 from hdcs_tasks.store.transitions import move
 
@@ -57,6 +67,7 @@ def _settle_known(tx: Tx, step: Step, report: dict[str, Any]) -> None:
         return
     step.node = report["node"]
     step.started_at = datetime.fromtimestamp(report["started_at"], UTC)
+    metering.happened_at(tx.session, datetime.fromtimestamp(report["ended_at"], UTC))
     error = report.get("error")
     if error is None:
         settle_done(tx, step, report.get("result") or {})
@@ -282,7 +293,11 @@ def sweep_once(control: Control, name: str, period_s: float, sweep: Callable[[Co
     holder = random_hex(8)
     if not control.reservations.leases.grant("sweep", f"{name}:{slot}", holder, 2 * period_s):
         return None
-    return sweep(control)
+    began_s = monotonic_s()
+    answer = sweep(control)
+    # What has not run to its end is late, whatever the reason.
+    control.reservations.samples.swept(name, now_s(), monotonic_s() - began_s, period_s)
+    return answer
 
 
 def live_operations(control: Control) -> list[Operation]:

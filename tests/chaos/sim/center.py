@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from hdcs_tasks.clock import driven_by
 from hdcs_tasks.config import CapacitySettings, Settings
 from hdcs_tasks.hypervisor import storage
-from hdcs_tasks.monitor import control as monitor_control
+from hdcs_tasks.monitor import control_samples as monitor_control
 from hdcs_tasks.operations import recovery
 from hdcs_tasks.operations.control import Control
 from hdcs_tasks.operations.node import NodeContext, execute, resend_spooled
