@@ -71,8 +71,9 @@ class Cloud:
         return pool_capacity.capacity(self.control, profile, without=without, with_nodes=with_nodes, mix=mix)
 
     def rebalance(
-        self, domain_node: str, *, max_moves: int = control_rebalance.MOVES, concurrency: int = control_rebalance.AT_ONCE,
-        dry_run: bool = False, idempotency_key: str | None = None, reason: str = "",
+        self, domain_node: str, *, max_moves: int = control_rebalance.MOVES,
+        concurrency: int = control_rebalance.AT_ONCE, dry_run: bool = False, idempotency_key: str | None = None,
+        reason: str = "",
     ) -> Any:  # fmt: skip
         """Even a pool's load by live migrations, ``concurrency`` at once; an Operation, or a Plan with ``dry_run``."""
         if dry_run:

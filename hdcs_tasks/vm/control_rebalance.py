@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from hdcs_tasks.errors import HdcsError, Invalid
+from hdcs_tasks.errors import HdcsError, Invalid, WrongState
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_child_ended
 from hdcs_tasks.pool import balance_rules
@@ -17,7 +17,8 @@ from hdcs_tasks.pool.rooms import candidate, vm_shape, vm_terms
 from hdcs_tasks.states import OPERATION_LIVE, VmState
 from hdcs_tasks.store.models import Operation, Vm
 from hdcs_tasks.vm.control import get_vm
-from hdcs_tasks.vm.control_migrate import check_migrate
+from hdcs_tasks.vm.control_migrate import open_move
+from hdcs_tasks.vm.move_rules import MoveOptions
 
 MOVES = 100
 """Migrations a plan has at most, unless asked otherwise."""
@@ -70,7 +71,7 @@ def _resident(control: Control, vm: Vm, busy: bool) -> balance_rules.Resident:
 def rebalance(
     control: Control, domain_node: str, asked: Asked, *, max_moves: int = MOVES, concurrency: int = AT_ONCE
 ) -> Operation:
-    """Plan, and run the plan: one parent operation, a ``vm.migrate`` child per move, ``concurrency`` of them at once."""
+    """Plan, and run the plan: one parent operation with a ``vm.migrate`` child per move, ``concurrency`` at once."""
     _check("at once", concurrency, 100)
     found = plan(control, domain_node, max_moves=max_moves)
     with control.transaction() as tx:
@@ -81,7 +82,7 @@ def rebalance(
             "pending": [{key: move[key] for key in ("vm", "from", "to")} for move in found["moves"]],
         }  # fmt: skip
         parent = tx.open("pool.rebalance", asked=asked, subject=domain_node, request=request)
-        parent.decision = {"message": found["message"]}
+        parent.decision = {"message": found["message"], "moves": found["moves"]}
         _open_next(tx, parent)
         if not _live_children(tx, parent):
             tx.finish(parent, {"children": [], "before": found["before"], "after": found["after"]})
@@ -89,6 +90,10 @@ def rebalance(
 
 
 @on_child_ended("pool.rebalance")
+def _one_ended(tx: Tx, parent: Operation, children: list[Operation]) -> int:
+    return _open_next(tx, parent)
+
+
 def _open_next(tx: Tx, parent: Operation) -> int:
     """Begin moves as far as may be under way at once; what can no longer be moved as planned is passed over."""
     pending = [] if parent.cancel_asked else list(parent.request["pending"])
@@ -110,11 +115,9 @@ def _begin(tx: Tx, parent: Operation, move: dict[str, Any]) -> bool:
     try:
         vm = get_vm(tx.session, move["vm"])
         if vm.server_node != move["from"]:
-            return False
-        check_migrate(tx, vm, move["to"])
+            raise WrongState(f"it is {vm.state} on {vm.server_node or 'no server node'} by now")
         asked = Asked(by=parent.requested_by, reason=parent.reason or "rebalancing")
-        request = {"to": move["to"], "live": True, "source": move["from"]}
-        tx.open("vm.migrate", asked=asked, vm=vm, parent=parent, request=request)
+        open_move(tx, vm, asked, to=move["to"], options=MoveOptions(live=True), parent=parent)
     except HdcsError as error:
         tx.event("pool.not_moved", move["vm"], f"VM {move['vm']} stays on {move['from']}: {error.message}")
         return False
