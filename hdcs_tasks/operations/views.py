@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from hdcs_tasks.operations.control import Control, get_operation
 from hdcs_tasks.operations.rules import is_waiting, line_eta_s
+from hdcs_tasks.reservations import StepStatus
 from hdcs_tasks.states import OPERATION_LIVE, OperationState, StepState
 from hdcs_tasks.store.models import Operation, Step, now
 
@@ -98,12 +99,17 @@ def _through(session: Session, queue: str) -> int:
 
 
 def _live(control: Control, shown: dict[str, Any], steps: Sequence[Step]) -> dict[str, Any]:
-    """Progress as its executor tells it right now; the record follows with the next sweep."""
+    at_work = shown["state"] == OperationState.RUNNING and steps
+    return with_progress(shown, steps, control.reservations.steps.status(steps[-1].id) if at_work else None)
+
+
+def with_progress(shown: dict[str, Any], steps: Sequence[Step], status: StepStatus | None) -> dict[str, Any]:
+    """A view with the progress its executor tells right now (of its newest step); the record follows with the next
+    sweep."""
     shown["eta_s"] = None
     if shown["state"] != OperationState.RUNNING or not steps:
         return shown
     last = steps[-1]
-    status = control.reservations.steps.status(last.id)
     if status is not None and status.attempt == last.attempt and status.percent is not None:
         shown["percent"] = round(min(99.0, (100.0 * (last.seq - 1) + status.percent) / len(steps)), 1)
         shown["phase"] = status.phase or shown["phase"]
