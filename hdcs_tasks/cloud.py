@@ -24,10 +24,12 @@ from hdcs_tasks.handles.operation import Operations, View
 from hdcs_tasks.handles.operation import Plan as Plan
 from hdcs_tasks.handles.overview import Overview
 from hdcs_tasks.handles.pools import DomainNodes, Profiles, ServerNodes
+from hdcs_tasks.handles.storms import Storms
 from hdcs_tasks.handles.vms import Vm as Vm
 from hdcs_tasks.handles.vms import Vms
 from hdcs_tasks.monitor import control as monitor_control
 from hdcs_tasks.operations.control import Control
+from hdcs_tasks.operations.line import line
 from hdcs_tasks.pool import capacity as pool_capacity
 from hdcs_tasks.store.migrate import upgrade
 from hdcs_tasks.vm import control_replan as control_replan  # registers how a refused clone is planned again
@@ -46,6 +48,7 @@ class Cloud:
         self.profiles = Profiles(control, by)
         self.domain_nodes = DomainNodes(control, by)
         self.server_nodes = ServerNodes(control, by)
+        self.storms = Storms(control, by)
         self.operations = Operations(control, by)
         self.overview = Overview(control, by)
 
@@ -67,6 +70,11 @@ class Cloud:
         """How many more VMs of a profile fit: per server node, per domain node and in all, also with one server node
         kept free (``n_plus_one``); as things are, or as ``pool.capacity`` tells the what-ifs."""
         return pool_capacity.capacity(self.control, profile, without=without, with_nodes=with_nodes, mix=mix)
+
+    def line(self, domain_node: str | None = None) -> list[View]:
+        """Who waits to start, in order: ``{domain_node, place, of, subject, kind, waits_for, why, since_at, eta_s,
+        operation}``."""
+        return line(self.control, domain_node)
 
     def events(self, limit: int = 50) -> list[View]:
         return monitor_control.list_events(self.control, limit)

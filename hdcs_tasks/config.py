@@ -97,8 +97,10 @@ class Settings(BaseSettings):
     idle_cpu_percent: float = Field(10, ge=0, description="Below this share of one vCPU a guest counts as idle")
     sample_s: float = Field(10, gt=0, description="Period of the monitoring sweep")
 
-    # backups
-    policy_sweep_s: float = Field(30, gt=0, description="Period of the sweep that begins what backup policies ask for")
+    # by the calendar
+    policy_sweep_s: float = Field(
+        30, gt=0, description="Period of the sweeps that begin what backup policies and storms ask for"
+    )
 
     # logs
     log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: console on a terminal, else json")

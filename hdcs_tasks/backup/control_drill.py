@@ -13,11 +13,16 @@ from hdcs_tasks.backup.control import usable
 from hdcs_tasks.backup.control_restore import open_as_new
 from hdcs_tasks.errors import HdcsError, from_dict
 from hdcs_tasks.operations.control import Asked, Control, Tx
-from hdcs_tasks.operations.handlers import on_done, on_failed
+from hdcs_tasks.operations.handlers import on_done, on_failed, plan_steps
 from hdcs_tasks.routing import direct_queue
 from hdcs_tasks.states import VmState
 from hdcs_tasks.store.models import Backup, Operation, Step, now
 from hdcs_tasks.vm.control import add_delete_step, add_start_step, begin_delete, leave_via, vm_of
+
+plan_steps("backup.drill", {
+    "backup.restore_on_node": 50, "vm.start_on_node": 5, "backup.prove_on_node": 40, "vm.stop_on_node": 3,
+    "vm.delete_on_node": 2,
+})  # fmt: skip
 
 TAG = "drill"
 AGENT_TIMEOUT_S = 600.0

@@ -10,7 +10,7 @@ from hdcs_tasks.backup.control import found_broken, spec_of, usable
 from hdcs_tasks.backup.rules import RESTORE_IN_PLACE_IN
 from hdcs_tasks.errors import HdcsError, Invalid, NotFound, WrongState
 from hdcs_tasks.operations.control import Asked, Control, Tx
-from hdcs_tasks.operations.handlers import on_done, on_failed
+from hdcs_tasks.operations.handlers import on_done, on_failed, plan_steps
 from hdcs_tasks.pool.control import get_domain_node
 from hdcs_tasks.states import BackupState, ImageState, VmState
 from hdcs_tasks.store.models import Backup, Image, ImageCopy, Operation, Step, Vm, new_id, now
@@ -18,6 +18,8 @@ from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import add_start_step, forget, get_vm, vm_of
 from hdcs_tasks.vm.control_clone import Shape, choose_homes, new_vm, rooms_of
 from hdcs_tasks.vm.rules import expand_names
+
+plan_steps("backup.restore", {"backup.restore_on_node|backup.restore_in_place_on_node": 90, "vm.start_on_node": 10})
 
 
 def restore(

@@ -18,6 +18,11 @@ CAPACITY = (
     output.Column("server_node", "server node", lambda name: name or "all"), output.Column("vms"),
     output.Column("n_plus_one", "n+1"), output.Column("limit"),
 )  # fmt: skip
+LINE = (
+    output.Column("domain_node", "domain node"), output.Column("place"), output.Column("subject", "vm"),
+    output.Column("kind"), output.Column("waits_for", "waits for"), output.column("since_at", "since"),
+    output.column("eta_s", "to go"), output.Column("operation", "operation", output.short_id), output.Column("why"),
+)  # fmt: skip
 EVENTS = (output.column("at", "at"), output.Column("kind"), output.Column("subject"), output.Column("message"))
 
 
@@ -122,3 +127,18 @@ def events(face: Face, limit: int, form: str) -> None:
       hdcs pool events --limit 20
     """
     output.print_rows(face.cloud.events(limit), EVENTS, form)
+
+
+@pool.command()
+@click.argument("domain_node", required=False)
+@format_option
+@pass_face
+def line(face: Face, domain_node: str | None, form: str) -> None:
+    """Who waits to start, in order: its place, what it waits for, and when it may be through at the present pace.
+
+    \b
+    Examples:
+      hdcs pool line
+      hdcs pool line east -f json
+    """
+    output.print_rows(face.cloud.line(domain_node), LINE, form)

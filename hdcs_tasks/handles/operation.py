@@ -39,8 +39,11 @@ class Operation:
         """Every change of state, percent or phase, until it has ended. Raises WaitTimedOut; the operation goes on."""
         end = None if timeout_s is None else time.monotonic() + timeout_s
         last: tuple[Any, ...] | None = None
+        highest = 0.0
         while True:
             seen = self.show()
+            # A step tried again begins anew, and the record follows live progress only now and then.
+            seen["percent"] = highest = max(highest, seen["percent"])
             now = (seen["state"], seen["percent"], seen["phase"], tuple(c["state"] for c in seen["children"]))
             if now != last:
                 last = now

@@ -20,9 +20,9 @@ from sqlalchemy.orm import Session
 from hdcs_tasks.config import Settings
 from hdcs_tasks.errors import Cancelled, Conflict, HdcsError, NotFound, OutcomeUnknown, from_dict
 from hdcs_tasks.logs import logger
-from hdcs_tasks.operations.handlers import ON_DONE, ON_FAILED, ON_START
+from hdcs_tasks.operations.handlers import ON_DONE, ON_FAILED, ON_START, PLANS
 from hdcs_tasks.operations.publishing import Publisher
-from hdcs_tasks.operations.rules import bulk_percent, is_touched
+from hdcs_tasks.operations.rules import bulk_percent, is_touched, operation_percent
 from hdcs_tasks.reservations import Reservations
 from hdcs_tasks.states import OPERATION_LIVE, STEP_LIVE, OperationState, StepState
 from hdcs_tasks.store.engine import Store
@@ -407,6 +407,16 @@ def settle_done(tx: Tx, step: Step, result: dict[str, Any]) -> None:
             ON_DONE[key](tx, operation, step, result)
     if operation.state in OPERATION_LIVE and not has_live_step(tx, operation):
         tx.finish(operation, result)
+    elif operation.state in OPERATION_LIVE:
+        advance(operation, 0.0)
+
+
+def advance(operation: Operation, percent: float) -> None:
+    """Record that the operation's last step is at ``percent``. What was shown once is never taken back: a step tried
+    again, or another one instead, begins before where the last came to."""
+    names = [step.name for step in operation.steps]
+    reached = operation_percent(PLANS.get(operation.kind, {}), names, percent)
+    operation.percent = max(operation.percent, reached)
 
 
 def has_live_step(tx: Tx, operation: Operation) -> bool:

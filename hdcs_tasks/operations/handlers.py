@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hdcs_tasks.errors import HdcsError
@@ -19,6 +19,14 @@ NoRoom = Callable[["Tx", Operation, Step, HdcsError], bool]
 ON_NO_ROOM: dict[str, NoRoom] = {}
 Start = Callable[["Tx", Operation], None]
 ON_START: dict[str, Start] = {}
+
+PLANS: dict[str, Mapping[str, float]] = {}
+
+
+def plan_steps(kind: str, weights: Mapping[str, float]) -> None:
+    """The steps an operation of this kind usually takes, and what each is of the whole (any unit), for its progress;
+    ``a|b``: one of these. A kind without a plan is taken for one step."""
+    PLANS[kind] = weights
 
 
 def on_start(kind: str) -> Callable[[Start], Start]:

@@ -11,7 +11,7 @@ from sqlalchemy import select
 from hdcs_tasks.clock import now_s, random_hex
 from hdcs_tasks.errors import Cancelled, HdcsError, NoCapacity, OutcomeUnknown, from_dict
 from hdcs_tasks.logs import logger
-from hdcs_tasks.operations.control import Control, Tx, request_cancel, settle_done, settle_failed
+from hdcs_tasks.operations.control import Control, Tx, advance, request_cancel, settle_done, settle_failed
 from hdcs_tasks.operations.handlers import ON_NO_ROOM
 from hdcs_tasks.operations.rules import (
     StepFacts,
@@ -235,8 +235,7 @@ def _observe(step: Step, status: StepStatus) -> None:
     if status.node and status.holder:
         step.node = status.node
     if step.operation.state is OperationState.RUNNING and status.percent is not None:
-        steps = len(step.operation.steps)
-        step.operation.percent = min(99.0, (100.0 * (step.seq - 1) + status.percent) / max(steps, 1))
+        advance(step.operation, status.percent)
         step.operation.phase = (status.phase or step.name)[:255]
 
 

@@ -77,6 +77,21 @@ def is_retryable(error: dict[str, object]) -> bool:
     return BY_CODE.get(str(error.get("code")), HdcsError).retryable
 
 
+def operation_percent(plan: Mapping[str, float], steps: Sequence[str], percent: float) -> float:
+    """How far an operation is (0 to 99) when the last of ``steps`` (names, in order) is at ``percent``.
+
+    ``plan``: what each step usually is of the whole, or one of several (``a|b``). A step that is not in it (an undo,
+    another feature's) adds nothing; without a plan the last step is all there is.
+    """
+    if not plan:
+        return min(99.0, percent)
+    done = 0.0
+    for names, weight in plan.items():
+        taken = [name for name in names.split("|") if name in steps]
+        done += weight * (percent if steps[-1] in taken else 100.0 if taken else 0.0)
+    return min(99.0, done / sum(plan.values()))
+
+
 def bulk_percent(children: list[float]) -> float:
     """A parent's progress: the mean of its children's, in percent."""
     return sum(children) / len(children) if children else 0.0

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from hdcs_tasks.errors import Conflict, HdcsError, Invalid, NotFound, OutcomeUnknown, Unreachable, WrongState
 from hdcs_tasks.operations.control import Asked, Control, Tx, busy
-from hdcs_tasks.operations.handlers import on_done, on_failed, on_start
+from hdcs_tasks.operations.handlers import on_done, on_failed, on_start, plan_steps
 from hdcs_tasks.pool import rules as pool_rules
 from hdcs_tasks.pool.control import IN_POOL, get_domain_node, get_server_node
 from hdcs_tasks.pool.rooms import order_of, vm_shape, vm_terms
@@ -378,6 +378,9 @@ def delete(control: Control, name: str, asked: Asked) -> Operation:
             return live
         request = {"was": vm.state.value, "force": True}
         return tx.open("vm.delete", asked=asked, vm=vm, request=request, supersede=True)
+
+
+plan_steps("vm.delete", {"vm.stop_on_node": 80, "vm.delete_on_node": 20})
 
 
 @on_start("vm.delete")

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from hdcs_tasks.errors import HdcsError, Invalid, NoCapacity, NotFound
 from hdcs_tasks.image.control import get_image
 from hdcs_tasks.operations.control import Asked, Control, Tx
-from hdcs_tasks.operations.handlers import on_done, on_failed
+from hdcs_tasks.operations.handlers import on_done, on_failed, plan_steps
 from hdcs_tasks.pool import planning
 from hdcs_tasks.pool import rules as pool_rules
 from hdcs_tasks.pool.control import get_domain_node, get_server_node
@@ -23,6 +23,8 @@ from hdcs_tasks.store.models import DomainNode, Image, Operation, Profile, Step,
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import add_start_step, forget, vm_of
 from hdcs_tasks.vm.rules import expand_names
+
+plan_steps("vm.clone", {"vm.clone_on_node": 30, "vm.start_on_node": 70})
 
 
 @dataclass(frozen=True)

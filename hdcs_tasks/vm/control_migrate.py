@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from hdcs_tasks.errors import HdcsError, Invalid, OutcomeUnknown, Rejected, WrongState, from_dict
 from hdcs_tasks.operations.control import Asked, Control, Tx
-from hdcs_tasks.operations.handlers import on_done, on_failed, on_start
+from hdcs_tasks.operations.handlers import on_done, on_failed, on_start, plan_steps
 from hdcs_tasks.pool.control import IN_POOL, get_server_node
 from hdcs_tasks.pool.rooms import vm_terms
 from hdcs_tasks.routing import direct_queue
@@ -31,6 +31,11 @@ from hdcs_tasks.vm.control import (
 
 PATIENCE_S = 30.0
 """A VM that cannot move runs on where it is, so a migration does not wait for room as long as a start does."""
+
+plan_steps("vm.migrate", {
+    "vm.migrate_prepare_on_node": 4, "vm.migrate_on_node": 80, "vm.migrate_finish_on_node": 12,
+    "vm.migrate_clean_on_node": 4,
+})  # fmt: skip
 
 
 def migrate(control: Control, name: str, asked: Asked, *, to: str | None = None, live: bool = True) -> Operation:

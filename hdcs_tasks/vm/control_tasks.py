@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from hdcs_tasks.app import app
 from hdcs_tasks.operations.control import Asked
 from hdcs_tasks.operations.control_tasks import control
+from hdcs_tasks.operations.recovery import sweep_once
 from hdcs_tasks.operations.requests import asked_by_task, request_task
 from hdcs_tasks.operations.views import view
 from hdcs_tasks.vm import control as vm_control
-from hdcs_tasks.vm import control_clone, control_migrate, control_replan  # noqa: F401 - replan registers itself
+from hdcs_tasks.vm import control_clone, control_migrate, control_replan, control_storm  # noqa: F401 - replan registers itself
 
 
 @request_task("vm.clone")
@@ -68,3 +70,13 @@ def delete(vm: str, by: str = "celery", reason: str = "") -> dict[str, Any]:
 @request_task("vm.migrate")
 def migrate(vm: str, to: str | None = None, live: bool = True, by: str = "celery", reason: str = "") -> dict[str, Any]:
     return view(control_migrate.migrate(control(), vm, asked_by_task(by, reason), to=to, live=live))
+
+
+@request_task("storm.run")
+def storm_run(storm: str) -> dict[str, Any]:
+    return control_storm.run(control(), storm)
+
+
+@app.task(name="vm.storm_sweep")
+def storm_sweep(period_s: float) -> None:
+    sweep_once(control(), "storms", period_s, control_storm.storm_sweep)

@@ -455,7 +455,7 @@ def test_harm_is_asked_about_on_a_terminal(cloud: Cloud, config: Settings) -> No
 
 def test_a_terminal_shows_a_bar_and_ctrl_c_detaches(cloud: Cloud, config: Settings) -> None:
     clone(cloud, "desk-1")
-    code, screen = on_a_terminal(config, ["vm", "start", "desk-1"], b"vm.start_on_node", b"\x03")
+    code, screen = on_a_terminal(config, ["vm", "start", "desk-1"], b"in line to start", b"\x03")
     assert code == 130 and "━" in screen and "detached: the operation goes on" in screen
     assert "Traceback" not in screen
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +21,7 @@ from hdcs_tasks.operations.rules import (
     is_retryable,
     is_touched,
     judge,
+    operation_percent,
 )
 
 ages = st.floats(0, 100_000)
@@ -111,3 +113,28 @@ def test_a_first_attempt_has_touched_nothing() -> None:
 @given(st.lists(st.floats(0, 100), max_size=50))
 def test_a_parent_is_as_far_as_its_children_on_average(children: list[float]) -> None:
     assert 0 <= bulk_percent(children) <= 100.001
+
+
+MOVE = {"prepare": 5.0, "move|copy": 80.0, "finish": 15.0}
+
+
+@pytest.mark.parametrize(
+    ("steps", "percent", "expected"),
+    [
+        (["prepare"], 0.0, 0.0),
+        (["prepare"], 100.0, 5.0),
+        (["prepare", "move"], 0.0, 5.0),
+        (["prepare", "copy"], 50.0, 45.0),
+        (["prepare", "move", "finish"], 0.0, 85.0),
+        (["prepare", "move", "finish"], 100.0, 99.0),
+        (["prepare", "move", "undo"], 50.0, 85.0),
+        (["prepare", "prepare"], 40.0, 2.0),
+    ],
+)
+def test_progress_of_an_operation_follows_its_plan(steps: list[str], percent: float, expected: float) -> None:
+    assert operation_percent(MOVE, steps, percent) == pytest.approx(expected)
+
+
+def test_without_a_plan_the_last_step_is_all_there_is() -> None:
+    assert operation_percent({}, ["save"], 40.0) == 40.0
+    assert operation_percent({}, ["save"], 100.0) == 99.0

@@ -113,6 +113,31 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("name", name=op.f("pk_backup_policy")),
     )
     op.create_table(
+        "storm",
+        sa.Column("name", sa.String(length=63), nullable=False),
+        sa.Column("schedule", sa.String(length=40), nullable=False),
+        sa.Column("selector", sa.JSON(), nullable=False),
+        sa.Column("clone", sa.JSON(), nullable=False),
+        sa.Column("lead_s", sa.Double(), nullable=True),
+        sa.Column("enabled", sa.Boolean(), nullable=False),
+        sa.Column("slot_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("runs", sa.JSON(), nullable=False),
+        sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
+        sa.PrimaryKeyConstraint("name", name=op.f("pk_storm")),
+    )
+    op.create_table(
+        "warm_pool",
+        sa.Column("name", sa.String(length=63), nullable=False),
+        sa.Column("image", sa.String(length=63), nullable=False),
+        sa.Column("profile", sa.String(length=63), nullable=False),
+        sa.Column("domain_node", sa.String(length=63), nullable=True),
+        sa.Column("size", sa.Integer(), nullable=False),
+        sa.Column("saved", sa.Boolean(), nullable=False),
+        sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
+        sa.ForeignKeyConstraint(["domain_node"], ["domain_node.name"], name=op.f("fk_warm_pool_domain_node")),
+        sa.PrimaryKeyConstraint("name", name=op.f("pk_warm_pool")),
+    )
+    op.create_table(
         "image_copy",
         sa.Column("image_id", sa.String(length=36), nullable=False),
         sa.Column("domain_node", sa.String(length=63), nullable=False),
@@ -162,6 +187,7 @@ def upgrade() -> None:
         sa.Column("tags", sa.JSON(), nullable=False),
         sa.Column("rules", sa.JSON(), nullable=False),
         sa.Column("idle_after_s", sa.Double(), nullable=True),
+        sa.Column("warm_pool", sa.String(length=63), nullable=True),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("state_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("started_at", sa.DateTime(timezone=True), nullable=True),
@@ -178,6 +204,7 @@ def upgrade() -> None:
     op.create_index(op.f("ix_vm_name"), "vm", ["name"], unique=False)
     op.create_index(op.f("ix_vm_server_node"), "vm", ["server_node"], unique=False)
     op.create_index(op.f("ix_vm_state"), "vm", ["state"], unique=False)
+    op.create_index(op.f("ix_vm_warm_pool"), "vm", ["warm_pool"], unique=False)
     op.create_index(
         "vm_living_mac",
         "vm",
@@ -283,6 +310,7 @@ def downgrade() -> None:
         sqlite_where=sa.text("deleted_at IS NULL"),
         postgresql_where=sa.text("deleted_at IS NULL"),
     )
+    op.drop_index(op.f("ix_vm_warm_pool"), table_name="vm")
     op.drop_index(op.f("ix_vm_state"), table_name="vm")
     op.drop_index(op.f("ix_vm_server_node"), table_name="vm")
     op.drop_index(op.f("ix_vm_name"), table_name="vm")
@@ -291,6 +319,8 @@ def downgrade() -> None:
     op.drop_index(op.f("ix_server_node_domain_node"), table_name="server_node")
     op.drop_table("server_node")
     op.drop_table("image_copy")
+    op.drop_table("warm_pool")
+    op.drop_table("storm")
     op.drop_table("backup_policy")
     op.drop_index(op.f("ix_backup_vm_id"), table_name="backup")
     op.drop_index(op.f("ix_backup_chain"), table_name="backup")
