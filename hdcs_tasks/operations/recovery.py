@@ -8,13 +8,8 @@ from typing import Any
 
 from sqlalchemy import select
 
-<<<<<<< HEAD
-from hdcs_tasks.clock import now_s, random_hex
-from hdcs_tasks.errors import Cancelled, HdcsError, NoCapacity, OutcomeUnknown, Unreachable, from_dict
-=======
 from hdcs_tasks.clock import monotonic_s, now_s, random_hex
-from hdcs_tasks.errors import Cancelled, HdcsError, NoCapacity, OutcomeUnknown, from_dict
->>>>>>> main
+from hdcs_tasks.errors import Cancelled, HdcsError, NoCapacity, OutcomeUnknown, Unreachable, from_dict
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.control import Control, Tx, advance, request_cancel, settle_done, settle_failed
 from hdcs_tasks.operations.handlers import ON_NO_ROOM
@@ -32,12 +27,8 @@ from hdcs_tasks.operations.rules import (
 )
 from hdcs_tasks.reservations import StepStatus
 from hdcs_tasks.routing import direct_queue, quick_queue
-<<<<<<< HEAD
 from hdcs_tasks.states import OPERATION_LIVE, STEP_LIVE, OperationState, ServerNodeState, StepState
-=======
-from hdcs_tasks.states import OPERATION_LIVE, STEP_LIVE, OperationState, StepState
 from hdcs_tasks.store import metering
->>>>>>> main
 from hdcs_tasks.store.models import Operation, ServerNode, Step, now
 from hdcs_tasks.store.transitions import move
 
