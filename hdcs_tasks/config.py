@@ -103,9 +103,14 @@ class Settings(BaseSettings):
     idle_after_s: float = Field(0, ge=0, description="Stop a VM idle this long; 0 turns reclamation off")
     idle_cpu_percent: float = Field(10, ge=0, description="Below this share of one vCPU a guest counts as idle")
     sample_s: float = Field(10, gt=0, description="Period of the monitoring sweep")
+    samples_kept: int = Field(
+        30, ge=2, le=1000, description="Samples kept of each VM and server node, for so many periods"
+    )
 
-    # backups
-    policy_sweep_s: float = Field(30, gt=0, description="Period of the sweep that begins what backup policies ask for")
+    # by the calendar
+    policy_sweep_s: float = Field(
+        30, gt=0, description="Period of the sweeps that begin what backup policies and storms ask for"
+    )
 
     # logs
     log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: console on a terminal, else json")

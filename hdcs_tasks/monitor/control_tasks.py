@@ -6,23 +6,24 @@ from typing import Any
 
 from hdcs_tasks.app import app
 from hdcs_tasks.monitor import control as monitor
+from hdcs_tasks.monitor import control_samples
 from hdcs_tasks.operations.control_tasks import control
 from hdcs_tasks.operations.recovery import sweep_once
 
 
 @app.task(name="monitor.sampled")
 def sampled(sample: dict[str, Any]) -> None:
-    monitor.take_sample(control(), sample)
+    control_samples.take_sample(control(), sample)
 
 
 @app.task(name="monitor.guest_event")
 def guest_event(event: dict[str, Any]) -> None:
-    monitor.take_event(control(), event)
+    control_samples.take_event(control(), event)
 
 
 @app.task(name="monitor.sample_sweep")
 def sample_sweep(period_s: float) -> None:
-    sweep_once(control(), "sample", period_s, monitor.sample_sweep)
+    sweep_once(control(), "sample", period_s, control_samples.sample_sweep)
 
 
 @app.task(name="monitor.idle_sweep")

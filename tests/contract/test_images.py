@@ -21,7 +21,7 @@ from hdcs_tasks.operations.control import Asked
 from hdcs_tasks.operations.recovery import recovery_sweep
 from hdcs_tasks.pool import profiles
 from hdcs_tasks.states import BackupState, ServerNodeState, VmState
-from hdcs_tasks.store.models import Backup, ImagePublished, ServerNode, Step
+from hdcs_tasks.store.models import Backup, ImagePublished, ServerNode, Step, WarmPool
 from hdcs_tasks.store.models import Vm as VmRow
 from hdcs_tasks.vm import control_clone, control_refresh
 from tests.contract.conftest import _emptied
@@ -417,6 +417,12 @@ def test_an_image_in_use_is_not_deleted_and_says_by_whom(place: ImagePlace) -> N
     with pytest.raises(WrongState, match="used by VM desk-1"):
         place.images.delete("mini", force=True)
     place.add(pattern=2)
+    with place.control.store.session() as session:
+        session.add(WarmPool(name="morning", image="mini", profile="tiny", size=1))
+    with pytest.raises(WrongState, match="used by warm pool morning"):
+        place.images.delete("mini:2", force=True)
+    with place.control.store.session() as session:
+        session.query(WarmPool).delete()
     operation = place.images.export("mini:2", "x.raw")
     with pytest.raises(WrongState, match=f"operation {operation.id[:8]}"):
         place.images.delete("mini:2")
