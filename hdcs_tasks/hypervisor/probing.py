@@ -135,7 +135,7 @@ def _agreed(path: Path, header: Header, fmt: str | None, is_device: bool) -> str
     plain = is_device or path.suffix.lower() in (".raw", ".img", ".dd", ".bin")
     if header.format == "raw" and fmt is None and not plain:
         raise _refuse(
-            path, "its header is of no image format", "If it is a raw disk, say so: --source-format raw"
+            path, "it is not known what it is, its header is of no image format", "If it is a raw disk, say so: --source-format raw"
         )  # fmt: skip
     return header.format
 
