@@ -129,11 +129,12 @@ def configuration_page() -> str:
     """docs/configuration.md."""
     from pydantic_settings import BaseSettings
 
-    from hdcs_tasks.config import CapacitySettings, Settings
+    from hdcs_tasks.config import AlarmSettings, CapacitySettings, Settings
 
     tables: list[tuple[str, type[BaseSettings]]] = [
         ("Services, timing, network and nodes", Settings),
         ("Capacity", CapacitySettings),
+        ("Alarms", AlarmSettings),
     ]
     parts = [_CONFIGURATION_HEAD]
     for title, cls in tables:
