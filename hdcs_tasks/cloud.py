@@ -23,6 +23,7 @@ from hdcs_tasks.handles.operation import ENDED as ENDED
 from hdcs_tasks.handles.operation import Operation as Operation
 from hdcs_tasks.handles.operation import Operations, View
 from hdcs_tasks.handles.operation import Plan as Plan
+from hdcs_tasks.handles.overview import Overview
 from hdcs_tasks.handles.pools import DomainNodes, Profiles, ServerNodes
 from hdcs_tasks.handles.storms import Storms
 from hdcs_tasks.handles.vms import Vm as Vm
@@ -51,6 +52,7 @@ class Cloud:
         self.storms = Storms(control, by)
         self.operations = Operations(control, by)
         self.alarms = Alarms(control, by)
+        self.overview = Overview(control, by)
 
     @classmethod
     def from_env(cls) -> Cloud:

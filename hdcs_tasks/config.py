@@ -51,6 +51,30 @@ class AlarmSettings(BaseSettings):
     unproven_days: int = Field(30, ge=0, description="Backups this old, none of them ever proven; 0: never an alarm")
 
 
+class RateSettings(BaseSettings):
+    """What use costs, for statements (``hdcs usage``). A month is 30 days here."""
+
+    model_config = SettingsConfigDict(env_prefix="HDCS_RATES_", extra="ignore")
+
+    currency: str = Field("", description="Printed beside each amount")
+    vcpu_hour: float = Field(0, ge=0, description="One vCPU of a running VM for an hour")
+    memory_gib_hour: float = Field(0, ge=0, description="One GiB of memory of a running or suspended VM for an hour")
+    disk_gib_month: float = Field(0, ge=0, description="One GiB of virtual disk for 30 days")
+    backup_gib_month: float = Field(0, ge=0, description="One GiB of backups for 30 days")
+    console_hour: float = Field(0, ge=0, description="One hour with a console client connected")
+
+
+class MetricsSettings(BaseSettings):
+    """What the exporter serves, and where (``workers.metrics``)."""
+
+    model_config = SettingsConfigDict(env_prefix="HDCS_METRICS_", extra="ignore")
+
+    address: str = Field("127.0.0.1", description="Address the exporter listens on; nothing guards /metrics")
+    port: int = Field(9740, ge=0, le=65535, description="Its port")
+    vms_most: int = Field(200, ge=0, description="Metrics of single VMs, with this many VMs or fewer; 0: never")
+    cache_s: float = Field(5, ge=0, description="Asked again within this time, it answers with what it last read")
+
+
 class Settings(BaseSettings):
     """All settings of HDCS. A server node reads the same class and needs no database_url."""
 
@@ -134,6 +158,8 @@ class Settings(BaseSettings):
 
     capacity: CapacitySettings = Field(default_factory=CapacitySettings)
     alarm: AlarmSettings = Field(default_factory=AlarmSettings)
+    rates: RateSettings = Field(default_factory=RateSettings)
+    metrics: MetricsSettings = Field(default_factory=MetricsSettings)
 
 
 @lru_cache(maxsize=1)

@@ -87,7 +87,7 @@ def rules(settings: AlarmSettings) -> dict[str, Rule]:
         "node_ips": share(WARNING, settings.ips_percent, "Use larger subnets (HDCS_SUBNET_PREFIX) and join anew"),
         "backup_failed": fact(WARNING, "See why: hdcs op list --kind backup.create"),
         "backup_overdue": above(WARNING, settings.backup_overdue_s, "See: hdcs policy list, hdcs op list --live", 0.0),
-        "backups_unproven": fact(WARNING, "Prove them: a policy with --drill-schedule, or hdcs backup drill"),
+        "backups_unproven": fact(WARNING, "Prove them: a policy with --drill-schedule, or hdcs backup verify --drill"),
         "operation_stuck": fact(CRITICAL, "See: hdcs op show", ends_when_seen=True),
         "queue_backlog": above(WARNING, settings.queue_length, "Are its workers alive and enough? See: hdcs doctor"),
         "clock_skew": above(WARNING, settings.clock_skew_s, "Synchronise the clocks (chrony or systemd-timesyncd)"),

@@ -20,9 +20,9 @@ from sqlalchemy.orm import Session
 from hdcs_tasks.config import Settings
 from hdcs_tasks.errors import Cancelled, Conflict, HdcsError, NotFound, OutcomeUnknown, from_dict
 from hdcs_tasks.logs import logger
-from hdcs_tasks.operations.handlers import ON_DONE, ON_FAILED, ON_START, PLANS
+from hdcs_tasks.operations.handlers import ON_CHILD_ENDED, ON_DONE, ON_FAILED, ON_START, PLANS
 from hdcs_tasks.operations.publishing import Publisher
-from hdcs_tasks.operations.rules import bulk_percent, is_touched, operation_percent
+from hdcs_tasks.operations.rules import bulk_percent, is_binding, is_touched, operation_percent
 from hdcs_tasks.reservations import Reservations
 from hdcs_tasks.states import OPERATION_LIVE, STEP_LIVE, OperationState, StepState
 from hdcs_tasks.store.engine import Store
@@ -305,6 +305,9 @@ class Tx:
             return
         siblings = select(Operation).where(Operation.parent_id == parent_id).order_by(Operation.created_at)
         children = list(self.session.scalars(siblings.execution_options(populate_existing=True)))
+        if parent.kind in ON_CHILD_ENDED:
+            ON_CHILD_ENDED[parent.kind](self, parent, children)
+            return
         ended = [child for child in children if child.state not in OPERATION_LIVE]
         parent.percent = bulk_percent([100.0 if child in ended else child.percent for child in children])
         parent.phase = f"{len(ended)} of {len(children)}"
@@ -342,6 +345,8 @@ class Tx:
             self._cancel_step(step)
 
     def _cancel_step(self, step: Step) -> None:
+        if is_binding(step.spec):
+            return
         if step.state is StepState.PUBLISHED:
             step.operation.phase = f"cancelling {step.name}"
             step_id, touched = step.id, is_touched(step.attempt, step.node)

@@ -22,6 +22,7 @@ def upgrade() -> None:
         sa.Column("port_first", sa.Integer(), nullable=False),
         sa.Column("port_last", sa.Integer(), nullable=False),
         sa.Column("storage_primary", sa.String(length=63), nullable=True),
+        sa.Column("draining", sa.Boolean(), nullable=False),
         sa.Column("storage_total_bytes", sa.BigInteger(), nullable=True),
         sa.Column("storage_free_bytes", sa.BigInteger(), nullable=True),
         sa.Column("rules", sa.JSON(), nullable=False),
