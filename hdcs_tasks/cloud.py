@@ -29,10 +29,11 @@ from hdcs_tasks.handles.storms import Storms
 from hdcs_tasks.handles.vms import Vm as Vm
 from hdcs_tasks.handles.vms import Vms
 from hdcs_tasks.monitor import control as monitor_control
-from hdcs_tasks.operations.control import Control
+from hdcs_tasks.operations.control import Asked, Control
 from hdcs_tasks.operations.line import line
 from hdcs_tasks.pool import capacity as pool_capacity
 from hdcs_tasks.store.migrate import upgrade
+from hdcs_tasks.vm import control_rebalance
 from hdcs_tasks.vm import control_replan as control_replan  # registers how a refused clone is planned again
 
 
@@ -41,7 +42,7 @@ class Cloud:
 
     def __init__(self, control: Control, by: str = "") -> None:
         self.control = control
-        by = by or f"{getpass.getuser()}@{socket.gethostname()}"
+        self.by = by = by or f"{getpass.getuser()}@{socket.gethostname()}"
         self.vms = Vms(control, by)
         self.images = Images(control, by)
         self.backups = Backups(control, by)
@@ -72,6 +73,20 @@ class Cloud:
         """How many more VMs of a profile fit: per server node, per domain node and in all, also with one server node
         kept free (``n_plus_one``); as things are, or as ``pool.capacity`` tells the what-ifs."""
         return pool_capacity.capacity(self.control, profile, without=without, with_nodes=with_nodes, mix=mix)
+
+    def rebalance(
+        self, domain_node: str, *, max_moves: int = control_rebalance.MOVES,
+        concurrency: int = control_rebalance.AT_ONCE, dry_run: bool = False, idempotency_key: str | None = None,
+        reason: str = "",
+    ) -> Any:  # fmt: skip
+        """Even a pool's load by live migrations, ``concurrency`` at once; an Operation, or a Plan with ``dry_run``."""
+        if dry_run:
+            return Plan(control_rebalance.plan(self.control, domain_node, max_moves=max_moves))
+        asked = Asked(by=self.by, reason=reason, idempotency_key=idempotency_key)
+        opened = control_rebalance.rebalance(
+            self.control, domain_node, asked, max_moves=max_moves, concurrency=concurrency
+        )
+        return Operation(self.control, opened.id)
 
     def line(self, domain_node: str | None = None) -> list[View]:
         """Who waits to start, in order: ``{domain_node, place, of, subject, kind, waits_for, why, since_at, eta_s,
