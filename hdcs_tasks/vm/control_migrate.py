@@ -98,7 +98,7 @@ def _begin(tx: Tx, operation: Operation) -> None:
 
 def _spec(vm: Vm, source: ServerNode) -> dict[str, Any]:
     return {
-        "vm_id": vm.id, "name": vm.name, "mac": vm.mac, "home": vm.home,
+        "vm_id": vm.id, "name": vm.name, "mac": vm.mac, "home": vm.home, "disk_key": vm.disk_key,
         "source": {"name": source.name, "ip": source.ip},
     }  # fmt: skip
 
