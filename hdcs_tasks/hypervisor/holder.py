@@ -17,6 +17,7 @@ from hdcs_tasks.hypervisor.checkpoints import DISK_TARGET
 from hdcs_tasks.hypervisor.connection import Host
 from hdcs_tasks.hypervisor.errors import libvirt_errors
 from hdcs_tasks.hypervisor.keys import Key
+from hdcs_tasks.hypervisor.layers import header
 
 
 @contextmanager
@@ -26,13 +27,25 @@ def holder(host: Host, vm_id: str, disk: Path, key: Key | None = None) -> Iterat
         raise Conflict(f"guest {vm_id} is on this host", next="Back up the running guest instead")
     keys.give_to_libvirt(host, key)
     flags = libvirt.VIR_DOMAIN_START_PAUSED | libvirt.VIR_DOMAIN_START_AUTODESTROY
-    with libvirt_errors(f"open the disk of VM {vm_id}", unsure=True):
-        guest = host.conn.createXML(_holder_xml(vm_id, disk, key), flags)
+    try:
+        with libvirt_errors(f"open the disk of VM {vm_id}", unsure=True):
+            guest = host.conn.createXML(_holder_xml(vm_id, disk, key), flags)
+    except HypervisorRefused:
+        _refuse_open(disk)  # QEMU may be gone before libvirt has read why
+        raise
     try:
         yield
     finally:
         with libvirt_errors(f"close the disk of VM {vm_id}", unsure=True):
             _end_gracefully(guest)
+
+
+def _refuse_open(disk: Path) -> None:
+    try:
+        header(disk)
+    except HypervisorRefused as error:
+        if "lock" in error.message:
+            raise Conflict(f"{disk} is in use", next="Another server node runs the VM: hdcs vm list") from error
 
 
 def _end_gracefully(guest: Any) -> None:
