@@ -73,6 +73,9 @@ format_option = click.option(
 )  # fmt: skip
 yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask for confirmation.")
 reason_option = click.option("--reason", default="", help="Why; kept with the operation.")
+bandwidth_option = click.option(
+    "--bandwidth-mib-s", type=click.IntRange(min=1), default=None, help="At most so many MiB/s per move. Default: any."
+)
 key_option = click.option(
     "--idempotency-key", "key", default=None, help="Asked twice with the same key, it is done once."
 )
@@ -104,6 +107,20 @@ def selector_options(command: F) -> F:
     for option in reversed(options):
         command = option(command)
     return click.argument("names", nargs=-1, metavar="[VM]...")(command)
+
+
+def drain_options(command: F) -> F:
+    """How a drain moves what it moves."""
+    options = (
+        click.option("--concurrency", type=click.IntRange(min=1), default=2, show_default=True,
+                     help="Moves under way at once."),
+        bandwidth_option,
+        click.option("--dry-run", is_flag=True, help="Print what would move where, and what would stay and why."),
+        reason_option,
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def vm_rule_options(command: F) -> F:

@@ -36,6 +36,7 @@ from hdcs_tasks.reservations.model import (
 from hdcs_tasks.reservations.names import Disks, Macs, Ports, Subnets
 from hdcs_tasks.reservations.notes import Notes
 from hdcs_tasks.reservations.pool import Pool
+from hdcs_tasks.reservations.samples import Samples
 from hdcs_tasks.reservations.steps import Steps
 
 __all__ = [
@@ -63,6 +64,7 @@ class Reservations:
         self.notes = Notes(self._link)
         self.pool = Pool(self._link, self.macs.propose)
         self.marks = Marks(self._link)
+        self.samples = Samples(self._link)
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Reservations:

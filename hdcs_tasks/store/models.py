@@ -84,7 +84,8 @@ class Base(DeclarativeBase):
 class DomainNode(Base):
     """A resource pool: server nodes that share one storage. ``token_key`` proves join requests, never the token.
 
-    ``rules`` here, of a server node, a profile and a VM: what an operator ruled about placement (pool/policy.py).
+    ``draining``: it is being emptied, and its server nodes join closed. ``rules`` here, of a server node, a profile and
+    a VM: what an operator ruled about placement (pool/policy.py).
     """
 
     __tablename__ = "domain_node"
@@ -94,6 +95,7 @@ class DomainNode(Base):
     port_first: Mapped[int]
     port_last: Mapped[int]
     storage_primary: Mapped[str | None] = mapped_column(String(63))
+    draining: Mapped[bool] = mapped_column(default=False)
     storage_total_bytes: Mapped[Bytes | None]
     storage_free_bytes: Mapped[Bytes | None]
     rules: Mapped[dict[str, Any]] = mapped_column(default=dict)

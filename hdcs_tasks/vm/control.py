@@ -188,17 +188,20 @@ def _start_child(tx: Tx, vm: Vm, asked: Asked, parent: Operation) -> tuple[Opera
     return None
 
 
-def add_start_step(tx: Tx, operation: Operation, vm: Vm, *, pin: str | None = None, isolated: bool = False) -> Step:
-    """Move the VM to STARTING; ``isolated``: this time without a network card."""
+def add_start_step(
+    tx: Tx, operation: Operation, vm: Vm, *, pin: str | None = None, isolated: bool = False,
+    exclude: Sequence[str] = (), patience_s: float | None = None,
+) -> Step:  # fmt: skip
+    """Move the VM to STARTING; ``isolated``: this time without a network card; ``exclude``: on none of these."""
     saved = vm.state is VmState.SAVED
     move(vm, VmState.STARTING)
     # Not when it has started: a fast guest's agent may be heard of first.
     vm.ready_at = None
     spec = {
         "shown": {"vm": vm.name, "pool": vm.home}, "guest": guest_fields(vm), "saved": saved, "isolated": isolated,
-        **placing_fields(tx, vm, vm_terms(vm, pin=pin)),
+        **placing_fields(tx, vm, vm_terms(vm, pin=pin, exclude=exclude, pinned=not exclude)),
     }  # fmt: skip
-    return tx.step(operation, "vm.start_on_node", vm.home, spec)
+    return tx.step(operation, "vm.start_on_node", vm.home, spec, patience_s=patience_s)
 
 
 @on_done("vm.start_on_node")
@@ -246,8 +249,10 @@ def release_unused(tx: Tx, vm: Vm, step: Step) -> None:
     def release() -> None:
         for claim in control.reservations.pool.claim_of(vm_id):
             if claim.step == step_id:
+                # In another domain node it was to live in, the port is not its own any more either.
+                port_cooling_s = None if claim.domain_node == home else control.settings.port_cooling_s
                 control.reservations.pool.release(
-                    home, vm_id, claim.node, control.settings.dhcp_lease_s, step=step_id
+                    claim.domain_node, vm_id, claim.node, control.settings.dhcp_lease_s, port_cooling_s, step=step_id
                 )  # fmt: skip
 
     tx.after(release)
@@ -316,7 +321,7 @@ def _begin_command(verb: str, what: Command) -> None:
             move(vm, what.via)
         node = get_server_node(tx.session, vm.server_node)
         queue = direct_queue if verb == "save" else quick_queue
-        tx.step(operation, what.step, queue(node.domain_node, node.name), _command_spec(vm, operation), node=node.name)
+        tx.step(operation, what.step, queue(node.domain_node, node.name), command_spec(vm, operation), node=node.name)
 
     @on_done(what.step)
     def done(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
@@ -340,7 +345,8 @@ def _begin_command(verb: str, what: Command) -> None:
         leave_via(vm, what.via, was if known else VmState.FAILED)
 
 
-def _command_spec(vm: Vm, operation: Operation) -> dict[str, Any]:
+def command_spec(vm: Vm, operation: Operation) -> dict[str, Any]:
+    """What a short command needs to know."""
     return {
         "shown": {"vm": vm.name, "node": vm.server_node}, "vm_id": vm.id, "name": vm.name, "mac": vm.mac,
         "force": bool(operation.request.get("force")), "timeout_s": operation.request.get("timeout_s", 60.0),
@@ -396,7 +402,7 @@ def begin_delete(tx: Tx, operation: Operation) -> None:
         add_delete_step(tx, operation, vm)
         return
     node = get_server_node(tx.session, vm.server_node)
-    spec = _command_spec(vm, operation)
+    spec = command_spec(vm, operation)
     tx.step(operation, "vm.stop_on_node", quick_queue(node.domain_node, node.name), spec, node=node.name)
 
 

@@ -159,7 +159,8 @@ def test_domain_tokens_are_data(hdcs: Hdcs) -> None:
 
 
 def test_drain_resume_and_remove(cloud: Cloud, hdcs: Hdcs) -> None:
-    assert "draining" in hdcs("node", "drain", "node1")[1]
+    shown = json.loads(hdcs("node", "drain", "node1", "-f", "json")[1])
+    assert (shown["kind"], shown["state"]) == ("pool.drain", "done")
     assert cloud.server_nodes.show("node1")["state"] == "draining"
     assert json.loads(hdcs("node", "resume", "node1", "-f", "json")[1])[0]["state"] == "up"
     code, _, err = hdcs("node", "remove", "node1", "-y")

@@ -22,6 +22,7 @@ def upgrade() -> None:
         sa.Column("port_first", sa.Integer(), nullable=False),
         sa.Column("port_last", sa.Integer(), nullable=False),
         sa.Column("storage_primary", sa.String(length=63), nullable=True),
+        sa.Column("draining", sa.Boolean(), nullable=False),
         sa.Column("storage_total_bytes", sa.BigInteger(), nullable=True),
         sa.Column("storage_free_bytes", sa.BigInteger(), nullable=True),
         sa.Column("rules", sa.JSON(), nullable=False),
@@ -287,9 +288,102 @@ def upgrade() -> None:
     )
     op.create_index(op.f("ix_step_operation_id"), "step", ["operation_id"], unique=False)
     op.create_index(op.f("ix_step_state"), "step", ["state"], unique=False)
+    op.create_table(
+        "alarm",
+        sa.Column("id", sa.String(length=36), nullable=False),
+        sa.Column("kind", sa.String(length=40), nullable=False),
+        sa.Column("subject", sa.String(length=255), nullable=False),
+        sa.Column("severity", sa.String(length=12), nullable=False),
+        sa.Column("state", sa.String(length=20), nullable=False),
+        sa.Column("live_key", sa.String(length=300), nullable=True),
+        sa.Column("message", sa.Text(), nullable=False),
+        sa.Column("next", sa.Text(), nullable=False),
+        sa.Column("value", sa.Double(), nullable=True),
+        sa.Column("since_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("seen_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("ok_since", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("state_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("raised_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("acknowledged_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("acknowledged_by", sa.String(length=255), nullable=True),
+        sa.Column("note", sa.Text(), nullable=False),
+        sa.Column("cleared_at", sa.DateTime(timezone=True), nullable=True),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_alarm")),
+        sa.UniqueConstraint("live_key", name=op.f("uq_alarm_live_key")),
+    )
+    op.create_index(op.f("ix_alarm_kind"), "alarm", ["kind"], unique=False)
+    op.create_index(op.f("ix_alarm_state"), "alarm", ["state"], unique=False)
+    op.create_index(op.f("ix_alarm_state_at"), "alarm", ["state_at"], unique=False)
+    op.create_table(
+        "quota",
+        sa.Column("owner", sa.String(length=255), nullable=False),
+        sa.Column("vms", sa.Integer(), nullable=True),
+        sa.Column("running_vms", sa.Integer(), nullable=True),
+        sa.Column("vcpus", sa.Integer(), nullable=True),
+        sa.Column("memory_mib", sa.Integer(), nullable=True),
+        sa.Column("disk_bytes", sa.BigInteger(), nullable=True),
+        sa.PrimaryKeyConstraint("owner", name=op.f("pk_quota")),
+    )
+    op.create_table(
+        "usage_span",
+        sa.Column("id", sa.Integer(), autoincrement=True, nullable=False),
+        sa.Column("kind", sa.String(length=8), nullable=False),
+        sa.Column("vm_id", sa.String(length=36), nullable=False),
+        sa.Column("vm_name", sa.String(length=63), nullable=False),
+        sa.Column("owner", sa.String(length=255), nullable=False),
+        sa.Column("tags", sa.JSON(), nullable=False),
+        sa.Column("home", sa.String(length=63), nullable=False),
+        sa.Column("server_node", sa.String(length=63), nullable=True),
+        sa.Column("level", sa.String(length=8), nullable=False),
+        sa.Column("vcpus", sa.Integer(), nullable=False),
+        sa.Column("memory_mib", sa.Integer(), nullable=False),
+        sa.Column("size_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("observed", sa.Boolean(), nullable=False),
+        sa.Column("open_key", sa.String(length=80), nullable=True),
+        sa.Column("opened_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("closed_at", sa.DateTime(timezone=True), nullable=True),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_usage_span")),
+        sa.UniqueConstraint("open_key", name=op.f("uq_usage_span_open_key")),
+    )
+    op.create_index(op.f("ix_usage_span_closed_at"), "usage_span", ["closed_at"], unique=False)
+    op.create_index(op.f("ix_usage_span_opened_at"), "usage_span", ["opened_at"], unique=False)
+    op.create_index(op.f("ix_usage_span_server_node"), "usage_span", ["server_node"], unique=False)
+    op.create_index(op.f("ix_usage_span_vm_id"), "usage_span", ["vm_id"], unique=False)
+    op.create_table(
+        "notice",
+        sa.Column("id", sa.Integer(), autoincrement=True, nullable=False),
+        sa.Column("alarm_id", sa.String(length=36), nullable=False),
+        sa.Column("what", sa.String(length=12), nullable=False),
+        sa.Column("target", sa.String(length=16), nullable=False),
+        sa.Column("title", sa.Text(), nullable=False),
+        sa.Column("body", sa.Text(), nullable=False),
+        sa.Column("attempts", sa.Integer(), nullable=False),
+        sa.Column("not_before", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("sent_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("given_up_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("error", sa.Text(), nullable=False),
+        sa.ForeignKeyConstraint(["alarm_id"], ["alarm.id"], name=op.f("fk_notice_alarm_id")),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_notice")),
+    )
+    op.create_index(op.f("ix_notice_alarm_id"), "notice", ["alarm_id"], unique=False)
+    op.create_index(op.f("ix_notice_not_before"), "notice", ["not_before"], unique=False)
 
 
 def downgrade() -> None:
+    op.drop_index(op.f("ix_notice_not_before"), table_name="notice")
+    op.drop_index(op.f("ix_notice_alarm_id"), table_name="notice")
+    op.drop_table("notice")
+    op.drop_index(op.f("ix_usage_span_vm_id"), table_name="usage_span")
+    op.drop_index(op.f("ix_usage_span_server_node"), table_name="usage_span")
+    op.drop_index(op.f("ix_usage_span_opened_at"), table_name="usage_span")
+    op.drop_index(op.f("ix_usage_span_closed_at"), table_name="usage_span")
+    op.drop_table("usage_span")
+    op.drop_table("quota")
+    op.drop_index(op.f("ix_alarm_state_at"), table_name="alarm")
+    op.drop_index(op.f("ix_alarm_state"), table_name="alarm")
+    op.drop_index(op.f("ix_alarm_kind"), table_name="alarm")
+    op.drop_table("alarm")
     op.drop_index(op.f("ix_step_state"), table_name="step")
     op.drop_index(op.f("ix_step_operation_id"), table_name="step")
     op.drop_table("step")
