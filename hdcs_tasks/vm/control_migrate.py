@@ -171,15 +171,7 @@ def _begin_live(tx: Tx, operation: Operation) -> None:
     tx.step(operation, "vm.migrate_prepare_on_node", vm.home, spec, patience_s=PATIENCE_S)
 
 
-<<<<<<< HEAD
-def _spec(vm: Vm, source: ServerNode) -> dict[str, Any]:
-    return {
-        "vm_id": vm.id, "name": vm.name, "mac": vm.mac, "home": vm.home, "disk_key": vm.disk_key,
-        "source": {"name": source.name, "ip": source.ip},
-    }  # fmt: skip
-=======
 # --- the image first, where the other domain node lacks it
->>>>>>> main
 
 
 @on_done("vm.migrate:image.copy_on_node")

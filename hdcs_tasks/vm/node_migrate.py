@@ -5,15 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from hdcs_tasks.errors import Conflict, HdcsError, HypervisorRefused, NotFound, OutcomeUnknown
-<<<<<<< HEAD
-from hdcs_tasks.hypervisor import agent, guests, migration, networks
-from hdcs_tasks.hypervisor.connection import Host
-from hdcs_tasks.hypervisor.keys import KeyRing, give_to_libvirt
-=======
 from hdcs_tasks.hypervisor import agent, guests, migration, networks, whereabouts
 from hdcs_tasks.hypervisor.connection import Host, peer_uri
+from hdcs_tasks.hypervisor.keys import KeyRing, give_to_libvirt
 from hdcs_tasks.hypervisor.spec import GuestInfo
->>>>>>> main
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.node import HandOver, NodeContext, Run
 from hdcs_tasks.vm.node import choose, decision, layout, lock, place_request, release, restore_checkpoints
