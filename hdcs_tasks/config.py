@@ -148,6 +148,15 @@ class Settings(BaseSettings):
     )
 
     # by the calendar
+    keys_dir: Path = Field(
+        Path("/etc/hdcs/keys"),
+        description="Keys of disks and backups, one file each, mode 0600 (server node)",
+    )
+    key_command: str = Field(
+        "",
+        description="Program that prints the key it is asked for, instead of keys_dir: a secret store",
+    )
+    backup_key: str = Field("", description="Name of the key that new backup points are encrypted with (server node)")
     policy_sweep_s: float = Field(
         30, gt=0, description="Period of the sweeps that begin what backup policies and storms ask for"
     )
