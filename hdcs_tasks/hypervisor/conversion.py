@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hdcs_tasks.errors import Cancelled, Conflict, NoCapacity
-from hdcs_tasks.hypervisor import disks
+from hdcs_tasks.hypervisor import disks, keys
 from hdcs_tasks.hypervisor.probing import Source
-from hdcs_tasks.hypervisor.processes import Cancel, Percent, run
+from hdcs_tasks.hypervisor.processes import Cancel, Percent
 
 OPTIONS = {
     "vmdk": ("-o", "subformat=monolithicSparse,adapter_type=lsilogic"),
@@ -104,10 +104,10 @@ def convert(
     """
     options = [*OPTIONS.get(fmt, ()), *(["-c"] if compress else []), *(["-n", "-t", "none"] if existing else [])]
     output = "vmdk" if fmt == "stream" else fmt
-    run(
-        ["qemu-img", "convert", "-p", *options, "-O", output, *source.arguments(), str(target.absolute())],
-        timeout_s=watch.timeout_s, on_percent=percent, cancelled=watch.stop, memory_mib=MEMORY_MIB,
-        file_bytes=max_bytes, files_max=FILES_MAX,
+    keys.run(
+        ["qemu-img", "convert"], "-p", *options, "-O", output, *source.arguments(), target.absolute(),
+        keys=(source.key,), timeout_s=watch.timeout_s, on_percent=percent, cancelled=watch.stop,
+        memory_mib=MEMORY_MIB, file_bytes=max_bytes, files_max=FILES_MAX,
     )  # fmt: skip
 
 

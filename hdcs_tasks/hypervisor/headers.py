@@ -37,6 +37,7 @@ class Header:
     backing: str | None = None
     backing_format: str | None = None
     parts: tuple[str, ...] = ()
+    encrypted: bool = False
 
 
 def read_header(read: Read, size_bytes: int) -> Header:
@@ -79,21 +80,21 @@ def _qcow2(head: bytes, read: Read) -> Header:
     version, backing_at, backing_bytes = struct.unpack_from(">IQI", head, 4)
     if version not in (2, 3):
         raise _refused(f"qcow2 version {version}", "Convert it where it was made: qemu-img convert -O qcow2")
-    if int.from_bytes(head[_QCOW2_ENCRYPTED:36], "big"):
-        raise _refused("it is encrypted", "Decrypt it where its key is: qemu-img convert")
+    encrypted = int.from_bytes(head[_QCOW2_ENCRYPTED:36], "big") != 0
     header_bytes = 72
     if version == 3:
         if int.from_bytes(head[72:80], "big") & _QCOW2_DATA_FILE:
             raise _refused("its data lies in another file", "Make it one file: qemu-img convert -O qcow2")
         header_bytes = int.from_bytes(head[100:104], "big")
     if not backing_at:
-        return Header("qcow2")
+        return Header("qcow2", encrypted=encrypted)
     if not 0 < backing_bytes <= NAME_MAX_BYTES:
         raise _refused("the name of its backing image is too long", "Flatten it where it was made")
     name = read(backing_at, backing_bytes)
     if len(name) < backing_bytes:
         raise _refused("its header is cut off", "Copy it again")
-    return Header("qcow2", name.decode(errors="surrogateescape"), _backing_format(read, header_bytes))
+    backing_format = _backing_format(read, header_bytes)
+    return Header("qcow2", name.decode(errors="surrogateescape"), backing_format, encrypted=encrypted)
 
 
 def _backing_format(read: Read, at: int) -> str | None:

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from hdcs_tasks.errors import HypervisorRefused, Invalid, NotFound
+from hdcs_tasks.hypervisor import keys
 from hdcs_tasks.hypervisor.headers import Header, read_header, reader
+from hdcs_tasks.hypervisor.keys import Key
 from hdcs_tasks.hypervisor.processes import run
 
 FORMATS = ("raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx")
@@ -31,15 +33,21 @@ FILES_MAX = 256
 
 @dataclass(frozen=True)
 class Source:
-    """An image to be read: a file, a block device, or ``length_bytes`` at ``offset`` inside of a file (an OVA)."""
+    """An image to be read: a file, a block device, or ``length_bytes`` at ``offset`` inside of a file (an OVA).
+
+    ``key``: of a disk of ours that is encrypted; a stranger's never is.
+    """
 
     path: Path
     format: str
     offset: int = 0
     length_bytes: int | None = None
+    key: Key | None = None
 
     def arguments(self) -> list[str]:
         """How qemu-img is told to read it: the format said, nothing left to guess."""
+        if self.key is not None:
+            return keys.opened(self.path, (self.key,))
         if self.length_bytes is None:
             return ["-f", self.format, str(self.path)]
         name = str(self.path).replace(",", ",,")
@@ -117,11 +125,14 @@ def _look(path: Path, root: Path, offset: int, length_bytes: int | None) -> tupl
             raise _refuse(path, "it is neither a file nor a block device", "Name the image itself")
         size = length_bytes if length_bytes is not None else os.lseek(handle, 0, os.SEEK_END)
         try:
-            return read_header(reader(handle, size, offset), size), is_device
+            header = read_header(reader(handle, size, offset), size)
         except Invalid as error:
             raise Invalid(f"{path}: {error.message}", next=error.next) from error
         except OSError as error:
             raise _refuse(path, error.strerror or str(error), "Is the disk behind it sound?") from error
+    if header.encrypted:
+        raise _refuse(path, "it is encrypted", "Decrypt it where its key is: qemu-img convert")
+    return header, is_device
 
 
 def _agreed(path: Path, header: Header, fmt: str | None, is_device: bool) -> str:
@@ -135,7 +146,8 @@ def _agreed(path: Path, header: Header, fmt: str | None, is_device: bool) -> str
     plain = is_device or path.suffix.lower() in (".raw", ".img", ".dd", ".bin")
     if header.format == "raw" and fmt is None and not plain:
         raise _refuse(
-            path, "it is not known what it is, its header is of no image format", "If it is a raw disk, say so: --source-format raw"
+            path, "what it is is not known: its header is of no image format",
+            "If it is a raw disk, say so: --source-format raw",
         )  # fmt: skip
     return header.format
 

@@ -75,8 +75,10 @@ def run(
     file_bytes: int | None = None,
     files_max: int | None = None,
     ok: Sequence[int] = (0,),
+    pass_fds: Sequence[int] = (),
 ) -> Finished:
-    """Run ``argv`` to its end and return it; ``ok`` lists the exit codes that count as success.
+    """Run ``argv`` to its end and return it; ``ok`` lists the exit codes that count as success, ``pass_fds`` the files
+    it inherits.
 
     ``on_percent`` gets 0 to 100 from the progress lines of ``qemu-img -p``. ``cancelled`` is asked ten times a
     second; True ends the child with SIGTERM, after 2 s with SIGKILL, and raises Cancelled. Raises Unavailable
@@ -86,7 +88,7 @@ def run(
     begun = time.monotonic()
     output = _Output(on_percent)
     limits = _limits(memory_mib, cpu_s, file_bytes, files_max)
-    child = _spawn(argv, limits)
+    child = _spawn(argv, limits, pass_fds)
     try:
         _attend(child, output, argv, begun + timeout_s, cancelled)
     except BaseException:
@@ -119,7 +121,7 @@ def _limits(memory_mib: int | None, cpu_s: int | None, file_bytes: int | None, f
     return [f"--{name}={value}" for name, value in wanted if value is not None]
 
 
-def _spawn(argv: Sequence[str], limits: Sequence[str]) -> subprocess.Popen[bytes]:
+def _spawn(argv: Sequence[str], limits: Sequence[str], pass_fds: Sequence[int]) -> subprocess.Popen[bytes]:
     """Start ``argv`` behind setpriv and prlimit: both end in exec, so the child's pid is the program's own."""
     guard = ["setpriv", "--pdeathsig", "KILL"]
     if limits:
@@ -128,7 +130,7 @@ def _spawn(argv: Sequence[str], limits: Sequence[str]) -> subprocess.Popen[bytes
     try:
         return subprocess.Popen(
             [*guard, *argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            process_group=0, env=environment,
+            process_group=0, env=environment, pass_fds=pass_fds,
         )  # fmt: skip
     except FileNotFoundError as error:
         raise HypervisorRefused(f"cannot run {argv[0]}: {error}", next="Install util-linux and qemu-utils") from error

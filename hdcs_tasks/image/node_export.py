@@ -10,6 +10,7 @@ from typing import Any
 from hdcs_tasks.errors import Cancelled, Conflict, NotFound
 from hdcs_tasks.hypervisor import conversion, devices, disks, exporting, importing
 from hdcs_tasks.hypervisor.exporting import Order
+from hdcs_tasks.hypervisor.keys import KeyRing
 from hdcs_tasks.hypervisor.probing import Source
 from hdcs_tasks.hypervisor.storage import StorageLayout
 from hdcs_tasks.image.node_paths import layout, target_of, watch
@@ -45,8 +46,9 @@ def order_of(run: Run, place: StorageLayout, spec: dict[str, Any], disk: Path) -
     if not disk.is_file():
         raise NotFound(f"there is no disk {disk}", next="See: hdcs image list")
     top = disks.chain(disk, root=place.root)[0]
+    key = KeyRing.of(run.ctx.settings).find(spec.get("disk_key"))
     return Order(
-        Source(disk, top.format), top.virtual_bytes, spec["format"], spec["shape"],
+        Source(disk, top.format, key=key), top.virtual_bytes, spec["format"], spec["shape"],
         spec["origin"] | {"operation": run.operation}, spec["compress"], spec["force"],
     )  # fmt: skip
 

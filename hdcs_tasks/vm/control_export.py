@@ -29,6 +29,7 @@ def export(control: Control, name: str, request: ExportRequest, asked: Asked, *,
         image = tx.session.get(Image, vm.image_id) if vm.image_id else None
         spec = request.spec() | {
             "shown": {"vm": vm.name, "to": request.path}, "vm_id": vm.id, "name": vm.name, "running": running,
+            "disk_key": vm.disk_key,
             "shape": {"name": vm.name, "vcpus": vm.vcpus, "memory_mib": vm.memory_mib, "mac": vm.mac, "known": True},
             "origin": {
                 "vm": vm.name, "vm_id": vm.id, "domain_node": vm.home, "profile": vm.profile,

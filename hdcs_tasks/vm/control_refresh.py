@@ -46,7 +46,7 @@ def refresh(control: Control, name: str, asked: Asked, *, discard: bool = False)
         shown = f"{image.name}:{image.version}"
         spec = {
             "shown": {"vm": vm.name, "image": shown, "pool": vm.home}, "vm_id": vm.id, "name": vm.name,
-            "image": image.name, "version": image.version, "disk_bytes": disk_bytes,
+            "image": image.name, "version": image.version, "disk_bytes": disk_bytes, "disk_key": vm.disk_key,
         }  # fmt: skip
         tx.step(operation, "vm.refresh_on_node", vm.home, spec, patience_s=PATIENCE_S)
         return operation

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hdcs_tasks.hypervisor import backup, conversion
+from hdcs_tasks.hypervisor.keys import KeyRing
 from hdcs_tasks.image import node_export
 from hdcs_tasks.image.node_paths import target_of, watch
 from hdcs_tasks.operations.node import Run
@@ -46,7 +47,7 @@ def _running(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
         seen.need(disk.stat().st_blocks * 512)
         spec["origin"]["consistency"] = backup.copy_running(
             run.ctx.host(), spec["vm_id"], moment, on_progress=seen.told(0, 40), cancelled=seen.stop,
-            deadline_s=run.ctx.settings.step_deadline_s,
+            key=KeyRing.of(run.ctx.settings).find(spec.get("disk_key")), deadline_s=run.ctx.settings.step_deadline_s,
         )  # fmt: skip
         return node_export.deliver(run, place, spec, moment)
     finally:

@@ -7,6 +7,7 @@ from typing import Any
 from hdcs_tasks.errors import HdcsError, NotFound
 from hdcs_tasks.hypervisor import disks
 from hdcs_tasks.hypervisor.checkpoints import SEED
+from hdcs_tasks.hypervisor.keys import KeyRing
 from hdcs_tasks.operations.node import Run
 from hdcs_tasks.vm import node_swap
 from hdcs_tasks.vm.node import image_path, layout, lock
@@ -28,6 +29,7 @@ def refresh(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
                     left.unlink(missing_ok=True)
                 disks.create_overlay(
                     base, fresh, size_bytes=spec["disk_bytes"] or None, bitmap=SEED, base_format="qcow2",
+                    key=KeyRing.of(run.ctx.settings).find(spec.get("disk_key")),
                     attempt=str(run.attempt),
                 )  # fmt: skip
                 disks.chain(fresh, root=place.root)
