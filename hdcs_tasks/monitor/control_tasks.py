@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from hdcs_tasks.app import app
-from hdcs_tasks.monitor import control as monitor
-from hdcs_tasks.monitor import control_samples
+from hdcs_tasks.monitor import control_idle, control_samples
 from hdcs_tasks.operations.control_tasks import control
 from hdcs_tasks.operations.recovery import sweep_once
+from hdcs_tasks.operations.requests import request_task
 
 
 @app.task(name="monitor.sampled")
@@ -28,4 +28,14 @@ def sample_sweep(period_s: float) -> None:
 
 @app.task(name="monitor.idle_sweep")
 def idle_sweep(period_s: float) -> None:
-    sweep_once(control(), "idle", period_s, monitor.idle_sweep)
+    sweep_once(control(), "idle", period_s, control_idle.idle_sweep)
+
+
+@app.task(name="monitor.looked")
+def looked(report: dict[str, Any]) -> None:
+    control_idle.take_looks(control(), report)
+
+
+@request_task("monitor.idle_preview")
+def idle_preview(vms: list[str] | None = None, policy: str | None = None) -> dict[str, Any]:
+    return {"vms": control_idle.preview(control(), names=vms or (), policy=policy)}
