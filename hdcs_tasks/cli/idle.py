@@ -57,9 +57,7 @@ def idle() -> None:
               help="Ask the guest agent who is logged in and whose processes run, or not.")  # fmt: skip
 @click.option("--force", is_flag=True, help="A stop pulls the plug.")
 @click.option("--message", default="", help="What is shown in the guest.")
-@click.option(
-    "--rank", type=int, default=100, show_default=True, help="Of several for a VM the lowest counts."
-)
+@click.option("--rank", type=int, default=100, show_default=True, help="Of several for a VM the lowest counts.")
 @format_option
 @pass_face
 def create(

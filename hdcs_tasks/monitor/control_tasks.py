@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hdcs_tasks.app import app
-from hdcs_tasks.monitor import control_idle, control_samples
+from hdcs_tasks.monitor import control_alarms, control_idle, control_notices, control_samples
 from hdcs_tasks.operations.control_tasks import control
 from hdcs_tasks.operations.recovery import sweep_once
 from hdcs_tasks.operations.requests import request_task
@@ -39,3 +39,23 @@ def looked(report: dict[str, Any]) -> None:
 @request_task("monitor.idle_preview")
 def idle_preview(vms: list[str] | None = None, policy: str | None = None) -> dict[str, Any]:
     return {"vms": control_idle.preview(control(), names=vms or (), policy=policy)}
+
+
+@app.task(name="monitor.alarm_sweep")
+def alarm_sweep(period_s: float) -> None:
+    sweep_once(control(), "alarms", period_s, control_alarms.alarm_sweep)
+
+
+@app.task(name="monitor.notice_sweep")
+def notice_sweep(period_s: float) -> None:
+    sweep_once(control(), "notices", period_s, control_notices.notice_sweep)
+
+
+@request_task("monitor.acknowledge")
+def acknowledge(alarm: str, by: str = "", note: str = "") -> dict[str, Any]:
+    return control_alarms.acknowledge(control(), alarm, by, note)
+
+
+@request_task("monitor.alarms")
+def alarms() -> dict[str, Any]:
+    return {"alarms": control_alarms.list_alarms(control())}

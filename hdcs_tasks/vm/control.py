@@ -75,8 +75,8 @@ def view(vm: Vm) -> dict[str, Any]:
     """The VM as callers see it."""
     moments = ("created_at", "started_at", "active_at", "ready_at", "observed_at")
     keys = (
-        "home", "server_node", "image_id", "profile", "vcpus", "memory_mib", "disk_bytes", "usb", "mac", "port", "ip",
-        "owner", "tags", "rules", "idle", "observed_state",
+        "home", "server_node", "image_id", "profile", "vcpus", "memory_mib", "disk_bytes", "usb", "disk_key", "mac",
+        "port", "ip", "owner", "tags", "rules", "idle", "observed_state",
     )  # fmt: skip
     return (
         {"id": vm.id, "name": vm.name, "state": vm.state.value}
@@ -106,6 +106,7 @@ def guest_fields(vm: Vm) -> dict[str, Any]:
     """What every start needs to build the guest, whatever the server node."""
     return {
         "vm_id": vm.id, "name": vm.name, "vcpus": vm.vcpus, "memory_mib": vm.memory_mib, "mac": vm.mac, "usb": vm.usb,
+        "disk_key": vm.disk_key,
     }  # fmt: skip
 
 
