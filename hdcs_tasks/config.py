@@ -102,7 +102,7 @@ class Settings(BaseSettings):
 
     # by the calendar
     policy_sweep_s: float = Field(
-        30, gt=0, description="Period of the sweeps that begin what backup policies and storms ask for"
+        30, gt=0, description="Period of the sweeps that begin what backup policies, storms and warm pools ask for"
     )
 
     # logs
