@@ -16,6 +16,7 @@ from typing import Any
 
 from hdcs_tasks.app import make_app
 from hdcs_tasks.config import Settings, settings
+from hdcs_tasks.handles.alarms import Alarms
 from hdcs_tasks.handles.backups import Backups, Policies
 from hdcs_tasks.handles.images import Images
 from hdcs_tasks.handles.operation import ENDED as ENDED
@@ -52,6 +53,7 @@ class Cloud:
         self.storms = Storms(control, by)
         self.warm_pools = WarmPools(control, by)
         self.operations = Operations(control, by)
+        self.alarms = Alarms(control, by)
         self.overview = Overview(control, by)
 
     @classmethod

@@ -54,6 +54,7 @@ def open_as_new(tx: Tx, kind: str, backup: Backup, name: str, asked: Asked, requ
     wanted = request | {"backup": backup.id, "added_image": image.id if image and added else None}
     operation = tx.open(kind, asked=asked, vm=vm, request=wanted)
     spec = spec_of(backup) | {"shown": {"vm": name, "point": backup.id[:8]}, "vm_id": vm.id, "name": name}
+    spec |= {"disk_key": vm.disk_key}
     spec |= {"image": _shown(image), "compare": bool(request.get("compare"))}
     tx.step(operation, "backup.restore_on_node", backup.domain_node, spec)
     return operation
@@ -76,7 +77,7 @@ def _open_in_place(tx: Tx, backup: Backup, asked: Asked, start: bool) -> Operati
     image, added = _image(tx, backup)
     request = {"backup": backup.id, "start": start, "added_image": image.id if image and added else None}
     operation = tx.open("backup.restore", asked=asked, vm=vm, request=request)
-    spec = spec_of(backup) | {"vm_id": vm.id, "name": vm.name, "image": _shown(image)}
+    spec = spec_of(backup) | {"vm_id": vm.id, "name": vm.name, "image": _shown(image), "disk_key": vm.disk_key}
     tx.step(operation, "backup.restore_in_place_on_node", backup.domain_node, spec)
     return operation
 
@@ -90,7 +91,12 @@ def _new_vm(tx: Tx, backup: Backup, name: str, image: Image | None) -> Vm:
     definition = manifest["definition"]
     disk_bytes = max(definition["disk_bytes"], manifest["disk_bytes"])
     shape = Shape(
-        definition["profile"], definition["vcpus"], definition["memory_mib"], disk_bytes, definition.get("usb", "off")
+        definition["profile"],
+        definition["vcpus"],
+        definition["memory_mib"],
+        disk_bytes,
+        definition.get("usb", "off"),
+        disk_key=definition.get("disk_key", ""),
     )
     row = get_domain_node(tx.session, backup.domain_node)
     tags = definition.get("tags", ())

@@ -80,8 +80,8 @@ def view(vm: Vm) -> dict[str, Any]:
     """The VM as callers see it."""
     moments = ("created_at", "started_at", "active_at", "ready_at", "observed_at")
     keys = (
-        "home", "server_node", "image_id", "profile", "vcpus", "memory_mib", "disk_bytes", "usb", "mac", "port", "ip",
-        "owner", "tags", "rules", "warm_pool", "idle_after_s", "observed_state",
+        "home", "server_node", "image_id", "profile", "vcpus", "memory_mib", "disk_bytes", "usb", "disk_key", "mac",
+        "port", "ip", "owner", "tags", "rules", "warm_pool", "idle_after_s", "observed_state",
     )  # fmt: skip
     return (
         {"id": vm.id, "name": vm.name, "state": vm.state.value}
@@ -121,6 +121,7 @@ def guest_fields(vm: Vm) -> dict[str, Any]:
     """What every start needs to build the guest, whatever the server node."""
     return {
         "vm_id": vm.id, "name": vm.name, "vcpus": vm.vcpus, "memory_mib": vm.memory_mib, "mac": vm.mac, "usb": vm.usb,
+        "disk_key": vm.disk_key,
     }  # fmt: skip
 
 

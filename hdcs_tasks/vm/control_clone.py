@@ -57,6 +57,7 @@ class Shape:
     disk_bytes: int
     usb: str
     rules: Mapping[str, Any] = field(default_factory=dict)
+    disk_key: str = ""
 
     @property
     def wanted(self) -> pool_rules.Shape:
@@ -206,7 +207,8 @@ def _check(tx: Tx, request: CloneRequest) -> tuple[list[str], Shape, Image]:
     ruled = changed(VmPolicy, profile.rules, request.rules)
     if (pin := ruled.get("pin")) is not None:
         _check_pin(tx, request, pin)
-    return names, Shape(profile.name, profile.vcpus, profile.memory_mib, disk, profile.usb, ruled), image
+    shape = Shape(profile.name, profile.vcpus, profile.memory_mib, disk, profile.usb, ruled, profile.disk_key)
+    return names, shape, image
 
 
 def _check_pin(tx: Tx, request: CloneRequest, pin: str) -> None:
@@ -303,7 +305,7 @@ def add_clone_step(tx: Tx, operation: Operation, vm: Vm, image: Image) -> Step:
     spec = {
         "shown": {"vm": vm.name, "image": f"{image.name}:{image.version}", "pool": vm.home}, "vm_id": vm.id,
         "name": vm.name, "image": image.name, "version": image.version, "image_id": image.id,
-        "disk_bytes": vm.disk_bytes,
+        "disk_bytes": vm.disk_bytes, "disk_key": vm.disk_key,
     }  # fmt: skip
     return tx.step(operation, "vm.clone_on_node", vm.home, spec)
 
@@ -315,7 +317,8 @@ def new_vm(
     control = tx.control
     vm = Vm(
         name=name, state=VmState.CREATING, home=home, image_id=image_id, profile=shape.profile, vcpus=shape.vcpus,
-        memory_mib=shape.memory_mib, disk_bytes=shape.disk_bytes, usb=shape.usb, mac="", owner=owner, tags=list(tags),
+        memory_mib=shape.memory_mib, disk_bytes=shape.disk_bytes, usb=shape.usb, disk_key=shape.disk_key, mac="",
+        owner=owner, tags=list(tags),
         rules=dict(shape.rules),
     )  # fmt: skip
     vm.id = vm_id = new_id()
