@@ -177,11 +177,19 @@ class _Pool:
 
     def move(self, source: _Node, target: _Node, kind: tuple[Need, Terms, int]) -> str:
         """Carry a guest of this kind over; which it was. It is not offered again: no guest moves twice."""
-        need, terms, _ = kind
         waiting = source.guests[kind]
         vm = waiting.pop()
         if not waiting:
             del source.guests[kind]
+        self._carry(source, target, kind)
+        return vm
+
+    def undo(self, source: _Node, target: _Node, kind: tuple[Need, Terms, int], vm: str) -> None:
+        source.guests.setdefault(kind, []).append(vm)
+        self._carry(target, source, kind)
+
+    def _carry(self, source: _Node, target: _Node, kind: tuple[Need, Terms, int]) -> None:
+        need, terms, _ = kind
         for mark in terms.marks:
             source.marks[mark] -= 1
             target.marks[mark] += 1
@@ -192,7 +200,6 @@ class _Pool:
         source.ips += 1
         target.ips -= 1
         self.alone = self._count_alone()
-        return vm
 
 
 def _kind(guest: Resident) -> tuple[Need, Terms, int]:
@@ -218,20 +225,37 @@ def rebalance(
     before = pool.balance()
     gain = gain_of(len(pool.nodes)) if min_gain is None else min_gain
     moves: list[Move] = []
+    barred: set[_Tried] = set()
     while len(moves) < max_moves and len(pool.nodes) > 1:
-        found = _best_move(pool, gain) or (_best_exchange(pool, gain) if max_moves - len(moves) > 1 else None)
+        found = _best_move(pool, gain, barred)
+        if found is None and max_moves - len(moves) > 1:
+            found = _best_exchange(pool, gain, barred)
         if found is None:
             break
-        for source, target, kind in found:
-            vm = pool.move(source, target, kind)
-            moves.append(Move(vm, source.name, target.name, round(pool.balance().score, 6)))
+        score = pool.balance().score
+        done = [(pool.move(*step), step) for step in found]
+        if pool.balance().score > score - gain:
+            # Evener, but a large guest would have nowhere to go any more.
+            for vm, step in reversed(done):
+                pool.undo(*step, vm)
+            barred.add(_tried(found))
+            continue
+        barred.clear()
+        moves += [
+            Move(vm, source.name, target.name, round(pool.balance().score, 6)) for vm, (source, target, _) in done
+        ]
     return Rebalance(before, pool.balance(), tuple(moves))
 
 
 _Step = tuple[_Node, _Node, tuple[Need, Terms, int]]
+_Tried = tuple[tuple[str, str, tuple[Need, Terms, int]], ...]
 
 
-def _best_move(pool: _Pool, gain: float) -> list[_Step] | None:
+def _tried(steps: Sequence[_Step]) -> _Tried:
+    return tuple((source.name, target.name, kind) for source, target, kind in steps)
+
+
+def _best_move(pool: _Pool, gain: float, barred: set[_Tried]) -> list[_Step] | None:
     full, empty = pool.ends()
     targets = [(node, *node.shares) for node in empty]
     best, found = pool.balance().score - gain, None
@@ -251,12 +275,14 @@ def _best_move(pool: _Pool, gain: float) -> list[_Step] | None:
                     sum_m + new_m - free_m, square_m + new_m * new_m - free_m * free_m,
                     sum_c + new_c - free_c, square_c + new_c * new_c - free_c * free_c,
                 )  # fmt: skip
-                if score < best and target is not source and target.takes(need, terms, vcpus):
+                if score >= best or target is source or not target.takes(need, terms, vcpus):
+                    continue
+                if not barred or _tried([(source, target, kind)]) not in barred:
                     best, found = score, [(source, target, kind)]
     return found
 
 
-def _best_exchange(pool: _Pool, gain: float) -> list[_Step] | None:
+def _best_exchange(pool: _Pool, gain: float, barred: set[_Tried]) -> list[_Step] | None:
     """Two guests for each other, where no single move helps; twice the migrations, so twice the gain."""
     full, empty = pool.ends()
     best, found = pool.balance().score - 2 * gain, None
@@ -272,6 +298,7 @@ def _best_exchange(pool: _Pool, gain: float) -> list[_Step] | None:
                     if not (memory or vcpus) or theirs[1].shuns or not source.takes(*theirs):
                         continue
                     score = pool.score_with([(source, memory, vcpus), (target, -memory, -vcpus)])
-                    if score < best:
-                        best, found = score, [(source, target, ours), (target, source, theirs)]
+                    steps = [(source, target, ours), (target, source, theirs)]
+                    if score < best and (not barred or _tried(steps) not in barred):
+                        best, found = score, steps
     return found

@@ -102,7 +102,7 @@ def test_every_move_finds_room_and_the_score_falls(cluster: tuple[list[tuple[int
         at[move.vm] = Resident(guest.vm, move.target, guest.need, guest.terms, vcpus=guest.vcpus)
     after = rooms_of(sizes, list(at.values()))
     assert found.after.memory + found.after.vcpus == pytest.approx(score(after), abs=1e-6)
-    assert found.after.score <= found.before.score
+    assert found.after.score <= found.before.score + 1e-9
     assert len({move.vm for move in found.moves}) == len(found.moves)
 
 
