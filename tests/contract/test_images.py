@@ -137,7 +137,8 @@ def test_an_import_of_a_server_nodes_own_path(place: ImagePlace, source_format: 
         ({"path": "d", "domain_nodes": ["north"]}, NotFound, "hdcs domain list"), ({"path": ""}, Invalid, "one file"),
         ({"path": "d", "profile": "small"}, Conflict, "hdcs profile list"),
         ({"path": "d", "node": "node1", "domain_nodes": ["west"]}, Invalid, "Add --domain-node east"),
-        ({"path": "a\nb"}, Invalid, "one file"), pytest.param({"path": "d", "drivers": True}, Invalid, "apt install virt-v2v", marks=NO_V2V),
+        ({"path": "a\nb"}, Invalid, "one file"),
+        pytest.param({"path": "d", "drivers": True}, Invalid, "apt install virt-v2v", marks=NO_V2V),
     ],
 )  # fmt: skip
 def test_bad_imports_say_why(place: ImagePlace, wanted: dict[str, Any], error: type[Exception], words: str) -> None:
