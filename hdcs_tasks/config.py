@@ -139,6 +139,11 @@ class Settings(BaseSettings):
         90, gt=0, description="How long a boot counts as a start under way if its guest agent does not answer earlier"
     )
 
+    starts_max: int = Field(
+        64, ge=0, description="Starts under way at once on a server node while it is calm (0: any); or: hdcs node set"
+    )
+    starts_min: int = Field(8, ge=0, description="As few as measured load may lower that to (0: it stays)")
+
     # idle reclamation
     idle_after_s: float = Field(0, ge=0, description="Stop a VM idle this long; 0 turns reclamation off")
     idle_cpu_percent: float = Field(10, ge=0, description="Below this share of one vCPU a guest counts as idle")
