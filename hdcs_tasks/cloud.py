@@ -26,7 +26,7 @@ from hdcs_tasks.handles.operation import Plan as Plan
 from hdcs_tasks.handles.overview import Overview
 from hdcs_tasks.handles.pools import DomainNodes, Profiles, ServerNodes
 from hdcs_tasks.handles.quotas import Quotas
-from hdcs_tasks.handles.storms import Storms
+from hdcs_tasks.handles.storms import Storms, WarmPools
 from hdcs_tasks.handles.vms import Vm as Vm
 from hdcs_tasks.handles.vms import Vms
 from hdcs_tasks.monitor import control as monitor_control
@@ -53,6 +53,7 @@ class Cloud:
         self.domain_nodes = DomainNodes(control, by)
         self.server_nodes = ServerNodes(control, by)
         self.storms = Storms(control, by)
+        self.warm_pools = WarmPools(control, by)
         self.operations = Operations(control, by)
         self.alarms = Alarms(control, by)
         self.quotas = Quotas(control, by)

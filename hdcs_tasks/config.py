@@ -158,7 +158,7 @@ class Settings(BaseSettings):
     )
     backup_key: str = Field("", description="Name of the key that new backup points are encrypted with (server node)")
     policy_sweep_s: float = Field(
-        30, gt=0, description="Period of the sweeps that begin what backup policies and storms ask for"
+        30, gt=0, description="Period of the sweeps that begin what backup policies, storms and warm pools ask for"
     )
 
     # logs

@@ -117,12 +117,13 @@ class Vms(Part):
     def clone(
         self, image: str, *, name: str, count: int = 1, profile: str = "small", domain_node: str | None = None,
         start: bool = False, owner: str = "", tags: Sequence[str] = (), rules: Mapping[str, Any] | None = None,
-        dry_run: bool = False, idempotency_key: str | None = None, reason: str = "",
+        warm: bool = False, dry_run: bool = False, idempotency_key: str | None = None, reason: str = "",
     ) -> Any:  # fmt: skip
         """Clone ``count`` VMs as derived images; an Operation, or a Plan with ``dry_run``. ``rules``: fields of
-        ``pool.policy.VmPolicy`` (pin, together, apart, node_tags, …) that go before the profile's."""
+        ``pool.policy.VmPolicy`` (pin, together, apart, node_tags, …) that go before the profile's. ``warm``: take
+        ready ones out of a warm pool as far as there are any, and start the others."""
         request = control_clone.CloneRequest(
-            image, name, count, profile, domain_node, start, owner or self._by, tuple(tags), rules or {}
+            image, name, count, profile, domain_node, start, owner or self._by, tuple(tags), rules or {}, warm
         )
         if dry_run:
             return Plan(control_clone.plan_clone(self._control, request))

@@ -26,7 +26,7 @@ def idle_sweep(control: Control) -> list[str]:
     with control.store.read() as session:
         idle = [
             (vm.name, seconds)
-            for vm in session.scalars(select(Vm).where(Vm.state == VmState.RUNNING))
+            for vm in session.scalars(select(Vm).where(Vm.state == VmState.RUNNING, Vm.warm_pool.is_(None)))
             if is_idle(seconds := _idle_s(vm), idle_after_s=_limit_s(vm, default_s), tags=vm.tags)
         ]
     return [name for name, seconds in idle if _reclaim(control, name, seconds)]

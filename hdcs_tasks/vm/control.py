@@ -48,14 +48,19 @@ def vm_of(tx: Tx, operation: Operation) -> Vm:
     return vm
 
 
-def list_vms(control: Control, *, names: Sequence[str] = (), **filters: Any) -> list[dict[str, Any]]:
-    """Views of living VMs; ``filters`` are equalities on state, home, server_node, owner, profile, or a ``tag``."""
+def list_vms(
+    control: Control, *, names: Sequence[str] = (), with_warm: bool = True, **filters: Any
+) -> list[dict[str, Any]]:
+    """Views of living VMs; ``filters`` are equalities on state, home, server_node, owner, profile, or a ``tag``.
+    ``with_warm`` False: without those a warm pool keeps ready, unless they are named."""
     tag = filters.pop("tag", None)
     _check_filters(filters)
     with control.store.read() as session:
         query = select(Vm).where(Vm.deleted_at.is_(None)).order_by(Vm.name)
         if names:
             query = query.where(Vm.name.in_(names))
+        elif not with_warm:
+            query = query.where(Vm.warm_pool.is_(None))
         for key, value in filters.items():
             if value is not None:
                 query = query.where(getattr(Vm, key) == value)
@@ -76,9 +81,9 @@ def _check_filters(filters: dict[str, Any]) -> None:
 
 
 def list_given(control: Control, verb: str, **filters: Any) -> list[dict[str, Any]]:
-    """Views of the listed VMs in a state ``verb`` may be given in."""
+    """Views of the listed VMs in a state ``verb`` may be given in; those of warm pools are left in peace."""
     states = given_in(verb)
-    return [shown for shown in list_vms(control, **filters) if shown["state"] in states]
+    return [shown for shown in list_vms(control, with_warm=False, **filters) if shown["state"] in states]
 
 
 def view(vm: Vm) -> dict[str, Any]:
@@ -86,7 +91,7 @@ def view(vm: Vm) -> dict[str, Any]:
     moments = ("created_at", "started_at", "active_at", "ready_at", "observed_at")
     keys = (
         "home", "server_node", "image_id", "profile", "vcpus", "memory_mib", "disk_bytes", "usb", "disk_key", "mac",
-        "port", "ip", "owner", "tags", "rules", "idle_after_s", "observed_state",
+        "port", "ip", "owner", "tags", "rules", "warm_pool", "idle_after_s", "observed_state",
     )  # fmt: skip
     return (
         {"id": vm.id, "name": vm.name, "state": vm.state.value}
