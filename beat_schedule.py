@@ -26,5 +26,7 @@ def schedule(config: Settings) -> dict[str, dict[str, Any]]:
         "monitor": every("monitor.sample_sweep", config.sample_s),
         "policies": every("backup.policy_sweep", config.policy_sweep_s),
         "storms": every("vm.storm_sweep", config.policy_sweep_s),
+        "alarms": every("monitor.alarm_sweep", config.alarm.period_s),
+        "notices": every("monitor.notice_sweep", config.alarm.period_s),
         "idle": every("monitor.idle_sweep", config.sample_s),
     }

@@ -9,8 +9,17 @@ from typing import Any
 
 import click
 
-from hdcs_tasks.cli import output
-from hdcs_tasks.cli.options import Face, format_option, pass_face
+from hdcs_tasks.cli import output, waiting
+from hdcs_tasks.cli.options import (
+    Face,
+    confirm,
+    format_option,
+    key_option,
+    pass_face,
+    reason_option,
+    wait_options,
+    yes_option,
+)
 from hdcs_tasks.errors import Invalid, NoCapacity
 
 CAPACITY = (
@@ -23,6 +32,11 @@ LINE = (
     output.Column("kind"), output.Column("waits_for", "waits for"), output.column("since_at", "since"),
     output.column("eta_s", "to go"), output.Column("operation", "operation", output.short_id), output.Column("why"),
 )  # fmt: skip
+MOVES = (
+    output.Column("vm"), output.Column("from"), output.Column("to"), output.column("memory_mib"),
+    output.Column("vcpus"), output.Column("score", "score then"),
+)  # fmt: skip
+BALANCE = output.columns("when", "score", "memory", "vcpus", "n_plus_one")
 EVENTS = (output.column("at", "at"), output.Column("kind"), output.Column("subject"), output.Column("message"))
 
 
@@ -142,3 +156,58 @@ def line(face: Face, domain_node: str | None, form: str) -> None:
       hdcs pool line east -f json
     """
     output.print_rows(face.cloud.line(domain_node), LINE, form)
+
+
+@pool.command()
+@click.argument("domain_node")
+@click.option("--dry-run", is_flag=True, help="Print the migrations and what they would bring; change nothing.")
+@click.option("--max-moves", type=click.IntRange(1, 10_000), default=100, show_default=True, help="At most so many.")
+@click.option("--concurrency", type=click.IntRange(1, 100), default=2, show_default=True, help="So many at once.")
+@yes_option
+@reason_option
+@key_option
+@wait_options
+@pass_face
+def rebalance(
+    face: Face, domain_node: str, dry_run: bool, max_moves: int, concurrency: int, yes: bool, reason: str,
+    key: str | None, wait: bool, timeout_s: float | None, form: str,
+) -> None:  # fmt: skip
+    """Even the load of a domain node's server nodes by live migrations. The plan is shown first.
+
+    The score is the standard deviation of the free share of memory and of vCPUs over the server nodes, and the share of
+    them whose largest guest would find no room elsewhere (N+1). Pinned VMs, those to be kept together and those on
+    draining server nodes stay where they are.
+
+    \b
+    Examples:
+      hdcs pool rebalance east --dry-run
+      hdcs pool rebalance east --max-moves 20 --concurrency 4 -y
+    """
+    plan = face.cloud.rebalance(domain_node, max_moves=max_moves, dry_run=True).explain()
+    if dry_run:
+        _print_plan(plan, form)
+        return
+    if plan["moves"]:
+        if form == "table":
+            _print_plan(plan, form)
+        confirm(f"Begin {len(plan['moves'])} live migrations in {domain_node}, {concurrency} at once?", yes)
+    operation = face.cloud.rebalance(
+        domain_node, max_moves=max_moves, concurrency=concurrency, idempotency_key=key, reason=reason
+    )
+    waiting.conclude([operation], form=form, wait=wait, timeout_s=timeout_s)
+
+
+def _print_plan(plan: dict[str, Any], form: str) -> None:
+    if form == "json":
+        output.print_json(plan)
+        return
+    output.print_rows(plan["moves"], MOVES, form)
+    if form == "table":
+        output.print_table(
+            [
+                {"when": when} | {key: round(value, 4) for key, value in plan[when].items()}
+                for when in ("before", "after")
+            ],
+            BALANCE,
+        )
+        output.message(plan["message"])

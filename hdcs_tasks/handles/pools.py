@@ -16,7 +16,8 @@ class Profiles(Part):
         return profiles.list_profiles(self._control)
 
     def create(self, name: str, **shape: Any) -> View:
-        """``vcpus``, ``memory_mib``, ``disk_bytes`` (optional), ``usb``, ``rules`` (``pool.policy.VmPolicy``)."""
+        """``vcpus``, ``memory_mib``, ``disk_bytes`` (optional), ``usb``, ``disk_key`` (a key's name), ``rules``
+        (``pool.policy.VmPolicy``)."""
         return profiles.create(self._control, name, **shape)
 
     def delete(self, name: str) -> None:

@@ -6,9 +6,10 @@ from typing import Any
 
 from hdcs_tasks.app import app
 from hdcs_tasks.monitor import control as monitor
-from hdcs_tasks.monitor import control_samples
+from hdcs_tasks.monitor import control_alarms, control_notices, control_samples
 from hdcs_tasks.operations.control_tasks import control
 from hdcs_tasks.operations.recovery import sweep_once
+from hdcs_tasks.operations.requests import request_task
 
 
 @app.task(name="monitor.sampled")
@@ -29,3 +30,23 @@ def sample_sweep(period_s: float) -> None:
 @app.task(name="monitor.idle_sweep")
 def idle_sweep(period_s: float) -> None:
     sweep_once(control(), "idle", period_s, monitor.idle_sweep)
+
+
+@app.task(name="monitor.alarm_sweep")
+def alarm_sweep(period_s: float) -> None:
+    sweep_once(control(), "alarms", period_s, control_alarms.alarm_sweep)
+
+
+@app.task(name="monitor.notice_sweep")
+def notice_sweep(period_s: float) -> None:
+    sweep_once(control(), "notices", period_s, control_notices.notice_sweep)
+
+
+@request_task("monitor.acknowledge")
+def acknowledge(alarm: str, by: str = "", note: str = "") -> dict[str, Any]:
+    return control_alarms.acknowledge(control(), alarm, by, note)
+
+
+@request_task("monitor.alarms")
+def alarms() -> dict[str, Any]:
+    return {"alarms": control_alarms.list_alarms(control())}

@@ -135,6 +135,7 @@ def sample(ctx: NodeContext) -> None:
     """Sample every guest of this node into Redis, in one pipeline, and tell control that it is there."""
     config = ctx.settings
     found = _sampler.sample(ctx.host(), ctx.server_node) | {"storage": storage_facts(ctx)}
+    found["host"]["clock_skew_s"] = round(ctx.reservations.samples.clock_skew_s(), 3)
     ctx.reservations.samples.write(found, kept=config.samples_kept, ttl_s=config.samples_kept * config.sample_s)
     message = {"node": ctx.server_node, "at": found["at"]}
     send(ctx.celery, "monitor.sampled", {"sample": message}, CONTROL, expires_s=60)

@@ -303,14 +303,19 @@ class Tx:
         parent = self.session.get(Operation, parent_id, with_for_update=ROW_LOCK, populate_existing=True)
         if parent is None or parent.state not in OPERATION_LIVE:
             return
-        siblings = select(Operation).where(Operation.parent_id == parent_id).order_by(Operation.created_at)
-        children = list(self.session.scalars(siblings.execution_options(populate_existing=True)))
+        children = self._children(parent_id)
+        later = 0
         if parent.kind in ON_CHILD_ENDED:
-            ON_CHILD_ENDED[parent.kind](self, parent, children)
-            return
+            left = ON_CHILD_ENDED[parent.kind](self, parent, children)
+            if left is None:
+                return
+            later = left
+            self.session.flush()
+            children = self._children(parent_id)
         ended = [child for child in children if child.state not in OPERATION_LIVE]
-        parent.percent = bulk_percent([100.0 if child in ended else child.percent for child in children])
-        parent.phase = f"{len(ended)} of {len(children)}"
+        percents = [100.0 if child in ended else child.percent for child in children]
+        parent.percent = bulk_percent(percents + [0.0] * later)
+        parent.phase = f"{len(ended)} of {len(children) + later}"
         if len(ended) < len(children):
             return
         failed = [child for child in children if child.state is not OperationState.DONE]
@@ -325,6 +330,10 @@ class Tx:
             },
         })  # fmt: skip
         self.fail(parent, error)
+
+    def _children(self, parent_id: str) -> list[Operation]:
+        siblings = select(Operation).where(Operation.parent_id == parent_id).order_by(Operation.created_at)
+        return list(self.session.scalars(siblings.execution_options(populate_existing=True)))
 
     # --- cancelling
 

@@ -12,6 +12,7 @@ from hdcs_tasks.operations.control import Control, get_operation
 from hdcs_tasks.operations.handlers import PLANS
 from hdcs_tasks.operations.line import places_of
 from hdcs_tasks.operations.rules import operation_percent
+from hdcs_tasks.reservations import StepStatus
 from hdcs_tasks.states import OPERATION_LIVE, OperationState
 from hdcs_tasks.store.models import Operation, Step
 
@@ -66,12 +67,17 @@ def show(control: Control, operation_id: str) -> dict[str, Any]:
 
 
 def _live(control: Control, shown: dict[str, Any], steps: Sequence[Step]) -> dict[str, Any]:
-    """Progress as its executor tells it right now; the record follows with the next sweep."""
+    at_work = shown["state"] == OperationState.RUNNING and steps
+    return with_progress(shown, steps, control.reservations.steps.status(steps[-1].id) if at_work else None)
+
+
+def with_progress(shown: dict[str, Any], steps: Sequence[Step], status: StepStatus | None) -> dict[str, Any]:
+    """A view with the progress its executor tells right now (of its newest step); the record follows with the next
+    sweep."""
     shown["eta_s"] = None
     if shown["state"] != OperationState.RUNNING or not steps:
         return shown
     last = steps[-1]
-    status = control.reservations.steps.status(last.id)
     if status is not None and status.attempt == last.attempt and status.percent is not None:
         reached = operation_percent(PLANS.get(shown["kind"], {}), [step.name for step in steps], status.percent)
         shown["percent"] = round(max(shown["percent"], reached), 1)

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -93,6 +94,17 @@ class Samples:
         """Of every sweep that ever ran: when it last did, how long it took and how often it is to run."""
         pairs = self._link.pairs(self._link.do("HGETALL", self._link.key("sweep", "last")))
         return {name: json.loads(text) for name, text in pairs.items()}
+
+    def clock_skew_s(self) -> float:
+        """How far this host's clock is ahead of that of Redis."""
+        before = time.time()
+        seconds, micros = self._link.do("TIME")
+        return (before + time.time()) / 2 - (int(seconds) + int(micros) / 1e6)
+
+    def queue_lengths(self, names: Sequence[str]) -> dict[str, int]:
+        """Messages that wait in each of these queues."""
+        found = self._link.commands([("LLEN", self._link.prefix + name) for name in names])
+        return {name: int(length) for name, length in zip(names, found, strict=True)}
 
 
 def _row(text: str) -> dict[str, Any]:

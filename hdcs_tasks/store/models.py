@@ -124,7 +124,7 @@ class ServerNode(Base):
 
 
 class Profile(Base):
-    """The hardware shape of a VM."""
+    """The hardware shape of a VM. ``disk_key`` here and of a VM: name of the key its disk is encrypted with."""
 
     __tablename__ = "profile"
 
@@ -133,6 +133,7 @@ class Profile(Base):
     memory_mib: Mapped[int]
     disk_bytes: Mapped[Bytes | None]
     usb: Mapped[str] = mapped_column(String(255), default="off")
+    disk_key: Mapped[str] = mapped_column(String(63), default="")
     rules: Mapped[dict[str, Any]] = mapped_column(default=dict)
 
 
@@ -192,6 +193,7 @@ class Vm(Base):
     memory_mib: Mapped[int]
     disk_bytes: Mapped[Bytes]
     usb: Mapped[str] = mapped_column(String(255), default="off")
+    disk_key: Mapped[str] = mapped_column(String(63), default="")
     mac: Mapped[str] = mapped_column(String(17))
     port: Mapped[int | None]
     ip: Mapped[str | None] = mapped_column(String(45))

@@ -22,6 +22,8 @@ from hdcs_tasks.states import ImageState, VmState
 from hdcs_tasks.store.models import DomainNode, Image, Operation, Profile, Step, Vm, new_id
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import add_start_step, forget, vm_of
+from hdcs_tasks.vm.control_quota import check_quota
+from hdcs_tasks.vm.quota_rules import Amounts
 from hdcs_tasks.vm.rules import expand_names
 
 plan_steps("vm.clone", {"vm.clone_on_node": 30, "vm.start_on_node": 70})
@@ -53,6 +55,7 @@ class Shape:
     disk_bytes: int
     usb: str
     rules: Mapping[str, Any] = field(default_factory=dict)
+    disk_key: str = ""
 
     @property
     def wanted(self) -> pool_rules.Shape:
@@ -62,6 +65,11 @@ class Shape:
             self.vcpus, self.memory_mib, disk_bytes=self.disk_bytes, memory_overcommit=ruled.memory_overcommit,
             vcpu_overcommit=ruled.vcpu_overcommit,
         )  # fmt: skip
+
+    def amounts(self, count: int, start: bool) -> Amounts:
+        """What so many of it take of a quota."""
+        running = count if start else 0
+        return Amounts(count, running, running * self.vcpus, running * self.memory_mib, count * self.disk_bytes)
 
     def terms(self, tags: Sequence[str] = ()) -> pool_rules.Terms:
         ruled = read(VmPolicy, self.rules)
@@ -87,6 +95,7 @@ def clone(control: Control, request: CloneRequest, asked: Asked) -> Operation:
         if (same := tx.same_request(asked)) is not None:
             return same
         names, shape, image = _check(tx, request)
+        check_quota(tx, request.owner, shape.amounts(len(names), request.start))
         rooms = _rooms(tx, request, shape, image)
         homes, choice = choose_homes(control, rooms, shape, request.tags, len(names))
         if len(names) == 1:
@@ -173,7 +182,8 @@ def _check(tx: Tx, request: CloneRequest) -> tuple[list[str], Shape, Image]:
     ruled = changed(VmPolicy, profile.rules, request.rules)
     if (pin := ruled.get("pin")) is not None:
         _check_pin(tx, request, pin)
-    return names, Shape(profile.name, profile.vcpus, profile.memory_mib, disk, profile.usb, ruled), image
+    shape = Shape(profile.name, profile.vcpus, profile.memory_mib, disk, profile.usb, ruled, profile.disk_key)
+    return names, shape, image
 
 
 def _check_pin(tx: Tx, request: CloneRequest, pin: str) -> None:
@@ -264,7 +274,7 @@ def add_clone_step(tx: Tx, operation: Operation, vm: Vm, image: Image) -> Step:
     spec = {
         "shown": {"vm": vm.name, "image": f"{image.name}:{image.version}", "pool": vm.home}, "vm_id": vm.id,
         "name": vm.name, "image": image.name, "version": image.version, "image_id": image.id,
-        "disk_bytes": vm.disk_bytes,
+        "disk_bytes": vm.disk_bytes, "disk_key": vm.disk_key,
     }  # fmt: skip
     return tx.step(operation, "vm.clone_on_node", vm.home, spec)
 
@@ -276,7 +286,8 @@ def new_vm(
     control = tx.control
     vm = Vm(
         name=name, state=VmState.CREATING, home=home, image_id=image_id, profile=shape.profile, vcpus=shape.vcpus,
-        memory_mib=shape.memory_mib, disk_bytes=shape.disk_bytes, usb=shape.usb, mac="", owner=owner, tags=list(tags),
+        memory_mib=shape.memory_mib, disk_bytes=shape.disk_bytes, usb=shape.usb, disk_key=shape.disk_key, mac="",
+        owner=owner, tags=list(tags),
         rules=dict(shape.rules),
     )  # fmt: skip
     vm.id = vm_id = new_id()

@@ -44,6 +44,7 @@ def move_spec(operation: Operation, vm: Vm) -> dict[str, Any]:
     """What every step of a live move needs to know."""
     return {
         "vm_id": vm.id, "name": vm.name, "mac": vm.mac, "home": operation.request["home"],
+        "disk_key": vm.disk_key,
         "was": operation.request["was"], "options": operation.request["options"],
         "source": {"name": operation.request["source"], "ip": operation.request["source_ip"]},
     }  # fmt: skip

@@ -11,7 +11,7 @@ from hdcs_tasks.operations.recovery import sweep_once
 from hdcs_tasks.operations.requests import asked_by_task, request_task
 from hdcs_tasks.operations.views import view
 from hdcs_tasks.vm import control as vm_control
-from hdcs_tasks.vm import control_clone, control_drain, control_migrate, control_storm
+from hdcs_tasks.vm import control_clone, control_drain, control_migrate, control_rebalance, control_storm
 from hdcs_tasks.vm import control_replan as control_replan  # registers itself
 from hdcs_tasks.vm.move_rules import MoveOptions
 
@@ -107,6 +107,17 @@ def resume_domain(domain_node: str) -> dict[str, Any]:
 @app.task(name="vm.drain_sweep")
 def drain_sweep(period_s: float) -> None:
     sweep_once(control(), "drains", period_s, control_drain.drain_sweep)
+
+
+@request_task("pool.rebalance")
+def rebalance(
+    domain_node: str, max_moves: int = control_rebalance.MOVES, concurrency: int = control_rebalance.AT_ONCE,
+    by: str = "celery", reason: str = "",
+) -> dict[str, Any]:  # fmt: skip
+    asked = asked_by_task(by, reason)
+    return view(
+        control_rebalance.rebalance(control(), domain_node, asked, max_moves=max_moves, concurrency=concurrency)
+    )
 
 
 @request_task("storm.run")

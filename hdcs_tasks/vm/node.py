@@ -29,6 +29,7 @@ from hdcs_tasks.hypervisor import disks, guests, networks, storage
 from hdcs_tasks.hypervisor.bitmaps import ensure_seed
 from hdcs_tasks.hypervisor.checkpoints import SEED, redefine_checkpoints
 from hdcs_tasks.hypervisor.connection import Host
+from hdcs_tasks.hypervisor.keys import Key, KeyRing, give_to_libvirt
 from hdcs_tasks.hypervisor.locks import vm_lock
 from hdcs_tasks.hypervisor.spec import GuestSpec
 from hdcs_tasks.logs import logger
@@ -71,7 +72,7 @@ def clone(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     try:
         disks.create_overlay(
             base, target, size_bytes=spec["disk_bytes"] or None, bitmap=SEED, base_format="qcow2",
-            attempt=str(run.attempt),
+            key=KeyRing.of(run.ctx.settings).find(spec.get("disk_key")), attempt=str(run.attempt),
         )  # fmt: skip
     except HdcsError:
         _still_ours(run)
@@ -229,19 +230,21 @@ def _start_here(run: Run, spec: dict[str, Any], placed: Placed) -> None:
     if not spec.get("isolated"):
         networks.add_dhcp_host(host, ctx.settings.network_name, guest["mac"], placed.ip, guest["name"])
     saved = saved_memory(place, guest["vm_id"]) if spec.get("saved") else None
+    key = KeyRing.of(ctx.settings).find(guest.get("disk_key"))
     wanted = _guest_spec(run, guest, place, placed, "" if spec.get("isolated") else ctx.settings.network_name)
     run.check()
     if guests.info(host, guest["vm_id"]) is None:
-        _mend_bitmaps(place, guest["vm_id"])
+        _mend_bitmaps(place, guest["vm_id"], key)
+    give_to_libvirt(host, key)
     guests.start(host, wanted, saved=saved)
     restore_checkpoints(host, place, guest["vm_id"])
 
 
-def _mend_bitmaps(place: storage.StorageLayout, vm_id: str) -> None:
+def _mend_bitmaps(place: storage.StorageLayout, vm_id: str, key: Key | None) -> None:
     """A killed QEMU leaves its disk's bitmaps broken; ``OPEN`` tells that the last one did not end in order."""
     mark = place.vm_dir(vm_id) / OPEN
     if mark.exists():
-        ensure_seed(place.disk(vm_id))
+        ensure_seed(place.disk(vm_id), key=key)
     else:
         mark.touch()
 

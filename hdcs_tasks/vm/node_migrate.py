@@ -7,6 +7,7 @@ from typing import Any
 from hdcs_tasks.errors import Conflict, HdcsError, HypervisorRefused, NotFound, OutcomeUnknown
 from hdcs_tasks.hypervisor import agent, guests, migration, networks, whereabouts
 from hdcs_tasks.hypervisor.connection import Host, peer_uri
+from hdcs_tasks.hypervisor.keys import KeyRing, give_to_libvirt
 from hdcs_tasks.hypervisor.spec import GuestInfo
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.node import HandOver, NodeContext, Run
@@ -25,6 +26,7 @@ def prepare(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     if placed.node != ctx.server_node:
         raise HandOver(placed.node, spec)
     layout(ctx)
+    give_to_libvirt(ctx.host(), KeyRing.of(ctx.settings).find(spec.get("disk_key")))
     run.check()
     networks.add_dhcp_host(ctx.host(), ctx.settings.network_name, spec["mac"], placed.ip, spec["name"])
     return {

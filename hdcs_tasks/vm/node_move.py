@@ -15,6 +15,7 @@ from hdcs_tasks.errors import Conflict, HdcsError, HypervisorRefused, NotFound, 
 from hdcs_tasks.hypervisor import disks, migration, networks, storage
 from hdcs_tasks.hypervisor.checkpoints import keep_checkpoints, redefine_checkpoints
 from hdcs_tasks.hypervisor.connection import Host, peer_uri
+from hdcs_tasks.hypervisor.keys import KeyRing, give_to_libvirt
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.node import HandOver, Run
 from hdcs_tasks.pool import node_files
@@ -78,7 +79,11 @@ def _make_room(run: Run, spec: dict[str, Any], place: storage.StorageLayout) -> 
                 f"image {image['name']}:{image['version']} is not in the storage of {ctx.domain_node}",
                 next=f"Bring it there: hdcs image copy {image['name']}:{image['version']} {ctx.domain_node}",
             )
-        disks.create_overlay(base, disk, size_bytes=virtual, base_format="qcow2", attempt=str(run.attempt))
+        key = KeyRing.of(ctx.settings).find(spec.get("disk_key"))
+        give_to_libvirt(ctx.host(), key)
+        disks.create_overlay(
+            base, disk, size_bytes=virtual, base_format="qcow2", key=key, attempt=str(run.attempt)
+        )  # fmt: skip
     (folder / OPEN).touch()
     return allocated
 

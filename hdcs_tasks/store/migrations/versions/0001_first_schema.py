@@ -69,6 +69,7 @@ def upgrade() -> None:
         sa.Column("memory_mib", sa.Integer(), nullable=False),
         sa.Column("disk_bytes", sa.BigInteger(), nullable=True),
         sa.Column("usb", sa.String(length=255), nullable=False),
+        sa.Column("disk_key", sa.String(length=63), nullable=False),
         sa.Column("rules", sa.JSON(), nullable=False),
         sa.PrimaryKeyConstraint("name", name=op.f("pk_profile")),
     )
@@ -181,6 +182,7 @@ def upgrade() -> None:
         sa.Column("memory_mib", sa.Integer(), nullable=False),
         sa.Column("disk_bytes", sa.BigInteger(), nullable=False),
         sa.Column("usb", sa.String(length=255), nullable=False),
+        sa.Column("disk_key", sa.String(length=63), nullable=False),
         sa.Column("mac", sa.String(length=17), nullable=False),
         sa.Column("port", sa.Integer(), nullable=True),
         sa.Column("ip", sa.String(length=45), nullable=True),
