@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hdcs_tasks.errors import BY_CODE
-import pytest
-
 from hdcs_tasks.operations.rules import (
     REPUBLISH_AFTER_S,
     UNKNOWN_AFTER_S,
