@@ -21,8 +21,13 @@ def schedule(config: Settings) -> dict[str, dict[str, Any]]:
         "reservations": every("pool.reservation_sweep", config.sweep_s),
         "dhcp": every("pool.dhcp_sweep", 4 * config.sweep_s),
         "waiting": every("pool.waiting_sweep", config.sweep_s),
+        "drains": every("vm.drain_sweep", config.sweep_s),
         "tidy": every("pool.tidy_sweep", 4 * config.sweep_s),
         "monitor": every("monitor.sample_sweep", config.sample_s),
         "policies": every("backup.policy_sweep", config.policy_sweep_s),
+        "warm": every("vm.warm_sweep", config.policy_sweep_s),
+        "storms": every("vm.storm_sweep", config.policy_sweep_s),
+        "alarms": every("monitor.alarm_sweep", config.alarm.period_s),
+        "notices": every("monitor.notice_sweep", config.alarm.period_s),
         "idle": every("monitor.idle_sweep", config.sample_s),
     }

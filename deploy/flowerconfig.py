@@ -1,10 +1,13 @@
-"""Flower's settings: read-only, behind a login, on loopback, with columns that tell what a task is about.
+"""Flower's settings: read-only, behind a login, on loopback, with columns that tell what a task is about, and the tabs
+Data center, Desktops and Operations.
 
 HDCS_FLOWER_AUTH=admin:secret celery -A hdcs_tasks.app flower --conf=deploy/flowerconfig.py
 """
 
 import os
 import sys
+
+from hdcs_tasks import dashboards
 
 if not os.environ.get("HDCS_FLOWER_AUTH"):
     sys.exit("Flower needs a login: set HDCS_FLOWER_AUTH=user:password")
@@ -18,3 +21,4 @@ tasks_columns = "name,kwargs,state,result,received,runtime,worker"
 natural_time = False
 max_tasks = 20_000
 purge_offline_workers = 300
+dashboards.install()

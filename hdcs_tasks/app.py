@@ -38,7 +38,9 @@ def describe(kwargs: dict[str, Any]) -> str:
     """What Flower shows of a message: the key facts, one line, never a secret or a whole spec."""
     spec = kwargs.get("spec") or {}
     shown = spec.get("shown") or {k: v for k, v in kwargs.items() if isinstance(v, str | int | float) and k != "proof"}
-    text = " ".join(f"{k}={v}" for k, v in shown.items())
+    shown = dict(shown)
+    moves = f" {shown.pop('from')} → {shown.pop('to')}" if "from" in shown and "to" in shown else ""
+    text = (" ".join(f"{k}={v}" for k, v in shown.items()) + moves).strip()
     return text if len(text) <= 200 else text[:199] + "…"
 
 

@@ -16,19 +16,27 @@ from typing import Any
 
 from hdcs_tasks.app import make_app
 from hdcs_tasks.config import Settings, settings
+from hdcs_tasks.handles.alarms import Alarms
 from hdcs_tasks.handles.backups import Backups, Policies
+from hdcs_tasks.handles.idle import Idle
 from hdcs_tasks.handles.images import Images
 from hdcs_tasks.handles.operation import ENDED as ENDED
 from hdcs_tasks.handles.operation import Operation as Operation
 from hdcs_tasks.handles.operation import Operations, View
 from hdcs_tasks.handles.operation import Plan as Plan
+from hdcs_tasks.handles.overview import Overview
 from hdcs_tasks.handles.pools import DomainNodes, Profiles, ServerNodes
+from hdcs_tasks.handles.quotas import Quotas
+from hdcs_tasks.handles.storms import Storms, WarmPools
 from hdcs_tasks.handles.vms import Vm as Vm
 from hdcs_tasks.handles.vms import Vms
 from hdcs_tasks.monitor import control as monitor_control
-from hdcs_tasks.operations.control import Control
+from hdcs_tasks.monitor import control_usage
+from hdcs_tasks.operations.control import Asked, Control
+from hdcs_tasks.operations.line import line
 from hdcs_tasks.pool import capacity as pool_capacity
 from hdcs_tasks.store.migrate import upgrade
+from hdcs_tasks.vm import control_rebalance
 from hdcs_tasks.vm import control_replan as control_replan  # registers how a refused clone is planned again
 
 
@@ -37,7 +45,7 @@ class Cloud:
 
     def __init__(self, control: Control, by: str = "") -> None:
         self.control = control
-        by = by or f"{getpass.getuser()}@{socket.gethostname()}"
+        self.by = by = by or f"{getpass.getuser()}@{socket.gethostname()}"
         self.vms = Vms(control, by)
         self.images = Images(control, by)
         self.backups = Backups(control, by)
@@ -45,7 +53,13 @@ class Cloud:
         self.profiles = Profiles(control, by)
         self.domain_nodes = DomainNodes(control, by)
         self.server_nodes = ServerNodes(control, by)
+        self.storms = Storms(control, by)
+        self.warm_pools = WarmPools(control, by)
         self.operations = Operations(control, by)
+        self.alarms = Alarms(control, by)
+        self.quotas = Quotas(control, by)
+        self.overview = Overview(control, by)
+        self.idle = Idle(control, by)
 
     @classmethod
     def from_env(cls) -> Cloud:
@@ -66,8 +80,32 @@ class Cloud:
         kept free (``n_plus_one``); as things are, or as ``pool.capacity`` tells the what-ifs."""
         return pool_capacity.capacity(self.control, profile, without=without, with_nodes=with_nodes, mix=mix)
 
+    def rebalance(
+        self, domain_node: str, *, max_moves: int = control_rebalance.MOVES,
+        concurrency: int = control_rebalance.AT_ONCE, dry_run: bool = False, idempotency_key: str | None = None,
+        reason: str = "",
+    ) -> Any:  # fmt: skip
+        """Even a pool's load by live migrations, ``concurrency`` at once; an Operation, or a Plan with ``dry_run``."""
+        if dry_run:
+            return Plan(control_rebalance.plan(self.control, domain_node, max_moves=max_moves))
+        asked = Asked(by=self.by, reason=reason, idempotency_key=idempotency_key)
+        opened = control_rebalance.rebalance(
+            self.control, domain_node, asked, max_moves=max_moves, concurrency=concurrency
+        )
+        return Operation(self.control, opened.id)
+
+    def line(self, domain_node: str | None = None) -> list[View]:
+        """Who waits to start, in order: ``{domain_node, place, of, subject, kind, waits_for, why, since_at, eta_s,
+        operation}``."""
+        return line(self.control, domain_node)
+
     def events(self, limit: int = 50) -> list[View]:
         return monitor_control.list_events(self.control, limit)
+
+    def usage(self, **filters: Any) -> View:
+        """What was used and what it costs: ``{start, end, by, rows}``; filters: owner, tag, vm, start, end (datetimes),
+        month ("2026-11"), by ("vm", "owner", "tag"). Default: every VM, this month until now."""
+        return control_usage.usage(self.control, **filters)
 
     def doctor(self) -> list[View]:
         """Checks of the control plane, each ``{check, ok, message, next}``."""

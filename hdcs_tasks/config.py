@@ -28,6 +28,53 @@ class CapacitySettings(BaseSettings):
     disk_overcommit: float = Field(2.0, gt=0, description="Virtual disk bytes promised per byte of storage")
 
 
+class AlarmSettings(BaseSettings):
+    """When an alarm is raised and whom it reaches (``docs/monitoring.md``)."""
+
+    model_config = SettingsConfigDict(env_prefix="HDCS_ALARM_", extra="ignore")
+
+    urls_file: Path | None = Field(None, description="File of apprise URLs alarms are sent to, one per line")
+    period_s: float = Field(15, gt=0, description="Period of the sweeps that judge alarms and send notices")
+    for_s: float = Field(120, ge=0, description="How long load, queues and lost spare room must last before an alarm")
+    clear_for_s: float = Field(120, ge=0, description="How long it must be well before an alarm is cleared")
+    hysteresis_percent: float = Field(5, ge=0, description="An alarm at a share of P is cleared below P less this")
+    patience_s: float = Field(30, ge=0, description="A sweep or sample is late after three periods and this")
+    cpu_percent: float = Field(90, gt=0, description="Busy CPU of a server node")
+    memory_percent: float = Field(92, gt=0, description="Memory in use of a server node")
+    storage_percent: float = Field(85, gt=0, description="Storage in use of a domain node")
+    capacity_percent: float = Field(90, gt=0, description="Memory or vCPUs promised of a domain node")
+    ports_percent: float = Field(90, gt=0, description="Console ports in use of a domain node")
+    ips_percent: float = Field(90, gt=0, description="IPs in use of a server node")
+    queue_length: float = Field(500, gt=0, description="Messages that wait in one queue")
+    clock_skew_s: float = Field(5, gt=0, description="Difference of a clock from that of Redis")
+    backup_overdue_s: float = Field(14400, gt=0, description="A policy's run that VMs wait for still, after its moment")
+    unproven_days: int = Field(30, ge=0, description="Backups this old, none of them ever proven; 0: never an alarm")
+
+
+class RateSettings(BaseSettings):
+    """What use costs, for statements (``hdcs usage``). A month is 30 days here."""
+
+    model_config = SettingsConfigDict(env_prefix="HDCS_RATES_", extra="ignore")
+
+    currency: str = Field("", description="Printed beside each amount")
+    vcpu_hour: float = Field(0, ge=0, description="One vCPU of a running VM for an hour")
+    memory_gib_hour: float = Field(0, ge=0, description="One GiB of memory of a running or suspended VM for an hour")
+    disk_gib_month: float = Field(0, ge=0, description="One GiB of virtual disk for 30 days")
+    backup_gib_month: float = Field(0, ge=0, description="One GiB of backups for 30 days")
+    console_hour: float = Field(0, ge=0, description="One hour with a console client connected")
+
+
+class MetricsSettings(BaseSettings):
+    """What the exporter serves, and where (``workers.metrics``)."""
+
+    model_config = SettingsConfigDict(env_prefix="HDCS_METRICS_", extra="ignore")
+
+    address: str = Field("127.0.0.1", description="Address the exporter listens on; nothing guards /metrics")
+    port: int = Field(9740, ge=0, le=65535, description="Its port")
+    vms_most: int = Field(200, ge=0, description="Metrics of single VMs, with this many VMs or fewer; 0: never")
+    cache_s: float = Field(5, ge=0, description="Asked again within this time, it answers with what it last read")
+
+
 class Settings(BaseSettings):
     """All settings of HDCS. A server node reads the same class and needs no database_url."""
 
@@ -92,19 +139,34 @@ class Settings(BaseSettings):
         90, gt=0, description="How long a boot counts as a start under way if its guest agent does not answer earlier"
     )
 
-    # idle reclamation
-    idle_after_s: float = Field(0, ge=0, description="Stop a VM idle this long; 0 turns reclamation off")
-    idle_cpu_percent: float = Field(10, ge=0, description="Below this share of one vCPU a guest counts as idle")
+    # monitoring
     sample_s: float = Field(10, gt=0, description="Period of the monitoring sweep")
+    samples_kept: int = Field(
+        30, ge=2, le=1000, description="Samples kept of each VM and server node, for so many periods"
+    )
 
-    # backups
-    policy_sweep_s: float = Field(30, gt=0, description="Period of the sweep that begins what backup policies ask for")
+    # by the calendar
+    keys_dir: Path = Field(
+        Path("/etc/hdcs/keys"),
+        description="Keys of disks and backups, one file each, mode 0600 (server node)",
+    )
+    key_command: str = Field(
+        "",
+        description="Program that prints the key it is asked for, instead of keys_dir: a secret store",
+    )
+    backup_key: str = Field("", description="Name of the key that new backup points are encrypted with (server node)")
+    policy_sweep_s: float = Field(
+        30, gt=0, description="Period of the sweeps that begin what backup policies, storms and warm pools ask for"
+    )
 
     # logs
     log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: console on a terminal, else json")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="The least that is logged")
 
     capacity: CapacitySettings = Field(default_factory=CapacitySettings)
+    alarm: AlarmSettings = Field(default_factory=AlarmSettings)
+    rates: RateSettings = Field(default_factory=RateSettings)
+    metrics: MetricsSettings = Field(default_factory=MetricsSettings)
 
 
 @lru_cache(maxsize=1)

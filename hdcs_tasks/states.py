@@ -74,6 +74,15 @@ class BackupState(StrEnum):
     DELETED = "deleted"
 
 
+class AlarmState(StrEnum):
+    """``pending``: seen, but not for long enough; forgotten when it passes before it is raised."""
+
+    PENDING = "pending"
+    RAISED = "raised"
+    ACKNOWLEDGED = "acknowledged"
+    CLEARED = "cleared"
+
+
 _V = VmState
 _VM: Mapping[StrEnum, frozenset[StrEnum]] = {
     _V.CREATING: frozenset({_V.STOPPED, _V.FAILED, _V.DELETING, _V.DELETED}),
@@ -89,8 +98,8 @@ _VM: Mapping[StrEnum, frozenset[StrEnum]] = {
     _V.RESUMING: frozenset({_V.RUNNING, _V.SUSPENDED, _V.STOPPED, _V.FAILED, _V.STOPPING, _V.DELETING}),
     _V.REBOOTING: frozenset({_V.RUNNING, _V.STOPPED, _V.FAILED, _V.STOPPING, _V.DELETING}),
     _V.SAVING: frozenset({_V.SAVED, _V.RUNNING, _V.SUSPENDED, _V.STOPPED, _V.FAILED, _V.STOPPING, _V.DELETING}),
-    _V.SAVED: frozenset({_V.STARTING, _V.STOPPING, _V.DELETING}),
-    _V.MIGRATING: frozenset({_V.RUNNING, _V.SUSPENDED, _V.STOPPED, _V.FAILED, _V.STOPPING, _V.DELETING}),
+    _V.SAVED: frozenset({_V.STARTING, _V.STOPPING, _V.DELETING, _V.MIGRATING}),
+    _V.MIGRATING: frozenset({_V.RUNNING, _V.SUSPENDED, _V.STOPPED, _V.SAVED, _V.FAILED, _V.STOPPING, _V.DELETING}),
     _V.DELETING: frozenset({_V.DELETED, _V.FAILED}),
     _V.DELETED: frozenset(),
     _V.FAILED: frozenset({_V.DELETING, _V.STOPPED, _V.RUNNING, _V.STOPPING, _V.SUSPENDED}),
@@ -142,6 +151,14 @@ _BACKUP: Mapping[StrEnum, frozenset[StrEnum]] = {
     _B.DELETED: frozenset(),
 }
 
+_A = AlarmState
+_ALARM: Mapping[StrEnum, frozenset[StrEnum]] = {
+    _A.PENDING: frozenset({_A.RAISED}),
+    _A.RAISED: frozenset({_A.ACKNOWLEDGED, _A.CLEARED}),
+    _A.ACKNOWLEDGED: frozenset({_A.CLEARED}),
+    _A.CLEARED: frozenset(),
+}
+
 MACHINES: Mapping[type[StrEnum], Mapping[StrEnum, frozenset[StrEnum]]] = {
     VmState: _VM,
     OperationState: _OPERATION,
@@ -149,6 +166,7 @@ MACHINES: Mapping[type[StrEnum], Mapping[StrEnum, frozenset[StrEnum]]] = {
     ServerNodeState: _SERVER_NODE,
     ImageState: _IMAGE,
     BackupState: _BACKUP,
+    AlarmState: _ALARM,
 }
 
 OPERATION_LIVE = frozenset({OperationState.QUEUED, OperationState.RUNNING})
@@ -187,6 +205,7 @@ _TITLES: Mapping[type[StrEnum], tuple[str, StrEnum]] = {
     ServerNodeState: ("Server node", ServerNodeState.UP),
     ImageState: ("Image copy", ImageState.ADDING),
     BackupState: ("Backup", BackupState.CREATING),
+    AlarmState: ("Alarm", AlarmState.PENDING),
 }
 
 

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from hdcs_tasks.backup import control as backups
 from hdcs_tasks.backup.control_drill import drill
 from hdcs_tasks.backup.control_prune import add_prune_steps
-from hdcs_tasks.backup.rules import CHAIN_MAX, Keep, Point, check_when, choose_drills, last_due
+from hdcs_tasks.backup.rules import CHAIN_MAX, Keep, Point, choose_drills
 from hdcs_tasks.errors import Conflict, HdcsError, Invalid, NotFound, Unavailable, WrongState
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.control import Asked, Control, Tx, has_live_step
@@ -28,6 +28,7 @@ from hdcs_tasks.routing import CONTROL, check_name
 from hdcs_tasks.states import OPERATION_LIVE
 from hdcs_tasks.store.models import BackupPolicy, Operation, Step, Vm, now
 from hdcs_tasks.vm.control import list_vms
+from hdcs_tasks.when import check_when, last_due
 
 log = logger(__name__)
 
@@ -42,7 +43,7 @@ def create(
     full_every: int = CHAIN_MAX, full_percent: int | None = None, merge: bool = False,
     bandwidth_mib_s: int | None = None, concurrency: int = 2, drill_schedule: str | None = None, drill_points: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
-    """Record a policy; its first run is at the next moment of ``schedule`` (UTC; words as in ``rules.last_due``).
+    """Record a policy; its first run is at the next moment of ``schedule`` (UTC; words as in ``when.last_due``).
 
     ``selector``: names, tag, owner, home, profile, all of which a VM must match; empty means every VM. ``concurrency``:
     backups at once on one domain node's storage. Raises Invalid, Conflict (the name is taken).
@@ -164,7 +165,7 @@ def begin_run(control: Control, name: str, slot: datetime) -> bool:
                 "backup.missed", name, f"policy {name}: {len(policy.pending)} VMs were not backed up in time",
                 vms=policy.pending,
             )  # fmt: skip
-        policy.pending = [vm["id"] for vm in list_vms(control, **policy.selector)]
+        policy.pending = [vm["id"] for vm in list_vms(control, with_warm=False, **policy.selector)]
         return True
 
 
@@ -281,7 +282,7 @@ def _begin_drills(control: Control, policy: BackupPolicy, slot: datetime) -> Non
         claim = update(BackupPolicy).where(BackupPolicy.name == policy.name, BackupPolicy.drill_slot_at < slot)
         if getattr(tx.session.execute(claim.values(drill_slot_at=slot)), "rowcount", 0) != 1:
             return
-        vms = list_vms(control, **policy.selector)
+        vms = list_vms(control, with_warm=False, **policy.selector)
         by_vm: dict[str, list[Point]] = {vm["id"]: backups.points_of(tx.session, vm["id"]) for vm in vms}
     for point in choose_drills(by_vm, policy.drill_points):
         key = f"drill:{policy.name}:{slot.isoformat()}:{point.id}"

@@ -17,6 +17,7 @@ from hdcs_tasks.store.models import Backup, Image, ImageCopy, Operation, Step, V
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import add_start_step, forget, get_vm, vm_of
 from hdcs_tasks.vm.control_clone import Shape, choose_homes, new_vm, rooms_of
+from hdcs_tasks.vm.control_quota import check_quota
 from hdcs_tasks.vm.rules import expand_names
 
 plan_steps("backup.restore", {"backup.restore_on_node|backup.restore_in_place_on_node": 90, "vm.start_on_node": 10})
@@ -50,10 +51,12 @@ def restore(
 def open_as_new(tx: Tx, kind: str, backup: Backup, name: str, asked: Asked, request: dict[str, Any]) -> Operation:
     """Open an operation whose first step makes a new VM's disk from ``backup``."""
     image, added = _image(tx, backup)
-    vm = _new_vm(tx, backup, name, image)
+    counted = kind == "backup.restore"  # a drill's throwaway VM is nobody's
+    vm = _new_vm(tx, backup, name, image, counted=counted, start=bool(request.get("start")))
     wanted = request | {"backup": backup.id, "added_image": image.id if image and added else None}
     operation = tx.open(kind, asked=asked, vm=vm, request=wanted)
     spec = spec_of(backup) | {"shown": {"vm": name, "point": backup.id[:8]}, "vm_id": vm.id, "name": name}
+    spec |= {"disk_key": vm.disk_key}
     spec |= {"image": _shown(image), "compare": bool(request.get("compare"))}
     tx.step(operation, "backup.restore_on_node", backup.domain_node, spec)
     return operation
@@ -76,7 +79,7 @@ def _open_in_place(tx: Tx, backup: Backup, asked: Asked, start: bool) -> Operati
     image, added = _image(tx, backup)
     request = {"backup": backup.id, "start": start, "added_image": image.id if image and added else None}
     operation = tx.open("backup.restore", asked=asked, vm=vm, request=request)
-    spec = spec_of(backup) | {"vm_id": vm.id, "name": vm.name, "image": _shown(image)}
+    spec = spec_of(backup) | {"vm_id": vm.id, "name": vm.name, "image": _shown(image), "disk_key": vm.disk_key}
     tx.step(operation, "backup.restore_in_place_on_node", backup.domain_node, spec)
     return operation
 
@@ -85,19 +88,25 @@ def _shown(image: Image | None) -> dict[str, Any] | None:
     return {"name": image.name, "version": image.version} if image else None
 
 
-def _new_vm(tx: Tx, backup: Backup, name: str, image: Image | None) -> Vm:
+def _new_vm(tx: Tx, backup: Backup, name: str, image: Image | None, *, counted: bool, start: bool) -> Vm:
     manifest = backup.manifest or {}
     definition = manifest["definition"]
     disk_bytes = max(definition["disk_bytes"], manifest["disk_bytes"])
     shape = Shape(
-        definition["profile"], definition["vcpus"], definition["memory_mib"], disk_bytes, definition.get("usb", "off")
+        definition["profile"],
+        definition["vcpus"],
+        definition["memory_mib"],
+        disk_bytes,
+        definition.get("usb", "off"),
+        disk_key=definition.get("disk_key", ""),
     )
+    owner = definition.get("owner", "")
+    if counted:
+        check_quota(tx, owner, shape.amounts(1, start))
     row = get_domain_node(tx.session, backup.domain_node)
     tags = definition.get("tags", ())
     home = choose_homes(tx.control, rooms_of(tx, [row]), shape, tags, 1)[0][0]
-    return new_vm(
-        tx, name, shape, home, image_id=image.id if image else None, owner=definition.get("owner", ""), tags=tags
-    )
+    return new_vm(tx, name, shape, home, image_id=image.id if image else None, owner=owner, tags=tags)
 
 
 # --- the image below: by its hash

@@ -13,6 +13,8 @@ from hdcs_tasks.hypervisor import guests, merging, storage
 from hdcs_tasks.hypervisor.bases import storage_errors
 from hdcs_tasks.hypervisor.bitmaps import ensure_seed
 from hdcs_tasks.hypervisor.checkpoints import delete_checkpoint, keep_checkpoints
+from hdcs_tasks.hypervisor.keys import KeyRing
+from hdcs_tasks.hypervisor.layers import Backing
 from hdcs_tasks.hypervisor.locks import vm_lock
 from hdcs_tasks.hypervisor.manifests import BaseImage, Kind, Point
 from hdcs_tasks.hypervisor.repository import Repository
@@ -26,13 +28,18 @@ def layout_of(run: Run) -> storage.StorageLayout:
     return storage.check(run.ctx.settings.storage_root, run.ctx.domain_node)
 
 
+def repository_of(run: Run) -> Repository:
+    """The backups in this domain node's storage, with the keys this server node has."""
+    return Repository(layout_of(run).root, KeyRing.of(run.ctx.settings))
+
+
 def create(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     """Write the next point: copied, hashed and published under its name before its checkpoint counts."""
     ctx = run.ctx
     if spec["server_node"] not in (None, ctx.server_node):
         raise HandOver(spec["server_node"], spec)
     layout = layout_of(run)
-    repository = Repository(layout.root)
+    repository = repository_of(run)
     with vm_lock(ctx.settings.state_dir, spec["vm_id"], LOCK_WAIT_S):
         merging.settle(repository, spec["vm_id"])
         done = _published(repository, spec)
@@ -69,7 +76,7 @@ def _write(run: Run, spec: dict[str, Any], layout: storage.StorageLayout, reposi
         draft = Point(
             id=spec["point"], vm_id=spec["vm_id"], chain=spec["chain"], seq=spec["seq"], kind=kind,
             parent=spec["parent"], checkpoint=checkpoint, base=base, definition=spec["definition"],
-            consistency=made.consistency, checkpoint_xml=made.checkpoint_xml,
+            consistency=made.consistency, checkpoint_xml=made.checkpoint_xml, key=run.ctx.settings.backup_key or None,
         )  # fmt: skip
         published = repository.publish(partial, draft, on_progress=part(run, 80, 100), cancelled=run.cancelled)
     except OutcomeUnknown:
@@ -104,11 +111,12 @@ def _discard_earlier(run: Run, vm_id: str, partial: Any, checkpoint: str) -> Non
 
 def _copy(
     run: Run, spec: dict[str, Any], layout: storage.StorageLayout, partial: Any, checkpoint: str,
-    backing: guest_backup.Backing | None,
+    backing: Backing | None,
 ) -> guest_backup.BackupResult:  # fmt: skip
-    host, vm_id = run.ctx.host(), spec["vm_id"]
+    host, vm_id, ring = run.ctx.host(), spec["vm_id"], KeyRing.of(run.ctx.settings)
     how: dict[str, Any] = {
-        "target": partial, "checkpoint": checkpoint, "backing": backing, "incremental_from": spec["parent_checkpoint"],
+        "target": partial, "key": ring.find(run.ctx.settings.backup_key),
+        "checkpoint": checkpoint, "backing": backing, "incremental_from": spec["parent_checkpoint"],
         "on_progress": part(run, 5, 80), "cancelled": run.cancelled, "bandwidth_mib_s": spec.get("bandwidth_mib_s"),
         "deadline_s": run.ctx.settings.step_deadline_s,
     }  # fmt: skip
@@ -116,8 +124,11 @@ def _copy(
     if seen is not None and seen.active:
         return guest_backup.backup_running(host, vm_id, **how)
     disk = layout.disk(vm_id)
-    ensure_seed(disk, keep=[spec["parent_checkpoint"] or ""])
-    return guest_backup.backup_stopped(host, vm_id, disk=disk, checkpoints=tuple(_kept(layout, vm_id)), **how)
+    disk_key = ring.find(spec["definition"].get("disk_key"))
+    ensure_seed(disk, keep=[spec["parent_checkpoint"] or ""], key=disk_key)
+    return guest_backup.backup_stopped(
+        host, vm_id, disk=disk, disk_key=disk_key, checkpoints=tuple(_kept(layout, vm_id)), **how
+    )
 
 
 def part(run: Run, first: float, last: float) -> Callable[[float, str, float | None], None]:

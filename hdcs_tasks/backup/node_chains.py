@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from hdcs_tasks.backup.node import layout_of, part
+from hdcs_tasks.backup.node import part, repository_of
 from hdcs_tasks.backup.node_restore import found_point
 from hdcs_tasks.errors import ClaimLost, HdcsError
 from hdcs_tasks.hypervisor import merging
@@ -22,7 +22,7 @@ def verify(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def delete(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
-    repository = Repository(layout_of(run).root)
+    repository = repository_of(run)
     merging.settle(repository, spec["source_vm_id"])
     run.check()
     was = repository.delete(spec["source_vm_id"], spec["chain"], spec["seq"], spec["point"])
@@ -32,7 +32,7 @@ def delete(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
 
 def prune(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     """Merge, then drop, as planned. Repeated, it finds done what was done."""
-    repository = Repository(layout_of(run).root)
+    repository = repository_of(run)
     vm_id, merges = spec["vm_id"], spec["merge"]
     merging.settle(repository, vm_id)
     merged = []
@@ -72,7 +72,7 @@ def scan(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
 
     ``next`` is where to go on, None at the end. Manifests that cannot be read are told in ``damaged``.
     """
-    repository = Repository(layout_of(run).root)
+    repository = repository_of(run)
     points: list[dict[str, Any]] = []
     damaged: list[str] = []
     for vm_id in repository.vm_ids():

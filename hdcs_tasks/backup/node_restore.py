@@ -6,12 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from hdcs_tasks.backup.node import LOCK_WAIT_S, layout_of, part
+from hdcs_tasks.backup.node import LOCK_WAIT_S, layout_of, part, repository_of
 from hdcs_tasks.errors import BackupBroken, Conflict, HdcsError
 from hdcs_tasks.hypervisor import agent, disks, guests, merging, storage
 from hdcs_tasks.hypervisor.bases import storage_errors
 from hdcs_tasks.hypervisor.bitmaps import bitmaps
 from hdcs_tasks.hypervisor.checkpoints import SEED
+from hdcs_tasks.hypervisor.keys import Key, KeyRing
 from hdcs_tasks.hypervisor.locks import vm_lock
 from hdcs_tasks.hypervisor.manifests import Point
 from hdcs_tasks.hypervisor.repository import Repository
@@ -21,7 +22,7 @@ from hdcs_tasks.vm.node import CHECKPOINTS, OPEN, image_path
 
 def found_point(run: Run, spec: dict[str, Any]) -> tuple[Repository, Point]:
     """The point a step is about; merges that dead workers left half done are ended first."""
-    repository = Repository(layout_of(run).root)
+    repository = repository_of(run)
     merging.settle(repository, spec["source_vm_id"])
     return repository, repository.get(spec["source_vm_id"], spec["point"])
 
@@ -35,9 +36,10 @@ def restore(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     if not target.exists():
         target.parent.mkdir(mode=0o711, exist_ok=True)
         try:
-            _write(run, repository, point, target, image)
+            key = _key(run, spec)
+            _write(run, repository, point, target, image, key)
             if spec.get("compare"):
-                _check_same(run, repository, point, target)
+                _check_same(run, repository, point, target, key)
         except HdcsError:
             for left in target.parent.iterdir():
                 left.unlink()
@@ -61,7 +63,7 @@ def restore_in_place(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
         _check_stopped(run, spec["vm_id"], disk)
         image = _image(run, spec, layout, repository, point)
         if not old.exists():
-            _prepare(run, repository, point, disk, fresh, old, image)
+            _prepare(run, repository, point, disk, fresh, old, image, _key(run, spec))
         run.check()
         _swap(disk, fresh, old)
     return _result(run, point, image)
@@ -76,12 +78,13 @@ def _check_stopped(run: Run, vm_id: str, disk: Path) -> None:
 
 
 def _prepare(
-    run: Run, repository: Repository, point: Point, disk: Path, fresh: Path, old: Path, image: Path | None
-) -> None:
+    run: Run, repository: Repository, point: Point, disk: Path, fresh: Path, old: Path, image: Path | None,
+    key: Key | None,
+) -> None:  # fmt: skip
     try:
         if not fresh.exists():
-            _write(run, repository, point, fresh, image)
-        _check_same(run, repository, point, fresh)
+            _write(run, repository, point, fresh, image, key)
+        _check_same(run, repository, point, fresh, key)
         run.check()
     except HdcsError:
         fresh.unlink(missing_ok=True)
@@ -111,18 +114,23 @@ def _swap(disk: Path, fresh: Path, old: Path) -> None:
         (disk.parent / OPEN).unlink(missing_ok=True)
 
 
-def _write(run: Run, repository: Repository, point: Point, target: Path, image: Path | None) -> None:
+def _key(run: Run, spec: dict[str, Any]) -> Key | None:
+    """What the restored disk is encrypted with."""
+    return KeyRing.of(run.ctx.settings).find(spec.get("disk_key"))
+
+
+def _write(run: Run, repository: Repository, point: Point, target: Path, image: Path | None, key: Key | None) -> None:
     repository.verify(point, on_progress=part(run, 0, 40), cancelled=run.cancelled)
     run.check()
     repository.restore(
-        point, target, image=image, attempt=str(run.attempt), on_progress=part(run, 40, 90), cancelled=run.cancelled,
-        deadline_s=run.ctx.settings.step_deadline_s,
+        point, target, image=image, key=key, attempt=str(run.attempt), on_progress=part(run, 40, 90),
+        cancelled=run.cancelled, deadline_s=run.ctx.settings.step_deadline_s,
     )  # fmt: skip
 
 
-def _check_same(run: Run, repository: Repository, point: Point, disk: Path) -> None:
+def _check_same(run: Run, repository: Repository, point: Point, disk: Path, key: Key | None) -> None:
     run.progress(90, "comparing")
-    if not repository.compare(point, disk, cancelled=run.cancelled):
+    if not repository.compare(point, disk, key=key, cancelled=run.cancelled):
         raise BackupBroken(
             f"the restored disk differs from backup point {point.id}", next="Check the storage, then restore once more"
         )

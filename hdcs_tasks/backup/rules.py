@@ -1,14 +1,13 @@
-"""Pure decisions about backups: full or increment, what to keep and what to merge, when a policy is due, what to prove.
+"""Pure decisions about backups: full or increment, what to keep and what to merge, what to prove.
 
 Times are aware datetimes in UTC.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 from hdcs_tasks.errors import Invalid
 from hdcs_tasks.states import BackupState, VmState
@@ -183,49 +182,6 @@ def _below(point: Point, by_id: dict[str, Point], held: Collection[str]) -> list
 def _is_whole(path: Sequence[Point], held: Collection[str]) -> bool:
     """Whether the path ends on a held point or a full one: else a link is missing, and nothing may be merged."""
     return path[-1].id in held or path[-1].parent is None
-
-
-# --- when
-
-_DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
-_WHEN = re.compile(
-    r"(?:(?P<hourly>hourly)(?: :(?P<minute>\d\d))?"
-    r"|(?:daily|weekly (?P<day>mon|tue|wed|thu|fri|sat|sun)|monthly (?P<date>\d{1,2})) (?P<at>\d\d:\d\d))"
-)
-
-
-def check_when(words: str) -> str:
-    """``words`` if they name moments; else Invalid."""
-    last_due(words, datetime(2000, 1, 1, tzinfo=UTC))
-    return words
-
-
-def last_due(words: str, now: datetime) -> datetime:
-    """The newest moment of ``words`` that is not after ``now``; both in UTC.
-
-    ``hourly``, ``hourly :15``, ``daily 02:00``, ``weekly sun 03:00``, ``monthly 1 03:00`` (days 1 to 28).
-    """
-    found = _WHEN.fullmatch(words)
-    minute = int(found["minute"] or 0) if found and found["hourly"] else 0
-    hour, at_minute = (int(part) for part in found["at"].split(":")) if found and found["at"] else (0, minute)
-    date = int(found["date"]) if found and found["date"] else 1
-    if found is None or hour > 23 or at_minute > 59 or not 1 <= date <= 28:
-        raise Invalid(
-            f"{words!r} does not say when",
-            next="Use hourly, hourly :15, daily 02:00, weekly sun 03:00 or monthly 1 03:00 (UTC, days 1 to 28)",
-        )
-    now = now.astimezone(UTC)
-    if found["hourly"]:
-        slot = now.replace(minute=at_minute, second=0, microsecond=0)
-        return slot if slot <= now else slot - timedelta(hours=1)
-    slot = now.replace(hour=hour, minute=at_minute, second=0, microsecond=0)
-    if found["day"]:
-        slot -= timedelta(days=(now.weekday() - _DAYS.index(found["day"])) % 7)
-        return slot if slot <= now else slot - timedelta(days=7)
-    if found["date"]:
-        slot = slot.replace(day=date)
-        return slot if slot <= now else (slot.replace(day=1) - timedelta(days=1)).replace(day=date)
-    return slot if slot <= now else slot - timedelta(days=1)
 
 
 # --- what to prove

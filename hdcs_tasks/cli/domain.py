@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from hdcs_tasks.cli import output
-from hdcs_tasks.cli.options import Face, changes, format_option, pass_face
+from hdcs_tasks.cli import output, plans, waiting
+from hdcs_tasks.cli.options import Face, changes, drain_options, format_option, pass_face, wait_options
 
 COLUMNS = (
     output.Column("name"), output.Column("server_nodes", "server nodes"),
@@ -117,3 +117,41 @@ def token(face: Face, name: str, form: str) -> None:
         click.echo(new)
     else:
         output.print_one({"name": name, "token": new}, form)
+
+
+@domain.command()
+@click.argument("name")
+@drain_options
+@wait_options
+@pass_face
+def drain(
+    face: Face, /, name: str, dry_run: bool, wait: bool, timeout_s: float | None, form: str, **options: Any
+) -> None:
+    """Empty a domain node: all its VMs, stopped ones too, move to other domain nodes.
+
+    Running VMs move live with their own disk layer, the others' files are copied; images they stand on are brought
+    once. What cannot be moved stays and is named with its reason. It stays closed until `hdcs domain resume`.
+
+    \b
+    Examples:
+      hdcs domain drain east --dry-run
+      hdcs domain drain east --bandwidth-mib-s 200 --no-wait
+    """
+    if dry_run:
+        plans.conclude(face.cloud.domain_nodes.drain(name, dry_run=True).explain(), form)
+        return
+    waiting.conclude([face.cloud.domain_nodes.drain(name, **options)], form=form, wait=wait, timeout_s=timeout_s)
+
+
+@domain.command()
+@click.argument("name")
+@format_option
+@pass_face
+def resume(face: Face, name: str, form: str) -> None:
+    """Open a domain node's server nodes again; a drain under way begins no more moves.
+
+    \b
+    Examples:
+      hdcs domain resume east
+    """
+    output.print_one(face.cloud.domain_nodes.resume(name), form)

@@ -6,8 +6,18 @@ from typing import Any
 
 import click
 
-from hdcs_tasks.cli import output
-from hdcs_tasks.cli.options import Face, changes, confirm, format_option, named, pass_face, yes_option
+from hdcs_tasks.cli import output, plans, waiting
+from hdcs_tasks.cli.options import (
+    Face,
+    changes,
+    confirm,
+    drain_options,
+    format_option,
+    named,
+    pass_face,
+    wait_options,
+    yes_option,
+)
 
 COLUMNS = (
     output.Column("name"), output.Column("domain_node", "domain node"), output.Column("state"), output.Column("ip"),
@@ -79,18 +89,30 @@ def set_(face: Face, /, name: str, defaults: tuple[str, ...], form: str, **optio
 
 @node.command()
 @click.argument("names", nargs=-1, required=True, metavar="NODE...")
-@format_option
+@click.option("--move/--no-move", default=True, show_default=True, help="Move its VMs, or only close it.")
+@drain_options
+@wait_options
 @pass_face
-def drain(face: Face, names: tuple[str, ...], form: str) -> None:
-    """Let no new VM start on these server nodes; their guests run on.
+def drain(
+    face: Face, /, names: tuple[str, ...], dry_run: bool, wait: bool, timeout_s: float | None, form: str, **options: Any
+) -> None:
+    """Empty server nodes: no new VM starts there, running ones move live to others of the domain node.
 
-    Holds until `hdcs node resume`, also over restarts of the node's worker.
+    Stopped VMs need nothing. What cannot be moved stays and is named with its reason. The node stays closed until
+    `hdcs node resume`, also over restarts of its worker.
 
     \b
     Examples:
-      hdcs node drain node2
+      hdcs node drain node2 --dry-run
+      hdcs node drain node2 --concurrency 4 --reason 'new memory'
+      hdcs node drain node2 --no-move
     """
-    output.print_rows([face.cloud.server_nodes.drain(name) for name in names], _BRIEF, form)
+    if dry_run:
+        for name in names:
+            plans.conclude(face.cloud.server_nodes.drain(name, dry_run=True).explain(), form)
+        return
+    opened, refused = waiting.each(names, lambda name: face.cloud.server_nodes.drain(name, **options))
+    waiting.conclude(opened, form=form, wait=wait, timeout_s=timeout_s, one=len(names) == 1, refused=refused)
 
 
 @node.command()
@@ -98,7 +120,7 @@ def drain(face: Face, names: tuple[str, ...], form: str) -> None:
 @format_option
 @pass_face
 def resume(face: Face, names: tuple[str, ...], form: str) -> None:
-    """Let VMs start on these server nodes again.
+    """Let VMs start on these server nodes again; a drain under way begins no more moves.
 
     \b
     Examples:

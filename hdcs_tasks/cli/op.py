@@ -24,7 +24,7 @@ ATTEMPT_COLUMNS = (
     output.Column("step"), output.Column("attempt"), output.Column("node"), output.column("took_s"),
     output.Column("error"),
 )  # fmt: skip
-CHILD_COLUMNS = output.columns("id", "kind", "subject", "state", "percent", "phase", "seconds")
+CHILD_COLUMNS = output.columns("id", "kind", "subject", "state", "percent", "phase", "eta_s", "seconds")
 
 
 @click.group()

@@ -34,17 +34,17 @@ pass_face = click.make_pass_decorator(Face)
 
 
 class Duration(click.ParamType[float]):
-    """Seconds: ``90``, ``90s``, ``10m`` or ``2h``."""
+    """Seconds: ``90``, ``90s``, ``10m``, ``2h`` or ``7d``."""
 
     name = "duration"
-    _units = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+    _units = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         if isinstance(value, int | float):
             return float(value)
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", str(value).strip())
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", str(value).strip())
         if not found or float(found[1]) <= 0:
-            self.fail(f"{value!r} is not a duration: use seconds, or e.g. 90s, 10m, 2h", param, ctx)
+            self.fail(f"{value!r} is not a duration: use seconds, or e.g. 90s, 10m, 2h, 7d", param, ctx)
         return float(found[1]) * self._units[found[2]]
 
 
@@ -73,6 +73,9 @@ format_option = click.option(
 )  # fmt: skip
 yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask for confirmation.")
 reason_option = click.option("--reason", default="", help="Why; kept with the operation.")
+bandwidth_option = click.option(
+    "--bandwidth-mib-s", type=click.IntRange(min=1), default=None, help="At most so many MiB/s per move. Default: any."
+)
 key_option = click.option(
     "--idempotency-key", "key", default=None, help="Asked twice with the same key, it is done once."
 )
@@ -104,6 +107,20 @@ def selector_options(command: F) -> F:
     for option in reversed(options):
         command = option(command)
     return click.argument("names", nargs=-1, metavar="[VM]...")(command)
+
+
+def drain_options(command: F) -> F:
+    """How a drain moves what it moves."""
+    options = (
+        click.option("--concurrency", type=click.IntRange(min=1), default=2, show_default=True,
+                     help="Moves under way at once."),
+        bandwidth_option,
+        click.option("--dry-run", is_flag=True, help="Print what would move where, and what would stay and why."),
+        reason_option,
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def vm_rule_options(command: F) -> F:

@@ -46,7 +46,7 @@ def _node_rows(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
     told: set[str] = set()
     deciding = plan.get("domain_nodes") or sorted(plan["vms"], key=lambda vm: vm["server_node"] is not None)
     for found in deciding:
-        if found["domain_node"] in told:
+        if found["domain_node"] in told or not found["decision"]:
             continue
         told.add(found["domain_node"])
         for node in found["decision"]["nodes"]:

@@ -129,16 +129,23 @@ def configuration_page() -> str:
     """docs/configuration.md."""
     from pydantic_settings import BaseSettings
 
-    from hdcs_tasks.config import CapacitySettings, Settings
+    from hdcs_tasks.config import AlarmSettings, CapacitySettings, MetricsSettings, RateSettings, Settings
 
     tables: list[tuple[str, type[BaseSettings]]] = [
         ("Services, timing, network and nodes", Settings),
         ("Capacity", CapacitySettings),
+        ("Alarms", AlarmSettings),
+        ("Rates", RateSettings),
+        ("Metrics", MetricsSettings),
     ]
     parts = [_CONFIGURATION_HEAD]
     for title, cls in tables:
         prefix = str(cls.model_config.get("env_prefix", ""))
-        fields = [(name, field) for name, field in cls.model_fields.items() if name != "capacity"]
+        fields = [
+            (name, field)
+            for name, field in cls.model_fields.items()
+            if name not in ("capacity", "alarm", "rates", "metrics")
+        ]
         rows = [_setting(prefix + name.upper(), name, field) for name, field in fields]
         parts.append("\n".join(["", f"## {title}", "", *_TABLE_HEAD, *rows, ""]))
     return "".join(parts) + _CLI_VARIABLE

@@ -12,6 +12,7 @@ from hdcs_tasks.cli import output, plans, vm_commands, waiting
 from hdcs_tasks.cli.options import (
     DURATION,
     Face,
+    bandwidth_option,
     format_option,
     key_option,
     pass_face,
@@ -25,6 +26,7 @@ COLUMNS = (
     output.Column("name"), output.Column("state"), output.Column("home"), output.Column("server_node", "server node"),
     output.Column("profile"), output.column("memory_mib"), output.Column("ip"), output.Column("port"),
     output.Column("owner"), output.Column("tags"), output.column("ready_at", "ready"),
+    output.Column("warm_pool", "warm pool"),
 )  # fmt: skip
 
 
@@ -78,6 +80,7 @@ def show(face: Face, name: str, form: str) -> None:
 @click.option("--profile", default="small", show_default=True, help="Their hardware shape.")
 @click.option("--domain-node", default=None, help="Where. Default: where they fit best.")
 @click.option("--start", is_flag=True, help="Start them too.")
+@click.option("--warm", is_flag=True, help="Take ready ones out of a warm pool where there are any; start the others.")
 @click.option("--owner", default="", help="Whose they are. Default: yours.")
 @click.option("--tag", "tags", multiple=True, help="A tag to find them by (may be repeated).")
 @click.option("--on", "pin", default=None, metavar="SERVER_NODE", help="Pin them to this server node.")
@@ -97,6 +100,7 @@ def clone(
     Examples:
       hdcs vm clone mini --name desk-001 --start
       hdcs vm clone mini --name 'desk-{:03d}' --count 30 --profile small --start
+      hdcs vm clone mini --name desk-002 --warm
       hdcs vm clone mini:2 --name 'lab-{:02d}' --count 8 --domain-node east --tag lab --dry-run
     """
     rules = {"pin": wanted.pop("pin"), **vm_rules(wanted)}
@@ -110,29 +114,53 @@ def clone(
 
 @vm.command()
 @click.argument("name")
-@click.argument("to", required=False, metavar="[SERVER_NODE]")
-@click.option("--live/--no-live", default=True, show_default=True, help="Keep the guest running while it moves.")
+@click.argument("to", required=False, metavar="[NODE]")
+@click.option(
+    "--live/--offline",
+    default=True,
+    show_default=True,
+    help="Keep the guest running while it moves, or save it and let it go on there.",
+)
+@bandwidth_option
+@click.option(
+    "--post-copy",
+    "postcopy",
+    is_flag=True,
+    help="Let it go on there before all of its memory has come (inside a domain node).",
+)
+@click.option(
+    "--auto-converge/--no-auto-converge",
+    default=True,
+    show_default=True,
+    help="Slow a guest down that writes faster than it moves.",
+)
 @click.option("--dry-run", is_flag=True, help="Print where it would go, and why not elsewhere; change nothing.")
 @reason_option
 @key_option
 @wait_options
 @pass_face
 def migrate(
-    face: Face, name: str, to: str | None, live: bool, dry_run: bool, reason: str, key: str | None, wait: bool,
-    timeout_s: float | None, form: str,
+    face: Face, /, name: str, to: str | None, dry_run: bool, reason: str, key: str | None, wait: bool,
+    timeout_s: float | None, form: str, **options: Any,
 ) -> None:  # fmt: skip
-    """Move a running VM to another server node of its domain node; without one, to where it fits best.
+    """Move a VM to a server node or to another domain node; without one, to where it fits best in its own.
+
+    Inside a domain node a running VM moves live; a stopped one needs no move. To another domain node its own disk layer
+    travels too, live with the running guest or, of a stopped one, as files; the image it stands on is brought once.
+    Cancelled (hdcs op cancel), it runs on where it was.
 
     \b
     Examples:
       hdcs vm migrate desk-001
       hdcs vm migrate desk-001 node2 --reason 'new memory for node1'
+      hdcs vm migrate desk-001 west --bandwidth-mib-s 100
+      hdcs vm migrate desk-001 node2 --offline
       hdcs vm migrate desk-001 --dry-run
     """
     if dry_run:
-        plans.conclude(face.cloud.vms[name].migrate(to, dry_run=True).explain(), form)
+        plans.conclude(face.cloud.vms[name].migrate(to, dry_run=True, **options).explain(), form)
         return
-    operation = face.cloud.vms[name].migrate(to, live=live, idempotency_key=key, reason=reason)
+    operation = face.cloud.vms[name].migrate(to, idempotency_key=key, reason=reason, **options)
     waiting.conclude([operation], form=form, wait=wait, timeout_s=timeout_s)
 
 

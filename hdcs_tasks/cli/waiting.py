@@ -206,7 +206,9 @@ def _lines() -> Show:
 
     def show(views: list[View]) -> None:
         for view in _with_children(views):
-            now = (view["state"], view["phase"], int(view["percent"] // 10))
+            # Who waits is told once: each that goes on would move everybody behind it.
+            phase = "in line" if view.get("line") else view["phase"]
+            now = (view["state"], phase, int(view["percent"] // 10))
             if last.get(view["id"]) != now:
                 last[view["id"]] = now
                 output.message(line_of(view))
@@ -266,6 +268,9 @@ def _phase_of(view: View) -> str:
     if children:
         ended = sum(1 for child in children if child["ended_at"])
         failed = sum(1 for child in children if child["state"] in ("failed", "cancelled"))
-        return f"{ended} of {len(children)}" + (f", {failed} failed" if failed else "")
-    eta = f", {output.in_seconds(view['eta_s'])} to go" if view.get("eta_s") is not None else ""
-    return f"{view['phase']}{eta}"
+        return f"{ended} of {len(children)}" + (f", {failed} failed" if failed else "") + _eta(view)
+    return f"{view['phase']}{_eta(view)}"
+
+
+def _eta(view: View) -> str:
+    return f", {output.in_seconds(view['eta_s'])} to go" if view.get("eta_s") is not None else ""

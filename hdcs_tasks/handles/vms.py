@@ -11,6 +11,7 @@ from hdcs_tasks.handles.operation import Operation, Part, Plan, View
 from hdcs_tasks.operations.control import Control
 from hdcs_tasks.vm import control as vm_control
 from hdcs_tasks.vm import control_clone, control_console, control_migrate, control_plan
+from hdcs_tasks.vm.move_rules import MoveOptions
 
 
 class Vm(Part):
@@ -59,22 +60,22 @@ class Vm(Part):
         return self._op(vm_control.delete(self._control, self.name, self._asked(idempotency_key, reason)))
 
     def migrate(
-        self, to: str | None = None, *, live: bool = True, dry_run: bool = False, idempotency_key: str | None = None,
-        reason: str = "",
+        self, to: str | None = None, *, live: bool = True, bandwidth_mib_s: int | None = None, postcopy: bool = False,
+        auto_converge: bool = True, dry_run: bool = False, idempotency_key: str | None = None, reason: str = "",
     ) -> Any:  # fmt: skip
-        """Move it; an Operation, or with ``dry_run`` a Plan."""
+        """Move it to a server node or to another domain node; an Operation, or with ``dry_run`` a Plan.
+
+        ``live`` False: a running VM is saved and goes on at the target. The rest is of ``move_rules.MoveOptions``.
+        """
+        options = MoveOptions(live, bandwidth_mib_s, postcopy, auto_converge)
         if dry_run:
-            return Plan(control_plan.plan_migrate(self._control, self.name, to=to))
+            return Plan(control_plan.plan_migrate(self._control, self.name, to=to, options=options))
         asked = self._asked(idempotency_key, reason)
-        return self._op(control_migrate.migrate(self._control, self.name, asked, to=to, live=live))
+        return self._op(control_migrate.migrate(self._control, self.name, asked, to=to, options=options))
 
     def set_usb(self, policy: str) -> View:
         """``on``, ``off`` or a SPICE filter; takes effect at the next start."""
         return vm_control.set_usb(self._control, self.name, policy)
-
-    def set_idle(self, after_s: float | None) -> View:
-        """Stop it once unused for ``after_s`` seconds; 0 never, None as ``HDCS_IDLE_AFTER_S`` says."""
-        return vm_control.set_idle(self._control, self.name, after_s)
 
     def console(self, *, ttl_s: float = 60.0) -> str:
         """A virt-viewer ``.vv`` text whose ticket expires after ``ttl_s`` seconds."""
@@ -112,12 +113,13 @@ class Vms(Part):
     def clone(
         self, image: str, *, name: str, count: int = 1, profile: str = "small", domain_node: str | None = None,
         start: bool = False, owner: str = "", tags: Sequence[str] = (), rules: Mapping[str, Any] | None = None,
-        dry_run: bool = False, idempotency_key: str | None = None, reason: str = "",
+        warm: bool = False, dry_run: bool = False, idempotency_key: str | None = None, reason: str = "",
     ) -> Any:  # fmt: skip
         """Clone ``count`` VMs as derived images; an Operation, or a Plan with ``dry_run``. ``rules``: fields of
-        ``pool.policy.VmPolicy`` (pin, together, apart, node_tags, …) that go before the profile's."""
+        ``pool.policy.VmPolicy`` (pin, together, apart, node_tags, …) that go before the profile's. ``warm``: take
+        ready ones out of a warm pool as far as there are any, and start the others."""
         request = control_clone.CloneRequest(
-            image, name, count, profile, domain_node, start, owner or self._by, tuple(tags), rules or {}
+            image, name, count, profile, domain_node, start, owner or self._by, tuple(tags), rules or {}, warm
         )
         if dry_run:
             return Plan(control_clone.plan_clone(self._control, request))

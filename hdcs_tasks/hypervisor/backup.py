@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from xml.etree import ElementTree
 import libvirt
 
 from hdcs_tasks.errors import BackupBroken, Conflict, HdcsError, HypervisorRefused, OutcomeUnknown, WrongState
-from hdcs_tasks.hypervisor import agent
+from hdcs_tasks.hypervisor import agent, keys
 from hdcs_tasks.hypervisor.checkpoints import (
     DISK_TARGET,
     SEED,
@@ -32,6 +31,7 @@ from hdcs_tasks.hypervisor.checkpoints import (
 )
 from hdcs_tasks.hypervisor.connection import Host
 from hdcs_tasks.hypervisor.errors import libvirt_errors
+from hdcs_tasks.hypervisor.holder import holder
 from hdcs_tasks.hypervisor.jobs import (
     POLL_S,
     IsCancelled,
@@ -41,18 +41,11 @@ from hdcs_tasks.hypervisor.jobs import (
     job_of,
     stop_reason,
 )
-from hdcs_tasks.hypervisor.processes import run
+from hdcs_tasks.hypervisor.keys import Key
+from hdcs_tasks.hypervisor.layers import Backing, create_layer, extract_layer, set_backing
 
 _FIRST_POLL_S = 0.01
 _STATS_WAIT_S = 5.0
-
-
-@dataclass(frozen=True)
-class Backing:
-    """What a backup file stands on. ``path``: absolute, or relative to the backup file's folder."""
-
-    path: str
-    format: str = "qcow2"
 
 
 @dataclass(frozen=True)
@@ -78,6 +71,7 @@ def backup_running(
     checkpoint: str,
     backing: Backing | None,
     incremental_from: str | None = None,
+    key: Key | None = None,
     disk_target: str = DISK_TARGET,
     freeze: bool = True,
     bandwidth_mib_s: int | None = None,
@@ -90,7 +84,7 @@ def backup_running(
     With ``incremental_from`` (a checkpoint's name) what changed since then, on ``backing`` = the previous
     point's file; without it the VM's own layer, on ``backing`` = the base image (None: the VM has no base image). A new
     checkpoint named ``checkpoint`` marks the moment; ``checkpoints.keep_checkpoints`` afterwards drops older ones.
-    ``bandwidth_mib_s`` limits the copying.
+    ``bandwidth_mib_s`` limits the copying; ``key``: the file is encrypted with it.
 
     Raises BackupBroken (a bitmap is missing or broken: all checkpoints are deleted, the next backup is a full one),
     Cancelled, HypervisorRefused (libvirt said no, or ``deadline_s`` passed), WrongState, Conflict (another job, or
@@ -100,11 +94,13 @@ def backup_running(
         raise Conflict(f"{target.name} exists", next="Name each attempt's partial file anew, or delete it")
     guest = host.guest(vm_id)
     started = time.monotonic()
-    job = _Push(host, vm_id, guest, disk_target, on_progress, cancelled, started + deadline_s, bandwidth_mib_s)
+    job = _Push(host, vm_id, guest, disk_target, on_progress, cancelled, started + deadline_s, bandwidth_mib_s, key)
     try:
         since = incremental_from or job.seed(backing)
         # Without a seed only the whole disk can be had; the base is taken out of it afterwards.
         whole = target.with_name(target.name + ".whole") if since is None and backing is not None else target
+        if key is not None:
+            job.make_encrypted(whole, backing if whole is target else None)
         consistency = job.push(whole, checkpoint, since, freeze)
         job.settle(whole, target, backing, rebase_only=since is not None)
         _fsync(target)
@@ -129,23 +125,26 @@ def backup_stopped(
     checkpoint: str,
     backing: Backing | None,
     incremental_from: str | None = None,
+    key: Key | None = None,
+    disk_key: Key | None = None,
     checkpoints: tuple[str, ...] = (),
     bandwidth_mib_s: int | None = None,
     on_progress: OnProgress | None = None,
     cancelled: IsCancelled | None = None,
     deadline_s: float = 3600,
 ) -> BackupResult:
-    """As ``backup_running`` for a VM that runs nowhere. ``checkpoints``: their XML (parents first) as kept.
+    """As ``backup_running`` for a VM that runs nowhere. ``checkpoints``: their XML (parents first) as kept;
+    ``disk_key``: of the VM's disk, if that is encrypted.
 
     A guest that never runs holds the disk meanwhile: QEMU's image lock keeps the VM from being started elsewhere.
     It ends with this call, and with this process's connection. Consistency is "filesystem": nothing is in flight.
     Raises also Conflict when the guest is on this host or its disk is open.
     """
-    with _holder(host, vm_id, disk):
+    with holder(host, vm_id, disk, disk_key):
         redefine_checkpoints(host, vm_id, checkpoints)
         result = backup_running(
             host, vm_id, target=target, checkpoint=checkpoint, backing=backing, incremental_from=incremental_from,
-            freeze=False, bandwidth_mib_s=bandwidth_mib_s, on_progress=on_progress, cancelled=cancelled,
+            key=key, freeze=False, bandwidth_mib_s=bandwidth_mib_s, on_progress=on_progress, cancelled=cancelled,
             deadline_s=deadline_s,
         )  # fmt: skip
     return BackupResult(result.kind, result.bytes, result.seconds, "filesystem", result.checkpoint_xml)
@@ -178,8 +177,10 @@ class _Push:
         cancelled: IsCancelled | None,
         deadline: float,
         bandwidth_mib_s: int | None,
+        key: Key | None = None,
     ) -> None:
         self.host = host
+        self.key = key
         self.bandwidth_mib_s = bandwidth_mib_s
         self.vm_id = vm_id
         self.guest = guest
@@ -202,13 +203,20 @@ class _Push:
             return None
         return SEED if define_seed(self.guest, self.disk_target) else None
 
+    def make_encrypted(self, target: Path, backing: Backing | None) -> None:
+        """The file libvirt is to fill: its own would cost a second to open, for each layer of a chain."""
+        with libvirt_errors(self.what):
+            size_bytes = self.guest.blockInfo(self.disk_target)[0]
+        create_layer(target, backing, size_bytes, self.key)
+        keys.give_to_libvirt(self.host, self.key)
+
     def push(self, target: Path, checkpoint: str, since: str | None, freeze: bool) -> str:
         """Run the job to its end; returns the consistency of the moment it was begun."""
         others = [name for name in self._disks() if name != self.disk_target]
         self._refuse_unknown(since)
         with completed_job(self.host, self.guest) as wait_stats:
             consistency = self._begin(
-                _backup_xml(target, since, self.disk_target, others),
+                _backup_xml(target, since, self.disk_target, others, self.key),
                 checkpoint_xml(checkpoint, self.disk_target, others=others),
                 freeze,
             )
@@ -247,7 +255,8 @@ class _Push:
         with ExitStack() as stack:
             held = freeze and running and stack.enter_context(agent.frozen(self.host, self.vm_id))
             with libvirt_errors(f"begin the {self.what}", unsure=True):
-                self.guest.backupBegin(backup_xml, point_xml, 0)
+                flags = libvirt.VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL if self.key else 0
+                self.guest.backupBegin(backup_xml, point_xml, flags)
             self.begun = True
         self._limit()
         return "filesystem" if held else "crash"
@@ -281,13 +290,16 @@ class _Push:
 
     def settle(self, whole: Path, target: Path, backing: Backing | None, *, rebase_only: bool) -> None:
         """Make ``target`` stand on ``backing``: libvirt left the live disk as its backing file."""
-        if backing is None:
+        if backing is None or (rebase_only and self.key is not None):
             return
         if rebase_only:
-            run(["qemu-img", "rebase", "-u", "-F", backing.format, "-b", backing.path, str(target)], timeout_s=60)
+            set_backing(target, backing, None)
             return
         try:
-            extract_layer(whole, target, backing, self.on_progress, self.cancelled, self.deadline - time.monotonic())
+            extract_layer(
+                whole, target, backing, self.on_progress, self.cancelled, self.deadline - time.monotonic(),
+                keys=(self.key,), key=self.key,
+            )  # fmt: skip
         finally:
             whole.unlink(missing_ok=True)
 
@@ -297,92 +309,14 @@ class _Push:
             return str(found.getXMLDesc(libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN))
 
 
-def extract_layer(
-    source: Path,
-    target: Path,
-    backing: Backing,
-    on_progress: OnProgress | None,
-    cancelled: IsCancelled | None,
-    timeout_s: float,
-) -> None:
-    """Write to ``target``, on ``backing``, exactly the clusters in which ``source`` (qcow2, any chain) differs from it.
-
-    An empty overlay is rebased safely, which compares. (``qemu-img convert -B`` would not do: of a chain it
-    copies the top layer only.) A ``target`` half written is deleted. Raises Cancelled, HypervisorRefused.
-    """
-
-    def on_percent(percent: float) -> None:
-        if on_progress is not None:
-            on_progress(percent, "compare", None)
-
-    try:
-        run(
-            ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", os.path.abspath(source), str(target)],
-            timeout_s=60,
-        )
-        run(
-            ["qemu-img", "rebase", "-p", "-F", backing.format, "-b", backing.path, str(target)],
-            timeout_s=timeout_s, on_percent=on_percent, cancelled=cancelled,
-        )  # fmt: skip
-    except BaseException:
-        target.unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def _holder(host: Host, vm_id: str, disk: Path) -> Iterator[None]:
-    """A guest of ``vm_id`` that has ``disk`` open and never runs; gone at the end, or with the connection."""
-    if host.lookup(vm_id) is not None:
-        raise Conflict(f"guest {vm_id} is on this host", next="Back up the running guest instead")
-    flags = libvirt.VIR_DOMAIN_START_PAUSED | libvirt.VIR_DOMAIN_START_AUTODESTROY
-    with libvirt_errors(f"open the disk of VM {vm_id}", unsure=True):
-        guest = host.conn.createXML(_holder_xml(vm_id, disk), flags)
-    try:
-        yield
-    finally:
-        with libvirt_errors(f"close the disk of VM {vm_id}", unsure=True):
-            _end_gracefully(guest)
-
-
-def _end_gracefully(guest: Any) -> None:
-    """End QEMU by SIGTERM, never SIGKILL: killed, it would leave the bitmaps broken."""
-    for _ in range(10):
-        try:
-            guest.destroyFlags(libvirt.VIR_DOMAIN_DESTROY_GRACEFUL)
-        except libvirt.libvirtError as error:
-            if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
-                return
-            if error.get_error_code() != libvirt.VIR_ERR_SYSTEM_ERROR:
-                raise
-            time.sleep(0.5)  # QEMU takes its time to write the bitmaps
-        else:
-            return
-    raise HypervisorRefused("the guest that holds the disk does not end", next="Destroy the paused guest backup-<id>")
-
-
-def _holder_xml(vm_id: str, disk: Path) -> str:
-    root = ElementTree.Element("domain", type="qemu")
-    ElementTree.SubElement(root, "name").text = f"backup-{vm_id}"
-    ElementTree.SubElement(root, "uuid").text = vm_id
-    ElementTree.SubElement(root, "memory", unit="MiB").text = "16"
-    ElementTree.SubElement(root, "vcpu").text = "1"
-    ElementTree.SubElement(ElementTree.SubElement(root, "os"), "type", machine="pc").text = "hvm"
-    devices = ElementTree.SubElement(root, "devices")
-    node = ElementTree.SubElement(devices, "disk", type="file", device="disk")
-    ElementTree.SubElement(node, "driver", name="qemu", type="qcow2")
-    ElementTree.SubElement(node, "source", file=str(disk))
-    ElementTree.SubElement(node, "target", dev=DISK_TARGET, bus="virtio")
-    ElementTree.SubElement(devices, "memballoon", model="none")
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def _backup_xml(target: Path, since: str | None, disk_target: str, others: list[str]) -> str:
+def _backup_xml(target: Path, since: str | None, disk_target: str, others: list[str], key: Key | None) -> str:
     root = ElementTree.Element("domainbackup", mode="push")
     if since is not None:
         ElementTree.SubElement(root, "incremental").text = since
     disks = ElementTree.SubElement(root, "disks")
     disk = ElementTree.SubElement(disks, "disk", name=disk_target, type="file", backup="yes")
-    ElementTree.SubElement(disk, "target", file=os.path.abspath(target))
+    file = ElementTree.SubElement(disk, "target", file=os.path.abspath(target))
+    keys.encryption_element(file, key.name if key else None)
     ElementTree.SubElement(disk, "driver", type="qcow2")
     for other in others:
         ElementTree.SubElement(disks, "disk", name=other, backup="no")

@@ -12,7 +12,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from hdcs_tasks.hypervisor import keys
 from hdcs_tasks.hypervisor.checkpoints import SEED
+from hdcs_tasks.hypervisor.keys import Key
 from hdcs_tasks.hypervisor.processes import run
 
 _GRANULARITY = 65536
@@ -28,28 +30,34 @@ def bitmaps(disk: Path) -> dict[str, bool]:
     return {each["name"]: "in-use" not in each["flags"] for each in found}
 
 
-def ensure_seed(disk: Path, *, keep: Collection[str] | None = None) -> bool:
+def ensure_seed(disk: Path, *, keep: Collection[str] | None = None, key: Key | None = None) -> bool:
     """Give ``disk`` a sound seed bitmap that marks all its own clusters; True if it had none.
 
     Call it on a new overlay, on a restored or imported disk, and before the start of a VM whose QEMU died. Broken
     bitmaps are removed, and with ``keep`` all but the seed and the named: a backup point whose bitmap is gone makes
-    the next backup a full one.
+    the next backup a full one. ``key``: of an encrypted disk.
     """
     found = bitmaps(disk)
     for name, sound in found.items():
         wanted = keep is None or name == SEED or name in keep
         if not (sound and wanted):
-            run(["qemu-img", "bitmap", "--remove", str(disk), name], timeout_s=_TIMEOUT_S)
+            _bitmap(disk, key, "--remove", name)
     if found.get(SEED, False):
         return False
-    marks = list(_own_extents(disk))
-    run(["qemu-img", "bitmap", "--add", "-g", str(_GRANULARITY), str(disk), SEED], timeout_s=_TIMEOUT_S)
+    marks = list(_own_extents(disk, key))
+    _bitmap(disk, key, "--add", "-g", str(_GRANULARITY), SEED)
     if marks:
-        _mark(disk, marks)
+        _mark(disk, marks, key)
     return True
 
 
-def _mark(disk: Path, marks: list[tuple[int, int]]) -> None:
+def _bitmap(disk: Path, key: Key | None, *options: str) -> None:
+    *how, name = options
+    argv = [*how, *keys.opened(disk, (key,)), name]
+    keys.run(["qemu-img", "bitmap"], *argv, keys=(key,), timeout_s=_TIMEOUT_S)
+
+
+def _mark(disk: Path, marks: list[tuple[int, int]], key: Key | None) -> None:
     """Set the bits of ``marks`` (offset, length) in the seed of ``disk``.
 
     qemu-img can only merge bitmaps, so they are made in a scratch image, by writing zeros (no data) there.
@@ -63,10 +71,7 @@ def _mark(disk: Path, marks: list[tuple[int, int]]) -> None:
         while batch := list(islice(commands, _COMMANDS_AT_ONCE)):
             argv = [part for command in batch for part in ("-c", command)]
             run(["qemu-io", "-f", "qcow2", *argv, scratch], timeout_s=_TIMEOUT_S)
-        run(
-            ["qemu-img", "bitmap", "--merge", "marks", "-b", scratch, "-F", "qcow2", str(disk), SEED],
-            timeout_s=_TIMEOUT_S,
-        )
+        _bitmap(disk, key, "--merge", "marks", "-b", scratch, "-F", "qcow2", SEED)
 
 
 def _cut(marks: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
@@ -75,14 +80,15 @@ def _cut(marks: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
             yield part, min(_ZERO_MAX, at + length - part)
 
 
-def _own_extents(disk: Path) -> Iterator[tuple[int, int]]:
+def _own_extents(disk: Path, key: Key | None) -> Iterator[tuple[int, int]]:
     """(offset, length) of what the top layer of ``disk`` holds, zeros included: they hide the base, too.
 
     In parts, as the map of a large fragmented disk is more text than a child may write.
     """
     for start in range(0, _info(disk)["virtual-size"], _MAP_PART):
-        argv = ["qemu-img", "map", "--output=json", f"--start-offset={start}", f"--max-length={_MAP_PART}", str(disk)]
-        for each in json.loads(run(argv, timeout_s=_TIMEOUT_S).stdout):
+        argv = ["--output=json", f"--start-offset={start}", f"--max-length={_MAP_PART}", *keys.opened(disk, (key,))]
+        done = keys.run(["qemu-img", "map"], *argv, keys=(key,), timeout_s=_TIMEOUT_S)
+        for each in json.loads(done.stdout):
             if each["depth"] == 0 and (each.get("present", True) or each["zero"]):
                 yield each["start"], each["length"]
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from hdcs_tasks.errors import Cancelled, Conflict, HypervisorRefused, Invalid, NotFound
-from hdcs_tasks.hypervisor import processes
+from hdcs_tasks.hypervisor import keys, processes
+from hdcs_tasks.hypervisor.keys import Key
 from hdcs_tasks.hypervisor.processes import Cancel, Percent
 
 Progress = Callable[[float, str, float | None], None]
@@ -220,13 +221,14 @@ def create_overlay(
     size_bytes: int | None = None,
     bitmap: str | None = None,
     base_format: str | None = None,
+    key: Key | None = None,
     attempt: str = "0",
 ) -> Path:
     """Make ``target`` a qcow2 overlay (linked clone) on ``base``; returns ``target``.
 
-    ``size_bytes`` None: as large as the base. ``bitmap``: a persistent dirty bitmap that records from the very
-    first write. Being there already on that base is a success; another file there is a Conflict. Raises NotFound,
-    Invalid, HypervisorRefused (no space).
+    ``size_bytes`` None: as large as the base. ``key``: the overlay is encrypted with it. ``bitmap``: a persistent dirty
+    bitmap that records from the very first write. Being there already on that base is a success; another file
+    there is a Conflict. Raises NotFound, Invalid, HypervisorRefused (no space).
     """
     if target.exists():
         present = probe(target)
@@ -236,9 +238,13 @@ def create_overlay(
     fmt = base_format or sniff(base)
     size = [] if size_bytes is None else [str(size_bytes)]
     with partial_file(target, attempt) as partial:
-        _image("create", "-q", "-f", "qcow2", "-F", fmt, "-b", base.absolute(), partial, *size)
+        keys.run(
+            ["qemu-img", "create"], "-q", "-f", "qcow2", *keys.encryption(key), "-F", fmt, "-b", base.absolute(),
+            partial, *size, keys=(key,), timeout_s=_QUICK_S,
+        )  # fmt: skip
         if bitmap is not None:
-            bitmap_add(partial, bitmap)
+            argv = [*keys.opened(partial, (key,)), bitmap]
+            keys.run(["qemu-img", "bitmap"], "--add", *argv, keys=(key,), timeout_s=_QUICK_S)
     return target
 
 
@@ -387,13 +393,14 @@ def rebase_unsafe(path: Path, backing: Path, backing_format: str) -> None:
     _image("rebase", "-u", "-f", "qcow2", "-F", backing_format, "-b", backing.absolute(), path)
 
 
-def resize(path: Path, size_bytes: int) -> None:
+def resize(path: Path, size_bytes: int, *, key: Key | None = None) -> None:
     """Grow a qcow2 that is not in use; Invalid when it would shrink."""
     present = probe(path, fmt="qcow2").virtual_bytes
     if size_bytes < present:
         raise Invalid(f"{path} has {present} bytes; {size_bytes} would cut data off", next="Only growing is possible")
     if size_bytes > present:
-        _image("resize", "-q", "-f", "qcow2", path, str(size_bytes))
+        argv = ["-q", *keys.opened(path, (key,)), str(size_bytes)]
+        keys.run(["qemu-img", "resize"], *argv, keys=(key,), timeout_s=_QUICK_S)
 
 
 def bitmap_add(path: Path, name: str) -> None:

@@ -100,6 +100,19 @@ def list_guests(host: Host) -> list[GuestInfo]:
     return found
 
 
+def console_port(host: Host, vm_id: str) -> int | None:
+    """The console port of a guest HDCS started, 0 where it has none; None for any other guest, or one that ended."""
+    with libvirt_errors("look at a guest"):
+        guest = host.lookup(vm_id)
+        try:
+            text = guest.XMLDesc(0) if guest is not None else ""
+        except libvirt.libvirtError as error:
+            if not _gone(error):
+                raise
+            return None
+    return xml.read_guest(text, "running").console_port if text and xml.is_hdcs(text) else None
+
+
 def start(host: Host, spec: GuestSpec, *, saved: Path | None = None, paused: bool = False) -> GuestInfo:
     """Define and start ``spec``'s guest, from the memory file ``saved`` if given; returns it as observed.
 

@@ -195,7 +195,7 @@ def adopt_or_abort_job(
 
     ``adopt=False`` aborts at once. While adopting, ``cancelled`` or ``deadline_s`` abort it, too. "completed" is
     libvirt's word when it still has the figures; a guest that left this host counts as "completed" for
-    migration_out: confirm with ``migration.observe``. Raises OutcomeUnknown if an abort has no effect.
+    migration_out: confirm with ``whereabouts.observe``. Raises OutcomeUnknown if an abort has no effect.
     """
     guest = host.lookup(vm_id)
     found = None if guest is None else job_of(guest)

@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 from uuid import UUID
 
 from hdcs_tasks.errors import BackupBroken, Invalid
-from hdcs_tasks.routing import check_name as check_image
+from hdcs_tasks.routing import check_name as check_label
 
 FORMAT = 1
 MANIFEST_MAX_BYTES = 1 << 20
@@ -45,6 +45,7 @@ class Point:
     ``definition``: the VM's spec as JSON-able dict. ``disk_bytes``: what the guest sees; ``file_bytes``, ``sha256``:
     of the backup file. ``consistency``: "filesystem" or "crash". ``created_at``: UTC, ISO 8601.
     ``checkpoint_xml``: libvirt's record for ``checkpoints.redefine_checkpoints``; ``checkpoint`` its name.
+    ``key``: name of the key the file is encrypted with (never the key), None in clear.
     """
 
     id: str
@@ -62,6 +63,7 @@ class Point:
     file_bytes: int = 0
     sha256: str = ""
     created_at: str = ""
+    key: str | None = None
     format: int = FORMAT
 
     @property
@@ -118,6 +120,8 @@ def check_point(point: Point) -> Point:
         )
     if point.parent is not None:
         check_name("backup point", point.parent)
+    if point.key is not None:
+        check_label("key", point.key)
     if point.base is not None:
         _check_base(point.base)
     return point
@@ -126,7 +130,7 @@ def check_point(point: Point) -> Point:
 def _check_base(base: BaseImage) -> None:
     if not _SHA256.fullmatch(base.sha256) or base.format not in ("qcow2", "raw"):
         raise Invalid(f"base image {base.name} has a bad hash or format", next="Give its SHA-256 and qcow2 or raw")
-    check_image("image", base.name)
+    check_label("image", base.name)
     if type(base.version) is not int or base.version < 1:
         raise Invalid(f"base image {base.name} has version {base.version!r}", next="Versions count from 1")
 

@@ -17,8 +17,9 @@ from hdcs_tasks.errors import BackupBroken, Invalid
 from hdcs_tasks.hypervisor import disks, manifests
 from hdcs_tasks.hypervisor.bases import storage_errors
 from hdcs_tasks.hypervisor.jobs import IsCancelled, OnProgress
+from hdcs_tasks.hypervisor.layers import flatten, same_content
 from hdcs_tasks.hypervisor.manifests import Point
-from hdcs_tasks.hypervisor.repository import Repository, flatten, write_durably
+from hdcs_tasks.hypervisor.repository import Repository, write_durably
 
 _INTENT = ".merge.partial"
 
@@ -49,8 +50,15 @@ def merge(
     partial = repository.partial(point.vm_id, point.chain, point.seq, attempt)
     partial.unlink(missing_ok=True)
     try:
-        flatten(repository.file(point), partial, backing, on_progress, cancelled, deadline_s)
-        if not repository.compare(point, partial, cancelled=cancelled, timeout_s=deadline_s):
+        of_point, of_below = repository.keys_of(point), repository.keys_of(below) if below else ()
+        backing = backing and replace(backing, keys=of_below)
+        flatten(
+            repository.file(point), partial, backing, on_progress, cancelled, deadline_s, keys=of_point, key=of_point[0]
+        )  # fmt: skip
+        if not same_content(
+            repository.file(point), partial, of_point, (of_point[0], *of_below), cancelled=cancelled,
+            timeout_s=deadline_s,
+        ):  # fmt: skip
             raise BackupBroken(
                 f"merging into {point.id} did not give the same content; the chain is as it was",
                 next="Verify the point; look at the storage's health",

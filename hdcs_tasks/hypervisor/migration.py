@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 
 import libvirt
 
-from hdcs_tasks.errors import HdcsError, HypervisorRefused, NotFound, OutcomeUnknown, Unreachable
+from hdcs_tasks.errors import Cancelled, OutcomeUnknown, Unreachable
 from hdcs_tasks.hypervisor.connection import Host
 from hdcs_tasks.hypervisor.errors import libvirt_errors, translate
 from hdcs_tasks.hypervisor.jobs import (
@@ -27,8 +27,9 @@ from hdcs_tasks.hypervisor.jobs import (
     POLL_S,
     IsCancelled,
     OnProgress,
+    adopt_or_abort_job,
     completed_job,
-    current_job,
+    completed_stats,
     job_of,
     stop_reason,
 )
@@ -65,6 +66,7 @@ def migrate_live(
     postcopy: bool = False,
     console_port: int | None = None,
     console_listen: str | None = None,
+    tls: bool = False,
     on_progress: OnProgress | None = None,
     cancelled: IsCancelled | None = None,
     deadline_s: float = 3600,
@@ -76,13 +78,15 @@ def migrate_live(
     session is lost. ``unsafe``: the storage is shared though libvirt takes it for local. ``console_port`` and
     ``console_listen`` replace the guest's at the target.
 
+    ``tls``: memory is sent encrypted, by QEMU's own certificates.
+
     Raises Cancelled (``cancelled`` said so; the guest runs on at the source), HypervisorRefused (libvirt said no, or
-    ``deadline_s`` passed; the same), OutcomeUnknown (ask ``observe``), NotFound, WrongState. A cancel that comes too
-    late returns the result: the guest is at the target.
+    ``deadline_s`` passed; the same), OutcomeUnknown (ask ``whereabouts.observe``), NotFound, WrongState. A cancel that
+    comes too late returns the result: the guest is at the target.
     """
     flags = libvirt.VIR_MIGRATE_UNSAFE if unsafe else 0
     return _Migration(host, vm_id, target_uri, on_progress, cancelled, deadline_s).run(
-        flags | _flags(auto_converge, postcopy),
+        flags | _flags(auto_converge, postcopy, tls),
         _params(target_address, graphics_uri, bandwidth_mib_s),
         _Console(console_port, console_listen),
     )
@@ -99,6 +103,7 @@ def migrate_with_storage(
     auto_converge: bool = True,
     console_port: int | None = None,
     console_listen: str | None = None,
+    tls: bool = False,
     on_progress: OnProgress | None = None,
     cancelled: IsCancelled | None = None,
     deadline_s: float = 3600,
@@ -111,10 +116,54 @@ def migrate_with_storage(
     Contract otherwise as ``migrate_live``. No post-copy: disks have none.
     """
     return _Migration(host, vm_id, target_uri, on_progress, cancelled, deadline_s).run(
-        libvirt.VIR_MIGRATE_NON_SHARED_INC | _flags(auto_converge, postcopy=False),
+        libvirt.VIR_MIGRATE_NON_SHARED_INC | _flags(auto_converge, postcopy=False, tls=tls),
         _params(target_address, graphics_uri, bandwidth_mib_s),
         _Console(console_port, console_listen),
     )
+
+
+class Adopted(StrEnum):
+    """What became of the migration an earlier attempt had begun: there was none, the guest left, the guest stayed."""
+
+    NONE = "none"
+    LEFT = "left"
+    STAYED = "stayed"
+
+
+def adopt(
+    host: Host,
+    vm_id: str,
+    *,
+    on_progress: OnProgress | None = None,
+    cancelled: IsCancelled | None = None,
+    deadline_s: float = 3600,
+) -> Adopted:
+    """Watch the migration that an earlier attempt began, and died, to its end: libvirt goes on without it.
+
+    Raises Cancelled (it was aborted, the guest runs on here), OutcomeUnknown (an abort has no effect), Unreachable.
+    """
+    if host.lookup(vm_id) is None:
+        return Adopted.LEFT
+    end = adopt_or_abort_job(host, vm_id, on_progress=on_progress, cancelled=cancelled, deadline_s=deadline_s)
+    if end.kind != "migration_out":
+        return Adopted.NONE
+    if end.ended == "aborted":
+        raise Cancelled(f"migration of guest {vm_id} was aborted")
+    return Adopted.LEFT if end.ended == "completed" else Adopted.STAYED
+
+
+def disk_sizes(host: Host, vm_id: str) -> tuple[int, int]:
+    """Of a running guest's first disk: the bytes a guest sees, and those its own layer takes on the storage."""
+    (path, *_) = disk_paths(host, vm_id)
+    with libvirt_errors(f"look at the disk of guest {vm_id}"):
+        virtual, allocated, _ = host.guest(vm_id).blockInfo(str(path))
+    return int(virtual), int(allocated)
+
+
+def arrived(host: Host, vm_id: str) -> MigrationResult | None:
+    """libvirt's figures of the move that brought the guest here, at the target; None when it keeps none."""
+    stats = completed_stats(host.guest(vm_id))
+    return _result(stats, -1) if stats.get("memory_processed") else None
 
 
 def disk_paths(host: Host, vm_id: str) -> list[Path]:
@@ -125,7 +174,7 @@ def disk_paths(host: Host, vm_id: str) -> list[Path]:
     return [Path(path) for path in found if path]
 
 
-def _flags(auto_converge: bool, postcopy: bool) -> int:
+def _flags(auto_converge: bool, postcopy: bool, tls: bool) -> int:
     flags = (
         libvirt.VIR_MIGRATE_PEER2PEER
         | libvirt.VIR_MIGRATE_LIVE
@@ -137,6 +186,8 @@ def _flags(auto_converge: bool, postcopy: bool) -> int:
         flags |= libvirt.VIR_MIGRATE_AUTO_CONVERGE
     if postcopy:
         flags |= libvirt.VIR_MIGRATE_POSTCOPY
+    if tls:
+        flags |= libvirt.VIR_MIGRATE_TLS
     return int(flags)
 
 
@@ -208,6 +259,7 @@ class _Migration:
         deadline_s: float,
     ) -> None:
         self.host = host
+        self.vm_id = vm_id
         self.what = f"migration of guest {vm_id} to {target_uri}"
         self.target_uri = target_uri
         self.guest = host.guest(vm_id)
@@ -219,8 +271,10 @@ class _Migration:
         with libvirt_errors(self.what):
             params = params | console.params(self.guest)
         started = time.monotonic()
-        with completed_job(self.host, self.guest) as wait_stats:
-            call = _Call(lambda: self.guest.migrateToURI3(self.target_uri, params, flags))
+        # On a connection of its own: the answer to a call that lasts lies unread while others are asked on the same.
+        with completed_job(self.host, self.guest) as wait_stats, self.host.another() as own:
+            guest = own.guest(self.vm_id)
+            call = _Call(lambda: guest.migrateToURI3(self.target_uri, params, flags))
             call.start()
             stopped = self._watch(call, bool(flags & libvirt.VIR_MIGRATE_POSTCOPY))
             self._check(call, stopped)
@@ -289,83 +343,3 @@ def _result(stats: dict[str, Any], elapsed_ms: int) -> MigrationResult:
         memory_bytes=memory,
         disk_bytes=disk,
     )
-
-
-class Presence(StrEnum):
-    """What one host knows of a guest. ``unknown``: the host could not be asked."""
-
-    ABSENT = "absent"
-    RUNNING = "running"
-    PAUSED = "paused"
-    SHUTOFF = "shutoff"
-    UNKNOWN = "unknown"
-
-
-@dataclass(frozen=True)
-class Whereabouts:
-    """A guest seen from both ends of a migration; ``busy`` says that a migration job still runs at the source."""
-
-    source: Presence
-    target: Presence
-    busy: bool = False
-
-    @property
-    def verdict(self) -> str:
-        """ "source", "target", "both" or "neither" hold the living guest; "unknown" if nothing may be concluded.
-
-        While the job runs the target's paused copy is not yet the guest. Afterwards a paused side beside a running
-        one is the leftover of libvirt's hand-over, whichever end it is on.
-        """
-        running, paused = Presence.RUNNING, Presence.PAUSED
-        if Presence.UNKNOWN in (self.source, self.target):
-            return "unknown"
-        here, there = self.source in (running, paused), self.target in (running, paused)
-        if not (here and there):
-            return "source" if here else "target" if there else "neither"
-        if self.busy or (self.source, self.target) == (running, paused):
-            return "source"
-        if (self.source, self.target) == (paused, running):
-            return "target"
-        return "both"
-
-
-def observe(source: Host | None, target: Host | None, vm_id: str) -> Whereabouts:
-    """Where the guest of ``vm_id`` is, after an outcome nobody saw. None for a host that cannot be reached.
-
-    Never raises for a host that does not answer: it is ``unknown`` then.
-    """
-    here, there = _presence(source, vm_id), _presence(target, vm_id)
-    try:
-        job = None if source is None else current_job(source, vm_id)
-    except HdcsError:
-        here, job = Presence.UNKNOWN, None
-    return Whereabouts(here, there, job is not None and job.kind == "migration_out")
-
-
-def _presence(host: Host | None, vm_id: str) -> Presence:
-    if host is None:
-        return Presence.UNKNOWN
-    try:
-        guest = host.lookup(vm_id)
-        if guest is None:
-            return Presence.ABSENT
-        with libvirt_errors(f"look at guest {vm_id}"):
-            state = guest.state()[0]
-    except NotFound:
-        return Presence.ABSENT  # it left between two questions
-    except HdcsError:
-        return Presence.UNKNOWN
-    if state in (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PMSUSPENDED):
-        return Presence.PAUSED
-    dead = (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_CRASHED, libvirt.VIR_DOMAIN_NOSTATE)
-    return Presence.SHUTOFF if state in dead else Presence.RUNNING
-
-
-def finish_at_target(host: Host, vm_id: str) -> None:
-    """Let a guest run that a broken migration left paused at the target, once ``observe`` said "target"."""
-    guest = host.guest(vm_id)
-    with libvirt_errors(f"resume guest {vm_id}"):
-        if guest.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
-            guest.resume()
-    if job_of(guest) is not None:
-        raise HypervisorRefused(f"guest {vm_id} still has a job", next="Look again when it has ended")

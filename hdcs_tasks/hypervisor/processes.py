@@ -73,8 +73,10 @@ def run(
     memory_mib: int | None = None,
     cpu_s: int | None = None,
     ok: Sequence[int] = (0,),
+    pass_fds: Sequence[int] = (),
 ) -> Finished:
-    """Run ``argv`` to its end and return it; ``ok`` lists the exit codes that count as success.
+    """Run ``argv`` to its end and return it; ``ok`` lists the exit codes that count as success, ``pass_fds`` the files
+    it inherits.
 
     ``on_percent`` gets 0 to 100 from the progress lines of ``qemu-img -p``. ``cancelled`` is asked ten times a
     second; True ends the child with SIGTERM, after 2 s with SIGKILL, and raises Cancelled. Raises Unavailable
@@ -82,7 +84,7 @@ def run(
     """
     begun = time.monotonic()
     output = _Output(on_percent)
-    child = _spawn(argv, memory_mib, cpu_s)
+    child = _spawn(argv, memory_mib, cpu_s, pass_fds)
     try:
         _attend(child, output, argv, begun + timeout_s, cancelled)
     except BaseException:
@@ -107,7 +109,9 @@ def _ending(code: int) -> str:
     return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
 
 
-def _spawn(argv: Sequence[str], memory_mib: int | None, cpu_s: int | None) -> subprocess.Popen[bytes]:
+def _spawn(
+    argv: Sequence[str], memory_mib: int | None, cpu_s: int | None, pass_fds: Sequence[int]
+) -> subprocess.Popen[bytes]:
     """Start ``argv`` behind setpriv and prlimit: both end in exec, so the child's pid is the program's own."""
     guard = ["setpriv", "--pdeathsig", "KILL"]
     limits = [f"--as={memory_mib << 20}"] if memory_mib else []
@@ -118,7 +122,7 @@ def _spawn(argv: Sequence[str], memory_mib: int | None, cpu_s: int | None) -> su
     try:
         return subprocess.Popen(
             [*guard, *argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            process_group=0, env=environment,
+            process_group=0, env=environment, pass_fds=pass_fds,
         )  # fmt: skip
     except FileNotFoundError as error:
         raise HypervisorRefused(f"cannot run {argv[0]}: {error}", next="Install util-linux and qemu-utils") from error

@@ -14,30 +14,33 @@ sealed, and a backing file that leads anywhere but the chain's previous file is 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hdcs_tasks.errors import BackupBroken, Conflict, NotFound
-from hdcs_tasks.hypervisor import manifests
-from hdcs_tasks.hypervisor.backup import Backing, extract_layer
+from hdcs_tasks.hypervisor import keys, manifests
 from hdcs_tasks.hypervisor.bases import Bases, storage_errors
 from hdcs_tasks.hypervisor.bitmaps import ensure_seed
 from hdcs_tasks.hypervisor.disks import sha256, sync
 from hdcs_tasks.hypervisor.jobs import IsCancelled, OnProgress
+from hdcs_tasks.hypervisor.keys import Key, KeyRing, Keys
+from hdcs_tasks.hypervisor.layers import Backing, flatten, header, same_content
 from hdcs_tasks.hypervisor.manifests import BaseImage, Point
-from hdcs_tasks.hypervisor.processes import run
 
 _PARTIAL = ".partial"
 
 
 class Repository:
-    """The backups in one domain node's storage at ``root``. Holds nothing in memory; safe to make at any time."""
+    """The backups in one domain node's storage at ``root``. Holds nothing in memory; safe to make at any time.
 
-    def __init__(self, root: Path) -> None:
+    ``ring``: the keys this server node has; points in clear need none.
+    """
+
+    def __init__(self, root: Path, ring: KeyRing | None = None) -> None:
         self.root = root
+        self.ring = ring or KeyRing()
         self.folder = root / "backups"
         self.bases = Bases(self.folder / "bases")
 
@@ -63,6 +66,11 @@ class Repository:
         if isinstance(below, Point):
             return Backing(below.file_name)
         return Backing(os.path.relpath(self.bases.file(below), self.chain_folder(vm_id, chain)), below.format)
+
+    def keys_of(self, point: Point) -> Keys:
+        """The keys of the point's file and of all below it, for QEMU. Raises NotFound: one is not on this node."""
+        links = self.links(point) if point.key or point.parent else [point]
+        return [self.ring.find(link.key) for link in reversed(links)]
 
     def publish(
         self,
@@ -93,7 +101,7 @@ class Repository:
         self, partial: Path, draft: Point, *, on_progress: OnProgress | None, cancelled: IsCancelled | None
     ) -> Point:
         """``draft`` with the sizes and hash of the file ``partial``, made durable; BackupBroken if it stands wrong."""
-        info = _image_info(partial)
+        info = header(partial)
         below = self.get(draft.vm_id, draft.parent) if draft.parent else None
         self._check_backing(partial, draft, below, info)
         with storage_errors(f"writing {partial.name}"):
@@ -183,6 +191,7 @@ class Repository:
         target: Path,
         *,
         image: Path | None,
+        key: Key | None = None,
         attempt: str = "restore",
         on_progress: OnProgress | None = None,
         cancelled: IsCancelled | None = None,
@@ -191,8 +200,9 @@ class Repository:
         """Make ``target`` a disk with the content of ``point``: one overlay on ``image``, ready to be cloned from.
 
         ``image``: the file of the point's base image (``bases.bring_back``), None where it has none. The disk holds
-        just what differs from it, and a seed bitmap. ``verify`` first. Written to a partial file of ``attempt``
-        beside ``target``. Raises Conflict (``target`` exists), BackupBroken, Cancelled, HypervisorRefused.
+        just what differs from it, and a seed bitmap, and is encrypted with ``key``. ``verify`` first. Written to a
+        partial file of ``attempt`` beside ``target``. Raises Conflict (``target`` exists), BackupBroken, Cancelled,
+        HypervisorRefused.
         """
         if target.exists():
             raise Conflict(f"{target.name} exists", next="Restore under another name, or delete that VM first")
@@ -202,8 +212,11 @@ class Repository:
         backing = None if image is None or point.base is None else Backing(os.path.abspath(image), point.base.format)
         try:
             with storage_errors(f"restoring {point.id}"):
-                flatten(self.file(point), partial, backing, _as(on_progress, "restore"), cancelled, deadline_s)
-                ensure_seed(partial)
+                flatten(
+                    self.file(point), partial, backing, _as(on_progress, "restore"), cancelled, deadline_s,
+                    keys=self.keys_of(point), key=key,
+                )  # fmt: skip
+                ensure_seed(partial, key=key)
                 sync(partial)
                 os.link(partial, target)  # fails, where a rename would overwrite, if somebody made it meanwhile
         except FileExistsError:
@@ -216,15 +229,17 @@ class Repository:
         """Raise BackupBroken unless each file of ``links`` names the one below it, and no other file."""
         below: Point | None = None
         for link in chain:
-            self._check_backing(self.file(link), link, below, _image_info(self.file(link)))
+            self._check_backing(self.file(link), link, below, header(self.file(link)))
             below = link
 
     def compare(
-        self, point: Point, disk: Path, *, cancelled: IsCancelled | None = None, timeout_s: float = 3600
-    ) -> bool:
-        """Whether ``disk`` (of no running guest) has exactly the content of ``point``."""
-        argv = ["qemu-img", "compare", "-f", "qcow2", "-F", "qcow2", str(self.file(point)), str(disk)]
-        return run(argv, timeout_s=timeout_s, cancelled=cancelled, ok=(0, 1)).exit_code == 0
+        self, point: Point, disk: Path, *, key: Key | None = None, cancelled: IsCancelled | None = None,
+        timeout_s: float = 3600,
+    ) -> bool:  # fmt: skip
+        """Whether ``disk`` (of no running guest; encrypted with ``key``) has exactly the content of ``point``."""
+        return same_content(
+            self.file(point), disk, self.keys_of(point), (key,), cancelled=cancelled, timeout_s=timeout_s
+        )  # fmt: skip
 
     def delete(self, vm_id: str, chain: str, seq: int, point_id: str) -> bool:
         """Delete a point, also one whose manifest is damaged; False if it was gone.
@@ -302,9 +317,19 @@ class Repository:
                 f"{link.file_name} of chain {link.chain} is not the file that was written",
                 next="Check the storage; restore an earlier point",
             )
-        self._check_backing(file, link, below, _image_info(file))
-        if run(["qemu-img", "check", "-q", "-f", "qcow2", str(file)], timeout_s=3600, ok=(0, 1, 2, 3)).exit_code != 0:
+        self._check_backing(file, link, below, header(file))
+        if not self._is_sound(file, link):
             raise BackupBroken(f"qemu-img check fails on {link.file_name}", next="Restore an earlier point")
+
+    def _is_sound(self, file: Path, link: Point) -> bool:
+        """QEMU's own check. What is encrypted with a key this node lacks has the hash of the file that was written,
+        and that must do."""
+        try:
+            chain = self.keys_of(link)
+        except NotFound:
+            return True
+        argv = ["-q", *keys.opened(file, chain)]
+        return keys.run(["qemu-img", "check"], *argv, keys=chain, timeout_s=3600, ok=(0, 1, 2, 3)).exit_code == 0
 
     def _check_backing(self, file: Path, point: Point, below: Point | None, info: dict[str, Any]) -> None:
         """Refuse ``file`` unless its header names exactly what ``point`` stands on, and no file outside of it."""
@@ -324,34 +349,6 @@ class Repository:
                 each.rmdir()
             except OSError:
                 return  # not empty, or gone
-
-
-def _image_info(file: Path) -> dict[str, Any]:
-    """The header of ``file`` alone: no backing file is opened. Bounded, as the header may be hostile."""
-    argv = ["qemu-img", "info", "--output=json", "-f", "qcow2", str(file)]
-    found: dict[str, Any] = json.loads(run(argv, timeout_s=60, memory_mib=2048, cpu_s=30).stdout)
-    return found
-
-
-def flatten(
-    source: Path,
-    target: Path,
-    backing: Backing | None,
-    on_progress: OnProgress | None,
-    cancelled: IsCancelled | None,
-    timeout_s: float,
-) -> None:
-    """Write what ``source`` (qcow2, any chain) shows to ``target``: one layer on ``backing``, or (None) on nothing."""
-    if backing is not None:
-        extract_layer(source, target, backing, on_progress, cancelled, timeout_s)
-        return
-
-    def tell(percent: float) -> None:
-        if on_progress is not None:
-            on_progress(percent, "copy", None)
-
-    argv = ["qemu-img", "convert", "-p", "-f", "qcow2", "-O", "qcow2", str(source), str(target)]
-    run(argv, timeout_s=timeout_s, on_percent=tell, cancelled=cancelled)
 
 
 def _as(on_progress: OnProgress | None, phase: str) -> OnProgress | None:

@@ -58,8 +58,8 @@ class GuestSpec:
     ``virt_type``: "kvm" or "qemu". ``operation``, ``step``, ``attempt``: who asked, kept in the guest's metadata.
     ``disk_cache``: QEMU's cache mode; only "none" migrates safely on storage libvirt does not know.
     ``serial_log``: file that receives the serial console; empty gives a pty. ``kernel``, ``initrd``, ``cmdline``:
-    boot this kernel instead of the disk's boot loader. ``network`` empty: no network card. Raises Invalid when made of
-    nonsense.
+    boot this kernel instead of the disk's boot loader. ``network`` empty: no network card. ``disk_key``: name of the
+    key the disks are encrypted with. Raises Invalid when made of nonsense.
     """
 
     vm_id: str
@@ -81,6 +81,7 @@ class GuestSpec:
     kernel: str = ""
     initrd: str = ""
     cmdline: str = ""
+    disk_key: str = ""
 
     def __post_init__(self) -> None:
         try:
@@ -93,6 +94,8 @@ class GuestSpec:
         check_name("VM", self.name)
         if self.network:
             check_name("network", self.network)
+        if self.disk_key:
+            check_name("key", self.disk_key)
         _require(self.virt_type in ("kvm", "qemu"), f"virt type {self.virt_type!r}", "Use kvm or qemu")
         _require(self.vcpus >= 1, f"{self.vcpus} vCPUs", "Give at least one")
         _require(self.memory_mib >= 16, f"{self.memory_mib} MiB of memory", "Give at least 16")

@@ -34,6 +34,7 @@ class GuestSample:
 
     ``memory_mib``: the guest's memory; ``unused_mib``: of it, what the guest calls free; ``rss_mib``: what its QEMU
     takes from the host; 0 where unknown. ``partial``: the host had a hung QEMU; only state, CPU and memory are known.
+    ``run``: libvirt's number of this run of the guest; another number is another start.
     """
 
     vm_id: str
@@ -49,6 +50,7 @@ class GuestSample:
     net_rx_bytes: int = 0
     net_tx_bytes: int = 0
     partial: bool = False
+    run: int = 0
 
 
 class _Question:
@@ -114,6 +116,7 @@ def _read(guest: Any, values: dict[str, Any]) -> GuestSample:
         disk_write_bytes=_total(values, "block", "wr.bytes"),
         net_rx_bytes=_total(values, "net", "rx.bytes"),
         net_tx_bytes=_total(values, "net", "tx.bytes"),
+        run=guest.ID(),
     )
 
 
@@ -131,7 +134,6 @@ def _without_qemu(host: Host) -> list[GuestSample]:
             with libvirt_errors("sample guests"):
                 raise
         shown = "paused" if state in _PAUSED else "running"
-        found.append(
-            GuestSample(guest.UUIDString(), guest.name(), shown, cpu_ns, vcpus, memory_kib // 1024, partial=True)
-        )
+        vm_id, memory_mib = guest.UUIDString(), memory_kib // 1024
+        found.append(GuestSample(vm_id, guest.name(), shown, cpu_ns, vcpus, memory_mib, partial=True, run=guest.ID()))
     return sorted(found, key=lambda s: s.name)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from xml.etree import ElementTree as ET
 
+from hdcs_tasks.hypervisor.keys import encryption_element
 from hdcs_tasks.hypervisor.spec import GuestInfo, GuestSpec, usb_rules
 
 METADATA_NS = "urn:hdcs:guest:1"
@@ -83,7 +84,7 @@ def _devices(devices: ET.Element, spec: GuestSpec, console_password: str) -> Non
         disk = _add(devices, "disk", type_="file", device="disk")
         # The format is said, never guessed; an overlay's header says that of its backing image.
         _add(disk, "driver", name="qemu", type_="qcow2", cache=spec.disk_cache, discard="unmap", detect_zeroes="unmap")
-        _add(disk, "source", file=path)
+        encryption_element(_add(disk, "source", file=path), spec.disk_key)
         _add(disk, "target", dev=f"vd{chr(ord('a') + number)}", bus="virtio")
     if spec.network:
         nic = _add(devices, "interface", type_="network")

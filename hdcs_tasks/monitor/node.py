@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -22,42 +24,121 @@ from hdcs_tasks.routing import CONTROL
 
 log = logger(__name__)
 
-_last: dict[str, tuple[float, int]] = {}
-_lock = threading.Lock()
+ESTABLISHED = "01"
+LEAST_APART_S = 0.5
+"""Rates between samples closer together would be noise."""
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A guest as the sample before saw it."""
+
+    at: float
+    run: int
+    cpu_ns: int
+    disk_bytes: int
+    net_bytes: int
+
+
+class Sampler:
+    """Samples of one process; rates are between its own last two. Each run of a guest is asked for its port once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seen: dict[str, _Seen] = {}
+        self._ports: dict[tuple[str, int], int | None] = {}
+        self._host: tuple[float, int, int] | None = None
+
+    def sample(self, host: Host, node: str) -> dict[str, Any]:
+        """What runs here and how busy the host is: ``{node, at, host, guests}``, guests as ``Samples.FIELDS`` and
+        ``{vm_id, console_port}``. Asks libvirt one question for all guests."""
+        found = [guest for guest in stats.sample(host) if guest.state in ("running", "paused")]
+        ports = self._console_ports(host, found)
+        clients = console_clients()
+        at = time.time()
+        with self._lock:
+            guests_seen = [self._guest(guest, at, port, clients.get(port, 0)) for guest, port in ports]
+            self._seen = {guest.vm_id: _seen(guest, at) for guest, _ in ports}
+            return {"node": node, "at": at, "host": self._host_facts(at), "guests": guests_seen}
+
+    def _console_ports(self, host: Host, found: list[GuestSample]) -> list[tuple[GuestSample, int]]:
+        """HDCS's own guests among those found, each with its console port."""
+        with self._lock:
+            known = self._ports
+        ports = {}
+        for guest in found:
+            key = (guest.vm_id, guest.run)
+            ports[key] = known[key] if key in known else guests.console_port(host, guest.vm_id)
+        with self._lock:
+            self._ports = ports
+        return [(guest, port) for guest in found if (port := ports[guest.vm_id, guest.run]) is not None]
+
+    def _guest(self, guest: GuestSample, at: float, port: int, clients: int) -> dict[str, Any]:
+        before = self._seen.get(guest.vm_id)
+        now = _seen(guest, at)
+        cpu = disk = net = None
+        if before is not None and before.run == now.run and now.at - before.at >= LEAST_APART_S:
+            span_s = now.at - before.at
+            cpu = round(max(0, now.cpu_ns - before.cpu_ns) / 1e7 / span_s, 2)
+            if not guest.partial:
+                disk = round(max(0, now.disk_bytes - before.disk_bytes) / span_s)
+                net = round(max(0, now.net_bytes - before.net_bytes) / span_s)
+        return {
+            "vm_id": guest.vm_id, "state": guest.state, "cpu_percent": cpu, "console_clients": clients,
+            "memory_mib": guest.memory_mib, "unused_mib": guest.unused_mib, "rss_mib": guest.rss_mib,
+            "disk_bytes_s": disk, "net_bytes_s": net, "partial": guest.partial, "console_port": port,
+        }  # fmt: skip
+
+    def _host_facts(self, at: float) -> dict[str, Any]:
+        memory, net = psutil.virtual_memory(), psutil.net_io_counters(nowrap=True)
+        totals = (net.bytes_recv, net.bytes_sent) if net is not None else (0, 0)
+        before, self._host = self._host, (at, *totals)
+        span_s = at - before[0] if before is not None else 0.0
+        rates: tuple[int | None, int | None] = (None, None)
+        if before is not None and span_s >= LEAST_APART_S:
+            rates = (max(0, round((totals[0] - before[1]) / span_s)), max(0, round((totals[1] - before[2]) / span_s)))
+        return {
+            "cpu_percent": psutil.cpu_percent(None), "load_1m": round(os.getloadavg()[0], 2),
+            "memory_total_mib": memory.total >> 20, "memory_available_mib": memory.available >> 20,
+            "net_rx_bytes_s": rates[0], "net_tx_bytes_s": rates[1],
+        }  # fmt: skip
+
+
+def _seen(guest: GuestSample, at: float) -> _Seen:
+    return _Seen(
+        at, guest.run, guest.cpu_ns, guest.disk_read_bytes + guest.disk_write_bytes,
+        guest.net_rx_bytes + guest.net_tx_bytes,
+    )  # fmt: skip
+
+
+def console_clients() -> dict[int, int]:
+    """Established TCP connections by local port: who looks at a console right now. From the kernel's own table:
+    psutil would look through every process of the host for the owner of each."""
+    counts: dict[int, int] = {}
+    for name in ("tcp", "tcp6"):
+        try:
+            lines = Path("/proc/self/net", name).read_text().splitlines()[1:]
+        except OSError:
+            continue  # no IPv6 here
+        for line in lines:
+            _, local, _, state = line.split(maxsplit=4)[:4]
+            if state == ESTABLISHED:
+                port = int(local.rpartition(":")[2], 16)
+                counts[port] = counts.get(port, 0) + 1
+    return counts
+
+
+_sampler = Sampler()
 
 
 def sample(ctx: NodeContext) -> None:
-    """Sample every guest of this node and send it to control: ``{node, at, guests, storage}``."""
-    host = ctx.host()
-    found = [guest for guest in stats.sample(host) if guest.state in ("running", "paused")]
-    ports = {guest.vm_id: guest.console_port for guest in guests.list_guests(host)}
-    clients = _console_clients()
-    at = time.time()
-    shown = [
-        asdict(guest) | {"cpu_percent": _cpu_percent(guest, at), "console_clients": clients.get(ports[guest.vm_id], 0)}
-        for guest in found if guest.vm_id in ports
-    ]  # fmt: skip
-    message = {"node": ctx.server_node, "at": at, "guests": shown, "storage": storage_facts(ctx)}
+    """Sample every guest of this node into Redis, in one pipeline, and tell control that it is there."""
+    config = ctx.settings
+    found = _sampler.sample(ctx.host(), ctx.server_node) | {"storage": storage_facts(ctx)}
+    found["host"]["clock_skew_s"] = round(ctx.reservations.samples.clock_skew_s(), 3)
+    ctx.reservations.samples.write(found, kept=config.samples_kept, ttl_s=config.samples_kept * config.sample_s)
+    message = {"node": ctx.server_node, "at": found["at"]}
     send(ctx.celery, "monitor.sampled", {"sample": message}, CONTROL, expires_s=60)
-
-
-def _cpu_percent(guest: GuestSample, at: float) -> float | None:
-    """CPU time since this process's last sample of the guest, in percent of one vCPU; None for the first."""
-    with _lock:
-        before = _last.get(guest.vm_id)
-        _last[guest.vm_id] = (at, guest.cpu_ns)
-    if before is None or guest.cpu_ns < before[1] or at - before[0] < 0.5:
-        return None
-    return 100.0 * (guest.cpu_ns - before[1]) / 1e9 / (at - before[0]) / max(1, guest.vcpus)
-
-
-def _console_clients() -> dict[int, int]:
-    """Established TCP connections by local port: who looks at a console right now."""
-    counts: dict[int, int] = {}
-    for connection in psutil.net_connections("tcp"):
-        if connection.status == psutil.CONN_ESTABLISHED and connection.laddr:
-            counts[connection.laddr.port] = counts.get(connection.laddr.port, 0) + 1
-    return counts
 
 
 class Watcher:

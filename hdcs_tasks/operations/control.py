@@ -20,9 +20,9 @@ from sqlalchemy.orm import Session
 from hdcs_tasks.config import Settings
 from hdcs_tasks.errors import Cancelled, Conflict, HdcsError, NotFound, OutcomeUnknown, from_dict
 from hdcs_tasks.logs import logger
-from hdcs_tasks.operations.handlers import ON_DONE, ON_FAILED, ON_START, PLANS
+from hdcs_tasks.operations.handlers import ON_CHILD_ENDED, ON_DONE, ON_FAILED, ON_START, PLANS
 from hdcs_tasks.operations.publishing import Publisher
-from hdcs_tasks.operations.rules import bulk_percent, is_touched, operation_percent
+from hdcs_tasks.operations.rules import bulk_percent, is_binding, is_touched, operation_percent
 from hdcs_tasks.reservations import Reservations
 from hdcs_tasks.states import OPERATION_LIVE, STEP_LIVE, OperationState, StepState
 from hdcs_tasks.store.engine import Store
@@ -303,11 +303,19 @@ class Tx:
         parent = self.session.get(Operation, parent_id, with_for_update=ROW_LOCK, populate_existing=True)
         if parent is None or parent.state not in OPERATION_LIVE:
             return
-        siblings = select(Operation).where(Operation.parent_id == parent_id).order_by(Operation.created_at)
-        children = list(self.session.scalars(siblings.execution_options(populate_existing=True)))
+        children = self._children(parent_id)
+        later = 0
+        if parent.kind in ON_CHILD_ENDED:
+            left = ON_CHILD_ENDED[parent.kind](self, parent, children)
+            if left is None:
+                return
+            later = left
+            self.session.flush()
+            children = self._children(parent_id)
         ended = [child for child in children if child.state not in OPERATION_LIVE]
-        parent.percent = bulk_percent([100.0 if child in ended else child.percent for child in children])
-        parent.phase = f"{len(ended)} of {len(children)}"
+        percents = [100.0 if child in ended else child.percent for child in children]
+        parent.percent = bulk_percent(percents + [0.0] * later)
+        parent.phase = f"{len(ended)} of {len(children) + later}"
         if len(ended) < len(children):
             return
         failed = [child for child in children if child.state is not OperationState.DONE]
@@ -322,6 +330,10 @@ class Tx:
             },
         })  # fmt: skip
         self.fail(parent, error)
+
+    def _children(self, parent_id: str) -> list[Operation]:
+        siblings = select(Operation).where(Operation.parent_id == parent_id).order_by(Operation.created_at)
+        return list(self.session.scalars(siblings.execution_options(populate_existing=True)))
 
     # --- cancelling
 
@@ -342,6 +354,8 @@ class Tx:
             self._cancel_step(step)
 
     def _cancel_step(self, step: Step) -> None:
+        if is_binding(step.spec):
+            return
         if step.state is StepState.PUBLISHED:
             step.operation.phase = f"cancelling {step.name}"
             step_id, touched = step.id, is_touched(step.attempt, step.node)

@@ -17,6 +17,8 @@ ON_DONE: dict[str, Done] = {}
 ON_FAILED: dict[str, Failed] = {}
 NoRoom = Callable[["Tx", Operation, Step, HdcsError], bool]
 ON_NO_ROOM: dict[str, NoRoom] = {}
+ChildEnded = Callable[["Tx", Operation, list[Operation]], int | None]
+ON_CHILD_ENDED: dict[str, ChildEnded] = {}
 Start = Callable[["Tx", Operation], None]
 ON_START: dict[str, Start] = {}
 
@@ -59,6 +61,18 @@ def on_failed(*steps: str) -> Callable[[Failed], Failed]:
     def register(function: Failed) -> Failed:
         for step in steps:
             ON_FAILED[step] = function
+        return function
+
+    return register
+
+
+def on_child_ended(kind: str) -> Callable[[ChildEnded], ChildEnded]:
+    """Register what goes on in a parent of this kind when one of its children has ended (all of them are given), in
+    place of its ending with the last of them: a parent that opens its children little by little. It returns how many
+    are still to be opened, and the parent ends as others do once there is none; or None, and ends it itself."""
+
+    def register(function: ChildEnded) -> ChildEnded:
+        ON_CHILD_ENDED[kind] = function
         return function
 
     return register

@@ -8,8 +8,8 @@ from typing import Any
 
 from sqlalchemy import select
 
-from hdcs_tasks.clock import now_s, random_hex
-from hdcs_tasks.errors import Cancelled, HdcsError, NoCapacity, OutcomeUnknown, from_dict
+from hdcs_tasks.clock import monotonic_s, now_s, random_hex
+from hdcs_tasks.errors import Cancelled, HdcsError, NoCapacity, OutcomeUnknown, Unreachable, from_dict
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.control import Control, Tx, advance, request_cancel, settle_done, settle_failed
 from hdcs_tasks.operations.handlers import ON_NO_ROOM
@@ -18,6 +18,8 @@ from hdcs_tasks.operations.rules import (
     Verdict,
     attempts_spent,
     backoff_s,
+    ends_with_its_node,
+    is_binding,
     is_retryable,
     is_touched,
     is_waiting,
@@ -25,7 +27,8 @@ from hdcs_tasks.operations.rules import (
 )
 from hdcs_tasks.reservations import StepStatus
 from hdcs_tasks.routing import direct_queue, quick_queue
-from hdcs_tasks.states import OPERATION_LIVE, STEP_LIVE, OperationState, StepState
+from hdcs_tasks.states import OPERATION_LIVE, STEP_LIVE, OperationState, ServerNodeState, StepState
+from hdcs_tasks.store import metering
 from hdcs_tasks.store.models import Operation, ServerNode, Step, now
 from hdcs_tasks.store.transitions import move
 
@@ -55,17 +58,22 @@ def _settle_known(tx: Tx, step: Step, report: dict[str, Any]) -> None:
         return
     step.node = report["node"]
     step.started_at = datetime.fromtimestamp(report["started_at"], UTC)
+    metering.happened_at(tx.session, datetime.fromtimestamp(report["ended_at"], UTC))
     error = report.get("error")
     if error is None:
         settle_done(tx, step, report.get("result") or {})
         return
     step.error = error
     # A cancelled operation may end before its next attempt, but never with an outcome nobody knows.
-    wanted = not step.operation.cancel_asked or error["code"] == OutcomeUnknown.code
+    wanted = not _is_cancelled(step) or error["code"] == OutcomeUnknown.code
     if not wanted or not is_retryable(error):
         settle_failed(tx, step, from_dict(error))
     else:
         _retry_later(tx, step, error)
+
+
+def _is_cancelled(step: Step) -> bool:
+    return step.operation.cancel_asked and not is_binding(step.spec)
 
 
 def _remember(step: Step, report: dict[str, Any]) -> None:
@@ -177,7 +185,7 @@ def _wake(tx: Tx, step: Step) -> None:
     if step.state is not StepState.PARKED:
         return
     unknown = step.error is not None and step.error.get("code") == OutcomeUnknown.code
-    if step.operation.cancel_asked and not unknown:
+    if _is_cancelled(step) and not unknown:
         settle_failed(tx, step, Cancelled("cancelled while it waited"))
         return
     if step.error is not None and is_waiting(step.error) and now() >= step.deadline_at:
@@ -200,9 +208,16 @@ def _recover(tx: Tx, step: Step, status: StepStatus | None) -> Verdict:
         if status.cancel and status.holder is None and not status.done:
             settle_failed(tx, step, Cancelled("cancelled before it began"))
             return Verdict.LEAVE
-        if step.operation.cancel_asked and not status.cancel:
+        if _is_cancelled(step) and not status.cancel:
             # The flag was set while Redis was away, or was lost with it or with the last attempt.
             request_cancel(tx.control.reservations, step.id, is_touched(step.attempt, step.node))
+    if ends_with_its_node(step.spec) and not (known and status is not None and status.leased) and _is_lost(tx, step):
+        words = f"server node {step.node} was lost before {step.name} had ended"
+        step_id = step.id
+        # Before what comes instead is published: an executor that comes to again finds its claim gone.
+        tx.after(lambda: tx.control.reservations.steps.forget(step_id))
+        settle_failed(tx, step, Unreachable(words, next="Bring it back: hdcs node list"))
+        return Verdict.LEAVE
     verdict = judge(_facts(tx, step, status if known else None))
     if verdict is Verdict.SEND_AGAIN:
         tx.send_again(step)
@@ -216,6 +231,11 @@ def _recover(tx: Tx, step: Step, status: StepStatus | None) -> Verdict:
         })  # fmt: skip
         settle_failed(tx, step, error, needs_operator=True)
     return verdict
+
+
+def _is_lost(tx: Tx, step: Step) -> bool:
+    node = tx.session.get(ServerNode, step.node) if step.node else None
+    return node is not None and node.state is ServerNodeState.LOST
 
 
 def _facts(tx: Tx, step: Step, status: StepStatus | None) -> StepFacts:
@@ -264,7 +284,11 @@ def sweep_once(control: Control, name: str, period_s: float, sweep: Callable[[Co
     holder = random_hex(8)
     if not control.reservations.leases.grant("sweep", f"{name}:{slot}", holder, 2 * period_s):
         return None
-    return sweep(control)
+    began_s = monotonic_s()
+    answer = sweep(control)
+    # What has not run to its end is late, whatever the reason.
+    control.reservations.samples.swept(name, now_s(), monotonic_s() - began_s, period_s)
+    return answer
 
 
 def live_operations(control: Control) -> list[Operation]:

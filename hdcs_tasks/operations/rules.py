@@ -111,6 +111,18 @@ def is_touched(attempt: int, node: str | None) -> bool:
     return attempt > 1 and node is not None
 
 
+def is_binding(spec: Mapping[str, Any]) -> bool:
+    """Whether a step is to be done whatever is asked meanwhile: what it tidies up after cannot be taken back any more.
+    A cancel that comes while it runs comes too late."""
+    return bool(spec.get("binding"))
+
+
+def ends_with_its_node(spec: Mapping[str, Any]) -> bool:
+    """Whether a step is to fail (Unreachable) once its server node is lost, instead of waiting for its return: its
+    feature has another way to go on."""
+    return bool(spec.get("ends_with_its_node"))
+
+
 def line_eta_s(place: int, through: int, window_s: float) -> float | None:
     """Seconds until the one at this place in a line is through, when ``through`` were in the last ``window_s``; None:
     nothing to go by."""

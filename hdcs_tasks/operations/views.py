@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
-from sqlalchemy import func, select
-from sqlalchemy.orm import Session
+from sqlalchemy import select
 
 from hdcs_tasks.operations.control import Control, get_operation
 from hdcs_tasks.operations.handlers import PLANS
-from hdcs_tasks.operations.rules import is_waiting, line_eta_s, operation_percent
-from hdcs_tasks.states import OPERATION_LIVE, OperationState, StepState
-from hdcs_tasks.store.models import Operation, Step, now
+from hdcs_tasks.operations.line import places_of
+from hdcs_tasks.operations.rules import operation_percent
+from hdcs_tasks.reservations import StepStatus
+from hdcs_tasks.states import OPERATION_LIVE, OperationState
+from hdcs_tasks.store.models import Operation, Step
 
 
 def _iso(at: datetime | None) -> str | None:
@@ -46,65 +47,37 @@ def step_view(step: Step) -> dict[str, Any]:
 
 
 def show(control: Control, operation_id: str) -> dict[str, Any]:
-    """One operation whole: its steps, and its children without theirs. Who waits for room shows its ``line``:
-    ``{domain_node, place, of}``, and when it may be through (``eta_s``)."""
+    """One operation whole: its steps, and its children without theirs. Who waits to start shows its ``line``:
+    ``{domain_node, place, of}``, and when it may be through (``eta_s``); a parent's is that of its last child."""
     with control.store.read() as session:
         operation = get_operation(session, operation_id)
         children = session.scalars(
             select(Operation).where(Operation.parent_id == operation.id).order_by(Operation.subject)
         ).all()
-        lines = _lines(session, [operation.id, *(child.id for child in children)])
+        live = [each.id for each in (operation, *children) if each.state in OPERATION_LIVE]
+        lines = places_of(control, session, live) if live else {}
         whole = _live(control, view(operation), operation.steps) | lines.get(operation.id, {})
+        if whole["eta_s"] is None:
+            told = [found["eta_s"] for found in lines.values() if found["eta_s"] is not None]
+            whole["eta_s"] = max(told, default=None)
         return whole | {
             "steps": [step_view(step) for step in operation.steps],
             "children": [view(child) | lines.get(child.id, {}) for child in children],
         }
 
 
-RATE_WINDOW_S = 300.0
-"""How far back the line's pace is looked at."""
-
-
-def _lines(session: Session, operation_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Of those operations that wait for room: ``line``, ``eta_s`` and a ``phase`` that tells them."""
-    parked = select(Step).where(Step.state == StepState.PARKED).order_by(Step.created_at)
-    mine = set(session.scalars(select(Step.queue).where(
-        Step.state == StepState.PARKED, Step.operation_id.in_(operation_ids)).distinct()
-    ))  # fmt: skip
-    found: dict[str, dict[str, Any]] = {}
-    for queue in mine:
-        waiting = [step for step in session.scalars(parked.where(Step.queue == queue)) if _waits_for_room(step)]
-        through = _through(session, queue)
-        for place, step in enumerate(waiting, 1):
-            if step.operation_id in operation_ids:
-                found[step.operation_id] = {
-                    "line": {"domain_node": queue, "place": place, "of": len(waiting)},
-                    "eta_s": line_eta_s(place, through, RATE_WINDOW_S),
-                    "phase": f"{place} of {len(waiting)} in line for room in {queue}",
-                }
-    return found
-
-
-def _waits_for_room(step: Step) -> bool:
-    return "need" in step.spec and is_waiting(step.error)
-
-
-def _through(session: Session, queue: str) -> int:
-    """How many found room in this domain node of late."""
-    since = now() - timedelta(seconds=RATE_WINDOW_S)
-    query = select(func.count()).select_from(Step).where(
-        Step.queue == queue, Step.name == "vm.start_on_node", Step.state == StepState.DONE, Step.ended_at >= since
-    )  # fmt: skip
-    return int(session.scalar(query) or 0)
-
-
 def _live(control: Control, shown: dict[str, Any], steps: Sequence[Step]) -> dict[str, Any]:
-    """Progress as its executor tells it right now; the record follows with the next sweep."""
+    at_work = shown["state"] == OperationState.RUNNING and steps
+    return with_progress(shown, steps, control.reservations.steps.status(steps[-1].id) if at_work else None)
+
+
+def with_progress(shown: dict[str, Any], steps: Sequence[Step], status: StepStatus | None) -> dict[str, Any]:
+    """A view with the progress its executor tells right now (of its newest step); the record follows with the next
+    sweep."""
     shown["eta_s"] = None
     if shown["state"] != OperationState.RUNNING or not steps:
         return shown
     last = steps[-1]
-    status = control.reservations.steps.status(last.id)
     if status is not None and status.attempt == last.attempt and status.percent is not None:
         reached = operation_percent(PLANS.get(shown["kind"], {}), [step.name for step in steps], status.percent)
         shown["percent"] = round(max(shown["percent"], reached), 1)

@@ -149,7 +149,8 @@ def _record(tx: Tx, request: JoinRequest, subnet: str) -> ServerNode:
         node.domain_node = request.domain_node
     if node is None:
         node = ServerNode(
-            name=request.server_node, domain_node=request.domain_node, state=ServerNodeState.UP, draining=False,
+            name=request.server_node, domain_node=request.domain_node, draining=pool.draining,
+            state=ServerNodeState.DRAINING if pool.draining else ServerNodeState.UP,
             ip=request.ip, subnet=subnet, instance=request.instance, facts=request.facts, vcpus=vcpus,
             memory_mib=memory_mib,
         )  # fmt: skip
@@ -278,24 +279,13 @@ def _take_out(control: Control, tx: Tx, node: ServerNode, state: ServerNodeState
     tx.after(lambda: control.reservations.pool.remove_node(domain_node, name, force=True))
 
 
-def drain(control: Control, server_node: str) -> dict[str, Any]:
-    """No new VMs on this server node, until ``resume``; survives restarts of its worker."""
-    return _set_draining(control, server_node, draining=True)
-
-
-def resume(control: Control, server_node: str) -> dict[str, Any]:
-    return _set_draining(control, server_node, draining=False)
-
-
-def _set_draining(control: Control, server_node: str, *, draining: bool) -> dict[str, Any]:
-    with control.transaction() as tx:
-        node = get_server_node(tx.session, server_node)
-        node.draining = draining
-        wanted = ServerNodeState.DRAINING if draining else ServerNodeState.UP
-        if node.state in IN_POOL and node.state is not wanted:
-            move(node, wanted)
-            put_in_pool(control, tx, node)
-        return node_view(node)
+def set_draining(tx: Tx, node: ServerNode, *, draining: bool) -> None:
+    """Let no new VM start on this server node, or let them again; survives restarts of its worker."""
+    node.draining = draining
+    wanted = ServerNodeState.DRAINING if draining else ServerNodeState.UP
+    if node.state in IN_POOL and node.state is not wanted:
+        move(node, wanted)
+        put_in_pool(tx.control, tx, node)
 
 
 def remove(control: Control, server_node: str) -> None:
@@ -374,5 +364,5 @@ def _domain_node_view(control: Control, row: DomainNode, nodes: list[ServerNode]
         "port_first": row.port_first, "port_last": row.port_last,
         "ports_used": used, "ports_cooling": cooling, "ports_free": free,
         "storage_total_bytes": row.storage_total_bytes, "storage_free_bytes": row.storage_free_bytes,
-        "disk_promised_bytes": control.reservations.disks.used(row.name), "rules": row.rules,
+        "disk_promised_bytes": control.reservations.disks.used(row.name), "rules": row.rules, "draining": row.draining,
     }  # fmt: skip

@@ -30,11 +30,15 @@ def ensure_built_in(control: Control) -> None:
 
 def create(
     control: Control, name: str, *, vcpus: int, memory_mib: int, disk_bytes: int | None = None, usb: str = "off",
-    rules: Mapping[str, Any] | None = None,
+    disk_key: str = "", rules: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Create a profile. Raises Invalid for an impossible shape or rule, Conflict when it exists."""
+    """Create a profile; ``disk_key``: name of the key its VMs' disks are encrypted with.
+
+    Raises Invalid for an impossible shape or rule, Conflict when it exists."""
     ruled = changed(VmPolicy, {}, rules or {})
     check_name("profile", name)
+    if disk_key:
+        check_name("key", disk_key)
     if not 1 <= vcpus <= 512:
         raise Invalid(f"{vcpus} vCPUs are not between 1 and 512")
     if not 32 <= memory_mib <= 16 * 1024 * 1024:
@@ -44,7 +48,10 @@ def create(
     with control.transaction() as tx:
         if tx.session.get(Profile, name) is not None:
             raise Conflict(f"there is a profile {name} already", next="See: hdcs profile list")
-        profile = Profile(name=name, vcpus=vcpus, memory_mib=memory_mib, disk_bytes=disk_bytes, usb=usb, rules=ruled)
+        profile = Profile(
+            name=name, vcpus=vcpus, memory_mib=memory_mib, disk_bytes=disk_bytes, usb=usb, disk_key=disk_key,
+            rules=ruled,
+        )  # fmt: skip
         tx.session.add(profile)
         return view(profile)
 
@@ -66,5 +73,5 @@ def list_profiles(control: Control) -> list[dict[str, Any]]:
 def view(profile: Profile) -> dict[str, Any]:
     return {
         "name": profile.name, "vcpus": profile.vcpus, "memory_mib": profile.memory_mib,
-        "disk_bytes": profile.disk_bytes, "usb": profile.usb, "rules": profile.rules,
+        "disk_bytes": profile.disk_bytes, "usb": profile.usb, "disk_key": profile.disk_key, "rules": profile.rules,
     }  # fmt: skip

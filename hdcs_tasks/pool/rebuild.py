@@ -88,21 +88,21 @@ def snapshot(control: Control, reports: dict[str, dict[str, Any]]) -> Snapshot:
     for row in rows:
         pool = _pool_snapshot(control, row, nodes, vms, reports)
         held = present[row.name].claims if row.name in present else ()
-        coming = _coming(control, [vm for vm in vms if vm.home == row.name], live)
+        coming = _coming(control, row.name, vms, live)
         pools[row.name] = _with_busy(pool, [*(claim for claim in held if claim.vm in live), *coming])
     subnets = {node.name: node.subnet for node in nodes}
     return Snapshot(macs={vm.id: vm.mac for vm in vms}, subnets=subnets, pools=pools)
 
 
-def _coming(control: Control, vms: list[Vm], live: dict[str | None, Operation]) -> list[Claim]:
+def _coming(control: Control, domain_node: str, vms: list[Vm], live: dict[str | None, Operation]) -> list[Claim]:
     """What migrating VMs hold where they go, as their operations have it: Redis may have been emptied."""
     found = []
     for vm in vms:
         target = live[vm.id].request.get("target") if vm.id in live else None
-        if target:
+        if target and "ip" in target and target.get("domain_node", vm.home) == domain_node:
             need = need_of(vm_shape(vm), control.settings.capacity)
             found.append(
-                Claim(vm.home, vm.id, target["node"], need.vcpus, need.memory_mib, target["port"], target["ip"], "")
+                Claim(domain_node, vm.id, target["node"], need.vcpus, need.memory_mib, target["port"], target["ip"], "")
             )
     return found
 

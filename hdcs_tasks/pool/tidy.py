@@ -15,7 +15,7 @@ from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.control import Control
 from hdcs_tasks.operations.sending import broadcast
 from hdcs_tasks.pool.control import IN_POOL
-from hdcs_tasks.reservations import Claim, Snapshot
+from hdcs_tasks.reservations import Claim, PoolSnapshot, Snapshot
 from hdcs_tasks.routing import quick_queue
 from hdcs_tasks.states import VmState
 from hdcs_tasks.store.models import ServerNode, Vm
@@ -87,14 +87,19 @@ def _forget(control: Control, held: Snapshot, vm_id: str) -> int:
 def _suspects(held: Snapshot, vms: dict[str, Vm]) -> set[str]:
     """Living VMs that seem to hold more than they should: looked at again under their lock."""
     found = set()
-    for pool in held.pools.values():
+    for name, pool in held.pools.items():
         found |= {c.vm for c in pool.claims if c.vm in vms and _too_much(vms[c.vm], c)}
-        found |= {vm_id for vm_id in pool.ports if vm_id in vms and vms[vm_id].state in _EMPTY}
+        found |= {vm_id for vm_id in pool.ports if vm_id in vms and _no_port(vms[vm_id], name)}
     return found
 
 
+def _no_port(vm: Vm, domain_node: str) -> bool:
+    """Whether the VM has no business with a console port of this domain node: it rests, or lives elsewhere."""
+    return vm.state in _EMPTY or vm.home != domain_node
+
+
 def _too_much(vm: Vm, claim: Claim) -> bool:
-    return vm.state in _EMPTY or (vm.state in _RUNS and vm.server_node != claim.node)
+    return vm.state in _EMPTY or vm.home != claim.domain_node or (vm.state in _RUNS and vm.server_node != claim.node)
 
 
 def _trim(control: Control, held: Snapshot, vm_id: str) -> int:
@@ -102,13 +107,15 @@ def _trim(control: Control, held: Snapshot, vm_id: str) -> int:
         vm = tx.session.get(Vm, vm_id, with_for_update=True)
         if vm is None or vm.deleted_at is not None or tx.live_operation(vm) is not None:
             return 0
-        pool = held.pools.get(vm.home)
-        if pool is None:
-            return 0
-        count = _release(control, (c for c in pool.claims if c.vm == vm_id and _too_much(vm, c)))
-        if vm.state in _EMPTY and vm_id in pool.ports and vm_id not in control.reservations.ports.cooling(vm.home):
-            count += int(control.reservations.ports.cool(vm.home, vm_id, control.settings.port_cooling_s))
-        return count
+        return sum(_trim_in(control, vm, name, pool) for name, pool in held.pools.items())
+
+
+def _trim_in(control: Control, vm: Vm, name: str, pool: PoolSnapshot) -> int:
+    count = _release(control, (c for c in pool.claims if c.vm == vm.id and _too_much(vm, c)))
+    ports = control.reservations.ports
+    if _no_port(vm, name) and vm.id in pool.ports and vm.id not in ports.cooling(name):
+        count += int(ports.cool(name, vm.id, control.settings.port_cooling_s))
+    return count
 
 
 def _release(control: Control, claims: Iterable[Claim]) -> int:

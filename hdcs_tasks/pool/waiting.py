@@ -13,7 +13,7 @@ from hdcs_tasks.pool.rooms import candidate, vm_shape, vm_terms
 from hdcs_tasks.states import StepState
 from hdcs_tasks.store.models import DomainNode, Operation, Step, Vm
 
-PLACING = ("vm.start_on_node", "vm.migrate_prepare_on_node")
+PLACING = ("vm.start_on_node", "vm.migrate_prepare_on_node", "vm.move_prepare_on_node")
 """Steps that layer two places."""
 
 LOOKED_AT = 1000
@@ -43,7 +43,7 @@ def wake_waiting(control: Control, domain_node: str) -> int:
         room = candidate(control, session, row, cooling_ports=False)
         coming = _steps(session, domain_node, StepState.PUBLISHED)
     held = control.reservations.pool.claim_counts(domain_node, [vm.id for _, vm in coming])
-    unplaced = [_waiter(step, vm) for step, vm in coming if held[vm.id] < (2 if _is_move(step) else 1)]
+    unplaced = [_waiter(step, vm) for step, vm in coming if held[vm.id] < _held_when_placed(step)]
     _, room = planning.plan(room, unplaced, control.settings.capacity)
     waiters = [_waiter(step, vm) for step, vm in parked]
     chosen = planning.next_in_line(room, waiters, control.settings.capacity)
@@ -64,6 +64,11 @@ def _steps(session: Session, domain_node: str, state: StepState) -> list[tuple[S
 
 def _is_move(step: Step) -> bool:
     return step.name != "vm.start_on_node"
+
+
+def _held_when_placed(step: Step) -> int:
+    """Claims a VM holds in this domain node once the step has its own."""
+    return 2 if step.name == "vm.migrate_prepare_on_node" else 1
 
 
 def _waiter(step: Step, vm: Vm) -> planning.Waiter:

@@ -84,7 +84,8 @@ class Base(DeclarativeBase):
 class DomainNode(Base):
     """A resource pool: server nodes that share one storage. ``token_key`` proves join requests, never the token.
 
-    ``rules`` here, of a server node, a profile and a VM: what an operator ruled about placement (pool/policy.py).
+    ``draining``: it is being emptied, and its server nodes join closed. ``rules`` here, of a server node, a profile and
+    a VM: what an operator ruled about placement (pool/policy.py).
     """
 
     __tablename__ = "domain_node"
@@ -94,6 +95,7 @@ class DomainNode(Base):
     port_first: Mapped[int]
     port_last: Mapped[int]
     storage_primary: Mapped[str | None] = mapped_column(String(63))
+    draining: Mapped[bool] = mapped_column(default=False)
     storage_total_bytes: Mapped[Bytes | None]
     storage_free_bytes: Mapped[Bytes | None]
     rules: Mapped[dict[str, Any]] = mapped_column(default=dict)
@@ -122,7 +124,7 @@ class ServerNode(Base):
 
 
 class Profile(Base):
-    """The hardware shape of a VM."""
+    """The hardware shape of a VM. ``disk_key`` here and of a VM: name of the key its disk is encrypted with."""
 
     __tablename__ = "profile"
 
@@ -131,6 +133,7 @@ class Profile(Base):
     memory_mib: Mapped[int]
     disk_bytes: Mapped[Bytes | None]
     usb: Mapped[str] = mapped_column(String(255), default="off")
+    disk_key: Mapped[str] = mapped_column(String(63), default="")
     rules: Mapped[dict[str, Any]] = mapped_column(default=dict)
 
 
@@ -166,7 +169,10 @@ class ImageCopy(Base):
 
 
 class Vm(Base):
-    """The durable record of a desktop. ``state`` is the record; ``observed_*`` is what libvirt last showed."""
+    """The durable record of a desktop. ``state`` is the record; ``observed_*`` is what libvirt last showed.
+
+    ``warm_pool``: the pool that keeps it ready; None from the moment somebody takes it.
+    """
 
     __tablename__ = "vm"
     __table_args__ = (
@@ -187,13 +193,15 @@ class Vm(Base):
     memory_mib: Mapped[int]
     disk_bytes: Mapped[Bytes]
     usb: Mapped[str] = mapped_column(String(255), default="off")
+    disk_key: Mapped[str] = mapped_column(String(63), default="")
     mac: Mapped[str] = mapped_column(String(17))
     port: Mapped[int | None]
     ip: Mapped[str | None] = mapped_column(String(45))
     owner: Mapped[str] = mapped_column(String(255), default="")
     tags: Mapped[list[Any]] = mapped_column(default=list)
     rules: Mapped[dict[str, Any]] = mapped_column(default=dict)
-    idle_after_s: Mapped[float | None]
+    idle: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    warm_pool: Mapped[str | None] = mapped_column(String(63), index=True)
     created_at: Mapped[datetime] = mapped_column(default=now)
     state_at: Mapped[datetime] = mapped_column(default=now)
     started_at: Mapped[datetime | None]
@@ -314,6 +322,42 @@ class BackupPolicy(Base):
     pending: Mapped[list[Any]] = mapped_column(default=list)
     slot_at: Mapped[datetime] = mapped_column(default=now)
     drill_slot_at: Mapped[datetime] = mapped_column(default=now)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class Storm(Base):
+    """Desktops that are to be ready at a time. Either ``selector`` (as ``vm.control.list_vms`` takes it) or ``clone``
+    (image, profile, count, name, domain_node, owner, tag) says which. ``lead_s``: begin so long before; None: as
+    measured.
+
+    ``slot_at``: the moment last begun for; a sweep claims the next by moving it on. ``runs``: the newest first, as
+    vm/control_storm.py keeps them.
+    """
+
+    __tablename__ = "storm"
+
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    schedule: Mapped[str] = mapped_column(String(40))
+    selector: Mapped[dict[str, Any]]
+    clone: Mapped[dict[str, Any]]
+    lead_s: Mapped[float | None]
+    enabled: Mapped[bool] = mapped_column(default=True)
+    slot_at: Mapped[datetime] = mapped_column(default=now)
+    runs: Mapped[list[Any]] = mapped_column(default=list)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class WarmPool(Base):
+    """Desktops of one image (its newest version) and profile kept ready: started, or with memory ``saved``."""
+
+    __tablename__ = "warm_pool"
+
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    image: Mapped[str] = mapped_column(String(63))
+    profile: Mapped[str] = mapped_column(String(63))
+    domain_node: Mapped[str | None] = mapped_column(ForeignKey("domain_node.name"))
+    size: Mapped[int]
+    saved: Mapped[bool] = mapped_column(default=False)
     created_at: Mapped[datetime] = mapped_column(default=now)
 
 

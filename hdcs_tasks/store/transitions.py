@@ -12,9 +12,11 @@ from sqlalchemy.orm.attributes import set_committed_value
 
 from hdcs_tasks.errors import Conflict
 from hdcs_tasks.states import MACHINES, check
+from hdcs_tasks.store import metering
 from hdcs_tasks.store.models import Backup, ImageCopy, Operation, ServerNode, Step, Vm, now
+from hdcs_tasks.store.models_watch import Alarm
 
-Stateful: TypeAlias = Vm | Operation | Step | ServerNode | ImageCopy | Backup
+Stateful: TypeAlias = Vm | Operation | Step | ServerNode | ImageCopy | Backup | Alarm
 
 
 def move(record: Stateful, new: StrEnum) -> None:
@@ -29,8 +31,10 @@ def move(record: Stateful, new: StrEnum) -> None:
     session = object_session(record)
     if session is None or record in session.new:
         setattr(record, "state", new)  # noqa: B010 - a plain assignment would ask for each machine's own enum
-        return
-    _compare_and_set(session, record, old, new)
+    else:
+        _compare_and_set(session, record, old, new)
+    if session is not None:
+        metering.moved(session, record, new)
 
 
 def _compare_and_set(session: Session, record: Stateful, old: StrEnum, new: StrEnum) -> None:

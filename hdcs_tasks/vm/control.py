@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from hdcs_tasks.errors import Conflict, HdcsError, Invalid, NotFound, OutcomeUnknown, Unreachable, WrongState
+from hdcs_tasks.errors import (
+    Conflict,
+    HdcsError,
+    Invalid,
+    NotFound,
+    OutcomeUnknown,
+    QuotaExceeded,
+    Unreachable,
+    WrongState,
+)
 from hdcs_tasks.operations.control import Asked, Control, Tx, busy
 from hdcs_tasks.operations.handlers import on_done, on_failed, on_start, plan_steps
 from hdcs_tasks.pool import rules as pool_rules
@@ -19,6 +28,7 @@ from hdcs_tasks.routing import direct_queue, quick_queue
 from hdcs_tasks.states import VM_RESTS, VmState
 from hdcs_tasks.store.models import Operation, Step, Vm, now
 from hdcs_tasks.store.transitions import move
+from hdcs_tasks.vm.control_quota import check_quota, starting
 from hdcs_tasks.vm.rules import COMMANDS, Command, check_usb, given_in, wrong_state_hint
 
 
@@ -38,14 +48,19 @@ def vm_of(tx: Tx, operation: Operation) -> Vm:
     return vm
 
 
-def list_vms(control: Control, *, names: Sequence[str] = (), **filters: Any) -> list[dict[str, Any]]:
-    """Views of living VMs; ``filters`` are equalities on state, home, server_node, owner, profile, or a ``tag``."""
+def list_vms(
+    control: Control, *, names: Sequence[str] = (), with_warm: bool = True, **filters: Any
+) -> list[dict[str, Any]]:
+    """Views of living VMs; ``filters`` are equalities on state, home, server_node, owner, profile, or a ``tag``.
+    ``with_warm`` False: without those a warm pool keeps ready, unless they are named."""
     tag = filters.pop("tag", None)
     _check_filters(filters)
     with control.store.read() as session:
         query = select(Vm).where(Vm.deleted_at.is_(None)).order_by(Vm.name)
         if names:
             query = query.where(Vm.name.in_(names))
+        elif not with_warm:
+            query = query.where(Vm.warm_pool.is_(None))
         for key, value in filters.items():
             if value is not None:
                 query = query.where(getattr(Vm, key) == value)
@@ -66,17 +81,17 @@ def _check_filters(filters: dict[str, Any]) -> None:
 
 
 def list_given(control: Control, verb: str, **filters: Any) -> list[dict[str, Any]]:
-    """Views of the listed VMs in a state ``verb`` may be given in."""
+    """Views of the listed VMs in a state ``verb`` may be given in; those of warm pools are left in peace."""
     states = given_in(verb)
-    return [shown for shown in list_vms(control, **filters) if shown["state"] in states]
+    return [shown for shown in list_vms(control, with_warm=False, **filters) if shown["state"] in states]
 
 
 def view(vm: Vm) -> dict[str, Any]:
     """The VM as callers see it."""
     moments = ("created_at", "started_at", "active_at", "ready_at", "observed_at")
     keys = (
-        "home", "server_node", "image_id", "profile", "vcpus", "memory_mib", "disk_bytes", "usb", "mac", "port", "ip",
-        "owner", "tags", "rules", "idle_after_s", "observed_state",
+        "home", "server_node", "image_id", "profile", "vcpus", "memory_mib", "disk_bytes", "usb", "disk_key", "mac",
+        "port", "ip", "owner", "tags", "rules", "warm_pool", "idle", "observed_state",
     )  # fmt: skip
     return (
         {"id": vm.id, "name": vm.name, "state": vm.state.value}
@@ -99,16 +114,6 @@ def set_usb(control: Control, name: str, policy: str) -> dict[str, Any]:
         return view(vm)
 
 
-def set_idle(control: Control, name: str, after_s: float | None) -> dict[str, Any]:
-    """Stop this VM once nobody used it for ``after_s``; 0 never, None as ``HDCS_IDLE_AFTER_S`` says."""
-    if after_s is not None and not 0 <= after_s <= 366 * 86_400:
-        raise Invalid(f"an idle time of {after_s} s is not between 0 and a year")
-    with control.transaction() as tx:
-        vm = get_vm(tx.session, name)
-        vm.idle_after_s = after_s
-        return view(vm)
-
-
 # --- start
 
 
@@ -116,6 +121,7 @@ def guest_fields(vm: Vm) -> dict[str, Any]:
     """What every start needs to build the guest, whatever the server node."""
     return {
         "vm_id": vm.id, "name": vm.name, "vcpus": vm.vcpus, "memory_mib": vm.memory_mib, "mac": vm.mac, "usb": vm.usb,
+        "disk_key": vm.disk_key,
     }  # fmt: skip
 
 
@@ -145,6 +151,7 @@ def start(control: Control, name: str, asked: Asked, *, pin: str | None = None) 
         check_given(tx, vm, "start")
         if pin is not None:
             check_pin(tx.session, vm, pin)
+        check_quota(tx, vm.owner, starting(vm))
         operation = tx.open("vm.start", asked=asked, vm=vm, request={"was": vm.state.value, "pin": pin})
         add_start_step(tx, operation, vm, pin=pin)
         return operation
@@ -180,24 +187,28 @@ def _start_child(tx: Tx, vm: Vm, asked: Asked, parent: Operation) -> tuple[Opera
     request = {"was": vm.state.value}
     try:
         check_given(tx, vm, "start")
+        check_quota(tx, vm.owner, starting(vm))
         child = tx.open("vm.start", asked=asked, vm=vm, parent=parent, request=request)
-    except (WrongState, Conflict) as error:
+    except (WrongState, Conflict, QuotaExceeded) as error:
         return tx.open("vm.start", asked=asked, subject=vm.name, parent=parent, request=request), error
     add_start_step(tx, child, vm)
     return None
 
 
-def add_start_step(tx: Tx, operation: Operation, vm: Vm, *, pin: str | None = None, isolated: bool = False) -> Step:
-    """Move the VM to STARTING; ``isolated``: this time without a network card."""
+def add_start_step(
+    tx: Tx, operation: Operation, vm: Vm, *, pin: str | None = None, isolated: bool = False,
+    exclude: Sequence[str] = (), patience_s: float | None = None,
+) -> Step:  # fmt: skip
+    """Move the VM to STARTING; ``isolated``: this time without a network card; ``exclude``: on none of these."""
     saved = vm.state is VmState.SAVED
     move(vm, VmState.STARTING)
     # Not when it has started: a fast guest's agent may be heard of first.
     vm.ready_at = None
     spec = {
         "shown": {"vm": vm.name, "pool": vm.home}, "guest": guest_fields(vm), "saved": saved, "isolated": isolated,
-        **placing_fields(tx, vm, vm_terms(vm, pin=pin)),
+        **placing_fields(tx, vm, vm_terms(vm, pin=pin, exclude=exclude, pinned=not exclude)),
     }  # fmt: skip
-    return tx.step(operation, "vm.start_on_node", vm.home, spec)
+    return tx.step(operation, "vm.start_on_node", vm.home, spec, patience_s=patience_s)
 
 
 @on_done("vm.start_on_node")
@@ -245,8 +256,10 @@ def release_unused(tx: Tx, vm: Vm, step: Step) -> None:
     def release() -> None:
         for claim in control.reservations.pool.claim_of(vm_id):
             if claim.step == step_id:
+                # In another domain node it was to live in, the port is not its own any more either.
+                port_cooling_s = None if claim.domain_node == home else control.settings.port_cooling_s
                 control.reservations.pool.release(
-                    home, vm_id, claim.node, control.settings.dhcp_lease_s, step=step_id
+                    claim.domain_node, vm_id, claim.node, control.settings.dhcp_lease_s, port_cooling_s, step=step_id
                 )  # fmt: skip
 
     tx.after(release)
@@ -256,11 +269,13 @@ def release_unused(tx: Tx, vm: Vm, step: Step) -> None:
 
 
 def command(
-    control: Control, verb: str, name: str, asked: Asked, *, force: bool = False, timeout_s: float = 60.0
-) -> Operation:
+    control: Control, verb: str, name: str, asked: Asked, *, force: bool = False, timeout_s: float = 60.0,
+    guard: Mapping[str, Any] | None = None,
+) -> Operation:  # fmt: skip
     """suspend, resume, reboot, save or stop a VM on the server node that holds it.
 
-    A forced stop supersedes what is in its way.
+    A forced stop supersedes what is in its way. ``guard``: an idle policy asks; the server node looks by it whether
+    somebody uses the VM right before it acts (monitor/node_idle.py), and nothing is superseded.
     """
     with control.transaction() as tx:
         if (same := tx.same_request(asked)) is not None:
@@ -269,10 +284,12 @@ def command(
         check_given(tx, vm, verb)
         if vm.server_node is not None:
             _check_reachable(tx.session, vm)
-        supersede = verb == "stop" and force
+        supersede = verb == "stop" and force and guard is None
         if supersede and (live := tx.live_operation(vm)) is not None and _same_command(live, "vm.stop"):
             return live
-        request = {"was": vm.state.value, "force": force, "timeout_s": timeout_s}
+        request: dict[str, Any] = {"was": vm.state.value, "force": force, "timeout_s": timeout_s}
+        if guard is not None:
+            request["guard"] = dict(guard)
         return tx.open(f"vm.{verb}", asked=asked, vm=vm, request=request, supersede=supersede)
 
 
@@ -315,7 +332,7 @@ def _begin_command(verb: str, what: Command) -> None:
             move(vm, what.via)
         node = get_server_node(tx.session, vm.server_node)
         queue = direct_queue if verb == "save" else quick_queue
-        tx.step(operation, what.step, queue(node.domain_node, node.name), _command_spec(vm, operation), node=node.name)
+        tx.step(operation, what.step, queue(node.domain_node, node.name), command_spec(vm, operation), node=node.name)
 
     @on_done(what.step)
     def done(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
@@ -323,7 +340,8 @@ def _begin_command(verb: str, what: Command) -> None:
         if what.to in (VmState.STOPPED, VmState.SAVED):
             released(tx, vm)
         vm.observed_state, vm.observed_at = what.to.value, now()
-        vm.active_at = now()
+        if "guard" not in operation.request:
+            vm.active_at = now()  # somebody asked for it
         leave_via(vm, what.via, what.to)
         if operation.kind == "vm.delete":
             add_delete_step(tx, operation, vm)
@@ -339,11 +357,13 @@ def _begin_command(verb: str, what: Command) -> None:
         leave_via(vm, what.via, was if known else VmState.FAILED)
 
 
-def _command_spec(vm: Vm, operation: Operation) -> dict[str, Any]:
-    return {
+def command_spec(vm: Vm, operation: Operation) -> dict[str, Any]:
+    """What a short command needs to know."""
+    spec = {
         "shown": {"vm": vm.name, "node": vm.server_node}, "vm_id": vm.id, "name": vm.name, "mac": vm.mac,
         "force": bool(operation.request.get("force")), "timeout_s": operation.request.get("timeout_s", 60.0),
     }  # fmt: skip
+    return spec | {key: operation.request[key] for key in ("guard",) if key in operation.request}
 
 
 for _verb, _what in COMMANDS.items():
@@ -395,7 +415,7 @@ def begin_delete(tx: Tx, operation: Operation) -> None:
         add_delete_step(tx, operation, vm)
         return
     node = get_server_node(tx.session, vm.server_node)
-    spec = _command_spec(vm, operation)
+    spec = command_spec(vm, operation)
     tx.step(operation, "vm.stop_on_node", quick_queue(node.domain_node, node.name), spec, node=node.name)
 
 

@@ -1,24 +1,34 @@
-"""Migration inside a domain node on the control plane: named steps, each of which can be repeated or undone.
+"""Moving VMs on the control plane: what is asked, which way it goes, and the steps of a live move.
 
-prepare (target: claim, DHCP host) → perform (source) → finish (target: network, checkpoints) → clean (source)
+prepare (target: claim, DHCP host, between domain nodes an overlay) → perform (source) → finish (target: network,
+checkpoints) → clean (source) → the operation is settled. Each can be repeated or undone:
+
+    perform failed       → undo (target)                   the VM runs on at its source
+    its end is unknown   → look (target, at both ends)     and on from there
+    a server node lost   → what was to be done on it is given up, the rest is done
+
+Inside a domain node the steps are ``vm.migrate_…``, between two ``vm.move_…`` (``control_move.py`` adds what they need
+more). VMs that do not run are ``control_carry.py``'s.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from hdcs_tasks.errors import HdcsError, Invalid, OutcomeUnknown, Rejected, WrongState, from_dict
+from hdcs_tasks.errors import Cancelled, HdcsError, Invalid, OutcomeUnknown, Unreachable, WrongState, from_dict
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed, on_start, plan_steps
-from hdcs_tasks.pool.control import IN_POOL, get_server_node
+from hdcs_tasks.pool.control import IN_POOL, get_domain_node, get_server_node
 from hdcs_tasks.pool.rooms import vm_terms
 from hdcs_tasks.routing import direct_queue
 from hdcs_tasks.states import ServerNodeState, VmState
 from hdcs_tasks.store.models import DomainNode, Operation, ServerNode, Step, Vm, now
 from hdcs_tasks.store.transitions import move
+from hdcs_tasks.vm import control_carry, control_move
 from hdcs_tasks.vm.control import (
     check_given,
     get_vm,
@@ -28,48 +38,95 @@ from hdcs_tasks.vm.control import (
     vm_of,
     wake_others,
 )
+from hdcs_tasks.vm.control_move import PATIENCE_S as PATIENCE_S
+from hdcs_tasks.vm.control_move import is_between, move_spec, state_before, target_home
+from hdcs_tasks.vm.move_rules import ALIVE, MoveOptions, Way, way_of
+from hdcs_tasks.vm.rules import wrong_state_hint
 
-PATIENCE_S = 30.0
-"""A VM that cannot move runs on where it is, so a migration does not wait for room as long as a start does."""
+STAYS = "it starts on any server node of its domain node"
 
+# Of every way; an image that must be brought first comes before the rest begins.
 plan_steps("vm.migrate", {
-    "vm.migrate_prepare_on_node": 4, "vm.migrate_on_node": 80, "vm.migrate_finish_on_node": 12,
-    "vm.migrate_clean_on_node": 4,
+    "vm.migrate_prepare_on_node|vm.move_prepare_on_node|vm.save_on_node|vm.offer_on_node": 8,
+    "vm.migrate_on_node|vm.move_on_node|vm.fetch_on_node": 76,
+    "vm.migrate_finish_on_node|vm.move_finish_on_node|vm.discard_on_node": 12,
+    "vm.migrate_clean_on_node|vm.move_clean_on_node|vm.start_on_node": 4,
 })  # fmt: skip
 
 
-def migrate(control: Control, name: str, asked: Asked, *, to: str | None = None, live: bool = True) -> Operation:
-    """Move a running VM to another server node of its domain node; without ``to``, layer two chooses it."""
+def migrate(
+    control: Control, name: str, asked: Asked, *, to: str | None = None, live: bool = True,
+    options: MoveOptions | None = None,
+) -> Operation:  # fmt: skip
+    """Move a VM to a server node or domain node; without ``to``, layer two chooses another server node of its home.
+
+    ``live`` False: a running VM is saved and goes on at the target. Raises what ``open_move`` raises.
+    """
     with control.transaction() as tx:
         if (same := tx.same_request(asked)) is not None:
             return same
-        vm = get_vm(tx.session, name)
-        check_migrate(tx, vm, to)
-        return tx.open("vm.migrate", asked=asked, vm=vm, request={"to": to, "live": live, "source": vm.server_node})
+        return open_move(tx, get_vm(tx.session, name), asked, to=to, options=options or MoveOptions(live=live))
 
 
-def check_migrate(tx: Tx, vm: Vm, to: str | None) -> None:
-    """WrongState, Conflict, Rejected or Invalid unless the VM may move to ``to`` (None: anywhere in its home)."""
+def open_move(
+    tx: Tx, vm: Vm, asked: Asked, *, to: str | None, options: MoveOptions, parent: Operation | None = None
+) -> Operation:
+    """Open the operation that moves ``vm``. Raises WrongState, Conflict (busy), Invalid, NotFound, NoCapacity (the
+    other domain node's storage), Unreachable (no server node up to read from)."""
+    way, home, pin = check_migrate(tx, vm, to, options)
+    request = {
+        "to": to, "way": way.value, "home": vm.home, "domain_node": home, "pin": pin, "source": vm.server_node,
+        "was": vm.state.value, "options": options.to_dict(),
+    }  # fmt: skip
+    if vm.server_node is not None:
+        request["source_ip"] = get_server_node(tx.session, vm.server_node).ip
+    return tx.open("vm.migrate", asked=asked, vm=vm, request=request, parent=parent)
+
+
+def check_migrate(tx: Tx, vm: Vm, to: str | None, options: MoveOptions) -> tuple[Way, str, str | None]:
+    """The way ``vm`` would take to ``to``, its domain node then, and the server node if one was named. Raises as
+    ``open_move``."""
     check_given(tx, vm, "migrate")
-    if to is not None:
-        _check_target(tx.session, vm, to)
-    else:
+    home, pin = _destination(tx.session, vm, to)
+    way = way_of(vm.state, same_home=home == vm.home, live=options.live)
+    if way is Way.NOTHING and options.live:
+        raise WrongState(f"VM {vm.name} is {vm.state}: it cannot migrate", next=wrong_state_hint("migrate", vm.state))
+    if way is Way.MOVE and options.postcopy:
+        raise Invalid("post-copy moves memory only, not disks", next="Leave it out between domain nodes")
+    if way in (Way.LIVE, Way.SAVED) and pin is None:
         _check_company(tx.session, vm)
+    if vm.state in ALIVE and vm.server_node is not None:
+        _check_source(get_server_node(tx.session, vm.server_node), vm)
+    return way, home, pin
 
 
-def _check_target(session: Session, vm: Vm, to: str) -> None:
+def _destination(session: Session, vm: Vm, to: str | None) -> tuple[str, str | None]:
+    if to is None:
+        return vm.home, None
     if session.get(DomainNode, to) is not None:
-        raise Rejected(
-            f"VM {vm.name} cannot move to domain node {to}: only moves inside a domain node are built so far",
-            next=f"Name a server node of {vm.home}: hdcs node list",
-        )
+        if to == vm.home:
+            return to, None
+        rows = session.scalars(select(ServerNode.state).where(ServerNode.domain_node == to)).all()
+        if ServerNodeState.UP not in rows:
+            raise WrongState(
+                f"no server node of domain node {to} takes VMs now", next="Bring or resume one: hdcs node list"
+            )
+        return to, None
     node = get_server_node(session, to)
-    if node.domain_node != vm.home:
-        raise Invalid(f"server node {to} is of {node.domain_node}, VM {vm.name} of {vm.home}", next="hdcs node list")
     if node.name == vm.server_node:
         raise WrongState(f"VM {vm.name} is on {to} already", next="There is nothing to move")
     if node.state not in IN_POOL:
         raise WrongState(f"server node {to} is {node.state}", next="Choose another: hdcs node list")
+    get_domain_node(session, node.domain_node)
+    return node.domain_node, node.name
+
+
+def _check_source(node: ServerNode, vm: Vm) -> None:
+    if node.state not in IN_POOL:
+        raise Unreachable(
+            f"VM {vm.name} is on server node {node.name}, which is {node.state}",
+            next=f"Bring {node.name} back (see: hdcs node list); its guests may still run there",
+        )
 
 
 def _check_company(session: Session, vm: Vm) -> None:
@@ -80,113 +137,267 @@ def _check_company(session: Session, vm: Vm) -> None:
     if session.scalar(others.limit(1)) is None:
         raise WrongState(
             f"VM {vm.name} cannot migrate: {vm.home} has no other server node that is up",
-            next=f"Bring another one into {vm.home} (see: hdcs node list)",
+            next=f"Bring another one into {vm.home} (see: hdcs node list), or name another domain node",
         )
+
+
+# --- how it begins
 
 
 @on_start("vm.migrate")
 def _begin(tx: Tx, operation: Operation) -> None:
+    if "refused" in operation.request:
+        # A drain's child that was refused: it is kept, and says why.
+        tx.fail(operation, from_dict(operation.request["refused"]))
+        return
+    begin: dict[Way, Callable[[Tx, Operation], None]] = {
+        Way.LIVE: _begin_live, Way.MOVE: control_move.begin, Way.SAVED: control_carry.begin_saved,
+        Way.CARRY: control_carry.begin, Way.NOTHING: _nothing_to_do,
+    }  # fmt: skip
+    begin[Way(operation.request["way"])](tx, operation)
+
+
+def _nothing_to_do(tx: Tx, operation: Operation) -> None:
+    tx.finish(operation, {"moved": False, "why": STAYS})
+
+
+def _begin_live(tx: Tx, operation: Operation) -> None:
     vm = vm_of(tx, operation)
-    source = get_server_node(tx.session, operation.request["source"])
+    source, to = operation.request["source"], operation.request["pin"]
     move(vm, VmState.MIGRATING)
-    to = operation.request.get("to")
-    terms = vm_terms(vm, pin=to, exclude=[source.name], pinned=False, start=False)
-    spec = _spec(vm, source) | placing_fields(tx, vm, terms)
-    spec["shown"] = {"vm": vm.name, "from": source.name, "to": to or "?"}
+    terms = vm_terms(vm, pin=to, exclude=[source], pinned=False, start=False)
+    spec = move_spec(operation, vm) | placing_fields(tx, vm, terms)
+    spec["shown"] = {"vm": vm.name, "from": source, "to": to or "?"}
     tx.step(operation, "vm.migrate_prepare_on_node", vm.home, spec, patience_s=PATIENCE_S)
 
 
-def _spec(vm: Vm, source: ServerNode) -> dict[str, Any]:
-    return {
-        "vm_id": vm.id, "name": vm.name, "mac": vm.mac, "home": vm.home,
-        "source": {"name": source.name, "ip": source.ip},
-    }  # fmt: skip
+# --- the image first, where the other domain node lacks it
 
 
-@on_done("vm.migrate_prepare_on_node")
+@on_done("vm.migrate:image.copy_on_node")
+def _brought(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
+    vm = vm_of(tx, operation)
+    operation.request = operation.request | {"image_bytes": result["bytes"]}
+    if operation.cancel_asked:
+        _not_brought(tx, operation, step, Cancelled("cancelled; the VM is as it was"))
+    elif operation.request["way"] == Way.CARRY.value:
+        control_carry.offer(tx, operation, vm)
+    else:
+        control_move.prepare(tx, operation, vm)
+
+
+@on_failed("vm.migrate:image.copy_on_node")
+def _not_brought(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
+    vm = vm_of(tx, operation)
+    operation.error = error.to_dict()
+    if operation.request["way"] == Way.CARRY.value:
+        control_carry.not_begun(tx, operation, vm, error)
+    else:
+        _stays(tx, operation, vm)
+
+
+# --- the steps, one after the other
+
+
+def _step_name(operation: Operation, what: str) -> str:
+    kind = "vm.move" if is_between(operation) else "vm.migrate"
+    return f"{kind}_{what}_on_node" if what else f"{kind}_on_node"
+
+
+def _on(tx: Tx, operation: Operation, what: str, end: str, spec: dict[str, Any]) -> Step:
+    """Add the step ``what`` at the operation's "source" or "target". It is done even if a cancel comes, and given up if
+    its server node is lost."""
+    name = operation.request["source"] if end == "source" else operation.request["target"]["node"]
+    home = operation.request["home"] if end == "source" else target_home(operation)
+    spec = {
+        "shown": {"vm": spec["name"], "at": name}, "binding": True, "ends_with_its_node": True
+    } | spec  # fmt: skip
+    return tx.step(operation, _step_name(operation, what), direct_queue(home, name), spec, node=name)
+
+
+@on_done("vm.migrate_prepare_on_node", "vm.move_prepare_on_node")
 def _prepared(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
     vm = vm_of(tx, operation)
-    operation.decision = result.get("decision")
-    target = {key: result[key] for key in ("node", "address", "ip", "port")}
-    operation.request = operation.request | {"target": target}
+    operation.decision = result.pop("decision", None)
+    operation.request = operation.request | {"target": result | {"domain_node": target_home(operation)}}
     if operation.cancel_asked:
         _undo_target(tx, operation, vm)
         return
-    source = get_server_node(tx.session, operation.request["source"])
-    spec = _spec(vm, source) | {"target": target, "live": operation.request.get("live", True)}
-    spec["shown"] = {"vm": vm.name, "from": source.name, "to": target["node"]}
-    tx.step(operation, "vm.migrate_on_node", vm.home, spec)
+    source = operation.request["source"]
+    spec = move_spec(operation, vm) | {"target": operation.request["target"], "ends_with_its_node": True}
+    spec["shown"] = {"vm": vm.name, "from": source, "to": result["node"]}
+    tx.step(operation, _step_name(operation, ""), operation.request["home"], spec, node=source)
 
 
-@on_done("vm.migrate_on_node")
-def _performed(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
-    vm = vm_of(tx, operation)
-    target = operation.request["target"]
-    operation.request = operation.request | {"measured": result}
-    vm.server_node, vm.ip, vm.observed_at = target["node"], target["ip"], now()
-    spec = _spec(vm, get_server_node(tx.session, operation.request["source"])) | {
-        "target": target, "checkpoints": result.get("checkpoints", []),
-    }  # fmt: skip
-    spec["shown"] = {"vm": vm.name, "at": target["node"]}
-    tx.step(operation, "vm.migrate_finish_on_node", direct_queue(vm.home, target["node"]), spec, node=target["node"])
-
-
-@on_done("vm.migrate_finish_on_node")
-def _finished(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
-    vm = vm_of(tx, operation)
-    source = get_server_node(tx.session, operation.request["source"])
-    spec = _spec(vm, source)
-    spec["shown"] = {"vm": vm.name, "at": source.name}
-    operation.request = operation.request | {"finish": result}
-    tx.step(operation, "vm.migrate_clean_on_node", direct_queue(vm.home, source.name), spec, node=source.name)
-
-
-@on_done("vm.migrate_clean_on_node")
-def _cleaned(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
-    vm = vm_of(tx, operation)
-    leave_via(vm, VmState.MIGRATING, VmState.RUNNING)
-    wake_others(tx, vm.home)
-    measured = {key: value for key, value in operation.request["measured"].items() if key != "checkpoints"}
-    tx.finish(operation, measured | operation.request.get("finish", {}) | {
-        "from": operation.request["source"], "to": operation.request["target"]["node"], "ip": vm.ip,
-    })  # fmt: skip
-
-
-@on_failed("vm.migrate_prepare_on_node")
+@on_failed("vm.migrate_prepare_on_node", "vm.move_prepare_on_node")
 def _not_prepared(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
     vm = vm_of(tx, operation)
-    leave_via(vm, VmState.MIGRATING, VmState.RUNNING)
-    release_unused(tx, vm, step)
-
-
-@on_failed("vm.migrate_on_node")
-def _not_performed(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
-    if error.code == OutcomeUnknown.code:
-        # It runs on one of the two: undoing the target could end it.
-        leave_via(vm_of(tx, operation), VmState.MIGRATING, VmState.FAILED)
-        tx.fail(operation, error, needs_operator=True)
-        return
     operation.error = error.to_dict()
-    _undo_target(tx, operation, vm_of(tx, operation))
+    if is_between(operation) and step.node is not None:
+        # It may have left an overlay there.
+        operation.request = operation.request | {"target": {"node": step.node, "domain_node": target_home(operation)}}
+        _undo_target(tx, operation, vm)
+        return
+    release_unused(tx, vm, step)
+    _stays(tx, operation, vm)
+
+
+@on_done("vm.migrate_on_node", "vm.move_on_node")
+def _performed(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
+    checkpoints = result.pop("checkpoints", [])
+    operation.request = operation.request | {"measured": result}
+    _arrived(tx, operation, {"checkpoints": checkpoints, "unseen": result["total_ms"] < 0})
+
+
+def _arrived(tx: Tx, operation: Operation, known: dict[str, Any]) -> None:
+    """The guest is at the target, as far as is known: the record follows, so that whoever asks next asks there."""
+    vm = vm_of(tx, operation)
+    target = operation.request["target"]
+    if is_between(operation):
+        control_move.change_home(tx, operation, vm)
+    vm.server_node, vm.ip, vm.observed_at = target["node"], target["ip"], now()
+    _on(tx, operation, "finish", "target", move_spec(operation, vm) | known)
+
+
+@on_failed("vm.migrate_on_node", "vm.move_on_node")
+def _not_performed(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
+    vm = vm_of(tx, operation)
+    operation.error = error.to_dict()
+    if error.code in (OutcomeUnknown.code, Unreachable.code):
+        # It is on one of the two, and to undo the target could end it.
+        _on(tx, operation, "look", "target", move_spec(operation, vm))
+    else:
+        _undo_target(tx, operation, vm)
+
+
+@on_done("vm.migrate_look_on_node", "vm.move_look_on_node")
+def _looked(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
+    if result["held_by"] == "source":
+        _undo_target(tx, operation, vm_of(tx, operation))
+    else:
+        _arrived_unseen(tx, operation)
+
+
+def _arrived_unseen(tx: Tx, operation: Operation) -> None:
+    """It moved after all, though whoever watched it saw no end."""
+    operation.error = None
+    operation.request = operation.request | {"measured": {"total_ms": -1, "downtime_ms": -1, "bytes": -1}}
+    _arrived(tx, operation, {"unseen": True})
+
+
+@on_failed("vm.migrate_look_on_node", "vm.move_look_on_node")
+def _not_looked(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
+    """The target is lost, or the two ends contradict each other: where the record has it, nothing else is claimed."""
+    lost = error.code == Unreachable.code
+    leave_via(vm_of(tx, operation), VmState.MIGRATING, state_before(operation) if lost else VmState.FAILED)
+    tx.fail(operation, error, needs_operator=True)
+
+
+@on_done("vm.migrate_finish_on_node", "vm.move_finish_on_node")
+def _finished(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
+    measured = {key: value for key, value in result.items() if key.endswith(("_ms", "bytes"))}
+    kept = {key: value for key, value in result.items() if key not in measured and key != "node"}
+    operation.request = operation.request | {
+        "measured": operation.request["measured"] | measured, "finish": kept,
+    }  # fmt: skip
+    _on(tx, operation, "clean", "source", move_spec(operation, vm_of(tx, operation)))
+
+
+@on_failed("vm.migrate_finish_on_node", "vm.move_finish_on_node")
+def _not_finished(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
+    """The guest runs where the record has it; what could not be tidied is an operator's business."""
+    vm = vm_of(tx, operation)
+    if error.code == Unreachable.code and not step.spec.get("unseen"):
+        # libvirt handed it over, then its new server node was lost: what it left at its source is not it any more.
+        operation.error = error.to_dict()
+        _on(tx, operation, "clean", "source", move_spec(operation, vm))
+        return
+    leave_via(vm, VmState.MIGRATING, state_before(operation))
+    tx.fail(operation, error, needs_operator=True)
+
+
+@on_done("vm.migrate_clean_on_node", "vm.move_clean_on_node")
+def _cleaned(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
+    if is_between(operation):
+        control_move.give_back_source(tx, operation, vm_of(tx, operation))
+    _moved(tx, operation)
+
+
+@on_failed("vm.migrate_clean_on_node", "vm.move_clean_on_node")
+def _not_cleaned(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
+    """A lost source frees its claims by itself (pool/tidy.py); its files another server node removes."""
+    if error.code != Unreachable.code:
+        operation.error = operation.error or error.to_dict()
+    elif is_between(operation) and control_move.discard(tx, operation, operation.request["home"]):
+        return
+    _moved(tx, operation)
+
+
+@on_done("vm.migrate:vm.discard_on_node")
+def _discarded(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
+    """Files of the VM where it is not any more, or did not come to, were removed."""
+    _go_on(tx, operation)
+
+
+@on_failed("vm.migrate:vm.discard_on_node")
+def _not_discarded(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
+    """They stay until somebody removes them (control_replan tells of them); the VM is whole elsewhere."""
+    _go_on(tx, operation)
+
+
+def _go_on(tx: Tx, operation: Operation) -> None:
+    if operation.request["way"] == Way.CARRY.value:
+        control_carry.discarded(tx, operation)
+    elif "measured" in operation.request:
+        control_move.give_back_source(tx, operation, vm_of(tx, operation))
+        _moved(tx, operation)
+    else:
+        _stays(tx, operation, vm_of(tx, operation))
+
+
+def _moved(tx: Tx, operation: Operation) -> None:
+    """The VM is where it should be: settle it, and the operation with what was measured."""
+    vm = vm_of(tx, operation)
+    leave_via(vm, VmState.MIGRATING, state_before(operation))
+    if operation.error:
+        tx.fail(operation, from_dict(operation.error), needs_operator=True)
+        return
+    control_move.finish(tx, operation, vm, operation.request["measured"] | operation.request.get("finish", {}))
+
+
+# --- back
 
 
 def _undo_target(tx: Tx, operation: Operation, vm: Vm) -> None:
     """The VM runs on at its source: give back what was prepared on the target, then the operation has ended."""
-    target = operation.request["target"]
-    spec = {"vm_id": vm.id, "name": vm.name, "mac": vm.mac, "shown": {"vm": vm.name, "at": target["node"]}}
-    tx.step(operation, "vm.migrate_undo_on_node", direct_queue(vm.home, target["node"]), spec, node=target["node"])
+    _on(tx, operation, "undo", "target", move_spec(operation, vm))
 
 
-@on_done("vm.migrate_undo_on_node")
+@on_done("vm.migrate_undo_on_node", "vm.move_undo_on_node")
 def _undone(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
+    if result.get("held_by") == "target":
+        _arrived_unseen(tx, operation)
+        return
+    _stays(tx, operation, vm_of(tx, operation))
+
+
+@on_failed("vm.migrate_undo_on_node", "vm.move_undo_on_node")
+def _not_undone(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
+    """A lost target frees its claims by itself; the overlay another server node removes. Else an operator must look."""
     vm = vm_of(tx, operation)
-    leave_via(vm, VmState.MIGRATING, VmState.RUNNING)
-    wake_others(tx, vm.home)
-    tx.fail(operation, from_dict(operation.error or {"code": "cancelled", "message": "cancelled; it runs on"}))
-
-
-@on_failed("vm.migrate_undo_on_node", "vm.migrate_finish_on_node", "vm.migrate_clean_on_node")
-def _left_half(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
-    """The guest runs; what could not be tidied is an operator's business."""
-    leave_via(vm_of(tx, operation), VmState.MIGRATING, VmState.RUNNING)
+    if error.code == Unreachable.code:
+        if not (is_between(operation) and control_move.discard(tx, operation, target_home(operation))):
+            _stays(tx, operation, vm)
+        return
+    leave_via(vm, VmState.MIGRATING, state_before(operation))
     tx.fail(operation, error, needs_operator=True)
+
+
+def _stays(tx: Tx, operation: Operation, vm: Vm) -> None:
+    """The move did not happen: the VM is as it was, where it was."""
+    leave_via(vm, VmState.MIGRATING, state_before(operation))
+    if is_between(operation):
+        control_move.give_back_target(tx, operation, vm)
+    for home in {vm.home, target_home(operation)}:
+        wake_others(tx, home)
+    tx.fail(operation, from_dict(operation.error or {"code": "cancelled", "message": "cancelled; it runs on"}))

@@ -16,6 +16,7 @@ from hdcs_tasks.pool.rules import Candidate
 from hdcs_tasks.store.models import Vm
 from hdcs_tasks.vm.control import check_given, check_pin, get_vm, label_of
 from hdcs_tasks.vm.control_migrate import check_migrate
+from hdcs_tasks.vm.move_rules import ALIVE, MoveOptions, Way
 
 
 def plan_start(control: Control, names: Sequence[str], *, pin: str | None = None) -> dict[str, Any]:
@@ -37,19 +38,34 @@ def plan_start(control: Control, names: Sequence[str], *, pin: str | None = None
         there = [vm for vm in vms if vm.home == home]
         waiters = [planning.Waiter(vm.id, vm_shape(vm), vm_terms(vm, pin=pin)) for vm in there]
         planned, _ = planning.plan(room, waiters, control.settings.capacity)
-        shown += [_shown(vm, room, found) for vm, found in zip(there, planned, strict=True)]
+        shown += [_shown(vm, room, found, home) for vm, found in zip(there, planned, strict=True)]
     return _answer(shown)
 
 
-def plan_migrate(control: Control, name: str, *, to: str | None = None) -> dict[str, Any]:
-    """What ``migrate`` would do; the form of ``plan_start``'s answer."""
+def plan_migrate(
+    control: Control, name: str, *, to: str | None = None, options: MoveOptions | None = None
+) -> dict[str, Any]:
+    """What ``migrate`` would do; the form of ``plan_start``'s answer. A VM that does not run gets no server node: only
+    the other domain node's storage is looked at."""
     with control.store.read() as session:
         vm = get_vm(session, name)
-        check_migrate(Tx(session, control, []), vm, to)
-        room = _rooms(control, session, [vm])[vm.home]
-    terms = vm_terms(vm, pin=to, exclude=[vm.server_node or ""], pinned=False, start=False)
+        way, home, pin = check_migrate(Tx(session, control, []), vm, to, options or MoveOptions())
+        room = candidate(control, session, get_domain_node(session, home), cooling_ports=False)
+    if vm.state not in ALIVE:
+        return _answer([_rests(vm, home, room, way)])
+    terms = vm_terms(vm, pin=pin, exclude=[vm.server_node or ""], pinned=False, start=False)
     planned, _ = planning.plan(room, [planning.Waiter(vm.id, vm_shape(vm), terms)], control.settings.capacity)
-    return _answer([_shown(vm, room, planned[0])])
+    return _answer([_shown(vm, room, planned[0], home) | {"way": way.value}])
+
+
+def _rests(vm: Vm, home: str, room: Candidate, way: Way) -> dict[str, Any]:
+    """The plan of a VM that does not run."""
+    lacks = way is Way.CARRY and room.free_disk_bytes is not None and room.free_disk_bytes < vm.disk_bytes
+    why = f"storage of {home} can promise {max(0, room.free_disk_bytes or 0)} more bytes" if lacks else ""
+    return {
+        "name": vm.name, "domain_node": home, "server_node": None, "message": why, "profile": vm.profile,
+        "decision": None, "way": way.value,
+    }  # fmt: skip
 
 
 def _rooms(control: Control, session: Session, vms: Sequence[Vm]) -> dict[str, Candidate]:
@@ -59,16 +75,16 @@ def _rooms(control: Control, session: Session, vms: Sequence[Vm]) -> dict[str, C
     }  # fmt: skip
 
 
-def _shown(vm: Vm, room: Candidate, planned: planning.Planned) -> dict[str, Any]:
-    why = "" if planned.node else planning.refusal_words(label_of(vm), vm.home, planned.verdicts, planned.pool_why)
+def _shown(vm: Vm, room: Candidate, planned: planning.Planned, home: str) -> dict[str, Any]:
+    why = "" if planned.node else planning.refusal_words(label_of(vm), home, planned.verdicts, planned.pool_why)
     return {
-        "name": vm.name, "domain_node": vm.home, "server_node": planned.node, "message": why, "profile": vm.profile,
+        "name": vm.name, "domain_node": home, "server_node": planned.node, "message": why, "profile": vm.profile,
         "decision": planning.decision(planned.verdicts, room.order, pool_why=planned.pool_why),
     }  # fmt: skip
 
 
 def _answer(shown: list[dict[str, Any]]) -> dict[str, Any]:
-    refused = [vm for vm in shown if vm["server_node"] is None]
+    refused = [vm for vm in shown if vm["message"]]
     refusal = None
     if refused:
         some = f" ({len(shown) - len(refused)} of {len(shown)} VMs fit)" if len(shown) > 1 else ""

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+from hdcs_tasks.app import app
 from hdcs_tasks.operations.control import Asked
 from hdcs_tasks.operations.control_tasks import control
+from hdcs_tasks.operations.recovery import sweep_once
 from hdcs_tasks.operations.requests import asked_by_task, request_task
 from hdcs_tasks.operations.views import view
 from hdcs_tasks.vm import control as vm_control
-from hdcs_tasks.vm import control_clone, control_migrate, control_replan  # noqa: F401 - replan registers itself
+from hdcs_tasks.vm import control_clone, control_drain, control_migrate, control_rebalance, control_storm, control_warm
+from hdcs_tasks.vm import control_replan as control_replan  # registers itself
+from hdcs_tasks.vm.move_rules import MoveOptions
 
 
 @request_task("vm.clone")
 def clone(
     image: str, name: str, count: int = 1, profile: str = "small", domain_node: str | None = None, start: bool = False,
-    owner: str = "", tags: tuple[str, ...] = (), by: str = "celery", reason: str = "",
+    owner: str = "", tags: tuple[str, ...] = (), warm: bool = False, by: str = "celery", reason: str = "",
 ) -> dict[str, Any]:  # fmt: skip
-    request = control_clone.CloneRequest(image, name, count, profile, domain_node, start, owner, tuple(tags))
+    request = control_clone.CloneRequest(image, name, count, profile, domain_node, start, owner, tuple(tags), warm=warm)
     return view(control_clone.clone(control(), request, asked_by_task(by, reason)))
 
 
@@ -66,5 +70,72 @@ def delete(vm: str, by: str = "celery", reason: str = "") -> dict[str, Any]:
 
 
 @request_task("vm.migrate")
-def migrate(vm: str, to: str | None = None, live: bool = True, by: str = "celery", reason: str = "") -> dict[str, Any]:
-    return view(control_migrate.migrate(control(), vm, asked_by_task(by, reason), to=to, live=live))
+def migrate(
+    vm: str, to: str | None = None, live: bool = True, bandwidth_mib_s: int | None = None, postcopy: bool = False,
+    auto_converge: bool = True, by: str = "celery", reason: str = "",
+) -> dict[str, Any]:  # fmt: skip
+    options = MoveOptions(live, bandwidth_mib_s, postcopy, auto_converge)
+    return view(control_migrate.migrate(control(), vm, asked_by_task(by, reason), to=to, options=options))
+
+
+@request_task("pool.drain")
+def drain(
+    node: str, move: bool = True, concurrency: int = control_drain.CONCURRENCY, by: str = "celery", reason: str = ""
+) -> dict[str, Any]:
+    asked = asked_by_task(by, reason)
+    return view(control_drain.drain_node(control(), node, asked, moving=move, concurrency=concurrency))
+
+
+@request_task("pool.drain_domain")
+def drain_domain(
+    domain_node: str, concurrency: int = control_drain.CONCURRENCY, by: str = "celery", reason: str = ""
+) -> dict[str, Any]:
+    asked = asked_by_task(by, reason)
+    return view(control_drain.drain_domain_node(control(), domain_node, asked, concurrency=concurrency))
+
+
+@request_task("pool.resume")
+def resume_node(node: str) -> dict[str, Any]:
+    return control_drain.resume_node(control(), node)
+
+
+@request_task("pool.resume_domain")
+def resume_domain(domain_node: str) -> dict[str, Any]:
+    return control_drain.resume_domain_node(control(), domain_node)
+
+
+@app.task(name="vm.drain_sweep")
+def drain_sweep(period_s: float) -> None:
+    sweep_once(control(), "drains", period_s, control_drain.drain_sweep)
+
+
+@request_task("pool.rebalance")
+def rebalance(
+    domain_node: str, max_moves: int = control_rebalance.MOVES, concurrency: int = control_rebalance.AT_ONCE,
+    by: str = "celery", reason: str = "",
+) -> dict[str, Any]:  # fmt: skip
+    asked = asked_by_task(by, reason)
+    return view(
+        control_rebalance.rebalance(control(), domain_node, asked, max_moves=max_moves, concurrency=concurrency)
+    )
+
+
+@request_task("storm.run")
+def storm_run(storm: str) -> dict[str, Any]:
+    return control_storm.run(control(), storm)
+
+
+@app.task(name="vm.storm_sweep")
+def storm_sweep(period_s: float) -> None:
+    sweep_once(control(), "storms", period_s, control_storm.storm_sweep)
+
+
+@app.task(name="vm.warm_sweep")
+def warm_sweep(period_s: float) -> None:
+    sweep_once(control(), "warm", period_s, control_warm.warm_sweep)
+
+
+@app.task(name="vm.top_up_warm")
+def top_up_warm() -> None:
+    # Under the slot of a short sweep: many that take at once make one top-up.
+    sweep_once(control(), "top-up", 1.0, control_warm.warm_sweep)

@@ -19,6 +19,7 @@ from hdcs_tasks.errors import (
     Cancelled,
     ClaimLost,
     HdcsError,
+    HypervisorRefused,
     NoCapacity,
     NotFound,
     OutcomeUnknown,
@@ -29,6 +30,7 @@ from hdcs_tasks.hypervisor import disks, guests, networks, storage
 from hdcs_tasks.hypervisor.bitmaps import ensure_seed
 from hdcs_tasks.hypervisor.checkpoints import SEED, redefine_checkpoints
 from hdcs_tasks.hypervisor.connection import Host
+from hdcs_tasks.hypervisor.keys import Key, KeyRing, give_to_libvirt
 from hdcs_tasks.hypervisor.locks import vm_lock
 from hdcs_tasks.hypervisor.spec import GuestSpec
 from hdcs_tasks.logs import logger
@@ -71,7 +73,7 @@ def clone(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     try:
         disks.create_overlay(
             base, target, size_bytes=spec["disk_bytes"] or None, bitmap=SEED, base_format="qcow2",
-            attempt=str(run.attempt),
+            key=KeyRing.of(run.ctx.settings).find(spec.get("disk_key")), attempt=str(run.attempt),
         )  # fmt: skip
     except HdcsError:
         _still_ours(run)
@@ -229,19 +231,21 @@ def _start_here(run: Run, spec: dict[str, Any], placed: Placed) -> None:
     if not spec.get("isolated"):
         networks.add_dhcp_host(host, ctx.settings.network_name, guest["mac"], placed.ip, guest["name"])
     saved = saved_memory(place, guest["vm_id"]) if spec.get("saved") else None
+    key = KeyRing.of(ctx.settings).find(guest.get("disk_key"))
     wanted = _guest_spec(run, guest, place, placed, "" if spec.get("isolated") else ctx.settings.network_name)
     run.check()
     if guests.info(host, guest["vm_id"]) is None:
-        _mend_bitmaps(place, guest["vm_id"])
+        _mend_bitmaps(place, guest["vm_id"], key)
+    give_to_libvirt(host, key)
     guests.start(host, wanted, saved=saved)
     restore_checkpoints(host, place, guest["vm_id"])
 
 
-def _mend_bitmaps(place: storage.StorageLayout, vm_id: str) -> None:
+def _mend_bitmaps(place: storage.StorageLayout, vm_id: str, key: Key | None) -> None:
     """A killed QEMU leaves its disk's bitmaps broken; ``OPEN`` tells that the last one did not end in order."""
     mark = place.vm_dir(vm_id) / OPEN
     if mark.exists():
-        ensure_seed(place.disk(vm_id))
+        ensure_seed(place.disk(vm_id), key=key)
     else:
         mark.touch()
 
@@ -309,11 +313,24 @@ def release(ctx: NodeContext, vm_id: str, mac: str) -> None:
 
 # --- the short commands
 
+last_looks: list[Callable[[Run, dict[str, Any]], None]] = []
+"""What looks at a guest once more before a step that an idle policy asked for; raises Cancelled if somebody uses it."""
+
+
+def _check_again(run: Run, spec: dict[str, Any]) -> None:
+    """The fence, and for an idle policy the last look, right before the side effect."""
+    if "guard" in spec:
+        if not last_looks:
+            raise HypervisorRefused("nobody looks whether this VM is used", next="Load monitor.node_tasks")
+        for look in last_looks:
+            look(run, spec)
+    run.check()
+
 
 def stop(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     ctx = run.ctx
     with lock(ctx, spec["vm_id"]):
-        run.check()
+        _check_again(run, spec)
         ran = guests.stop(ctx.host(), spec["vm_id"], force=spec["force"], timeout_s=spec["timeout_s"])
         if ran:
             _ended_in_order(ctx, spec["vm_id"])
@@ -327,7 +344,7 @@ def _ended_in_order(ctx: NodeContext, vm_id: str) -> None:
 
 def suspend(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     with lock(run.ctx, spec["vm_id"]):
-        run.check()
+        _check_again(run, spec)
         guests.suspend(run.ctx.host(), spec["vm_id"])
     return {"node": run.ctx.server_node}
 
@@ -351,7 +368,7 @@ def save(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     ctx = run.ctx
     target = saved_memory(layout(ctx), spec["vm_id"])
     with lock(ctx, spec["vm_id"]):
-        run.check()
+        _check_again(run, spec)
         guests.save(ctx.host(), spec["vm_id"], target)
         _ended_in_order(ctx, spec["vm_id"])
         release(ctx, spec["vm_id"], spec["mac"])

@@ -5,13 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from hdcs_tasks.errors import Conflict, HdcsError, HypervisorRefused, NotFound, OutcomeUnknown
-from hdcs_tasks.hypervisor import agent, guests, migration, networks
-from hdcs_tasks.hypervisor.connection import Host
+from hdcs_tasks.hypervisor import agent, guests, migration, networks, whereabouts
+from hdcs_tasks.hypervisor.connection import Host, peer_uri
+from hdcs_tasks.hypervisor.keys import KeyRing, give_to_libvirt
+from hdcs_tasks.hypervisor.spec import GuestInfo
 from hdcs_tasks.logs import logger
-from hdcs_tasks.operations.node import HandOver, Run
+from hdcs_tasks.operations.node import HandOver, NodeContext, Run
 from hdcs_tasks.vm.node import choose, decision, layout, lock, place_request, release, restore_checkpoints
 
 log = logger(__name__)
+
+UNSEEN = {"total_ms": -1, "downtime_ms": -1, "bytes": -1, "memory_bytes": -1, "disk_bytes": -1}
+"""Figures of a move whose end nobody watched; the target's libvirt may know them (``finish``)."""
 
 
 def prepare(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
@@ -21,6 +26,7 @@ def prepare(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     if placed.node != ctx.server_node:
         raise HandOver(placed.node, spec)
     layout(ctx)
+    give_to_libvirt(ctx.host(), KeyRing.of(ctx.settings).find(spec.get("disk_key")))
     run.check()
     networks.add_dhcp_host(ctx.host(), ctx.settings.network_name, spec["mac"], placed.ip, spec["name"])
     return {
@@ -30,52 +36,79 @@ def prepare(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def perform(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
-    """On the source: move the running guest. Where it is gone already, an earlier attempt moved it."""
+    """On the source: move the guest. Where it is gone already, an earlier attempt moved it."""
     ctx, target = run.ctx, spec["target"]
     if spec["source"]["name"] != ctx.server_node:
         raise HandOver(spec["source"]["name"], spec)
     with lock(ctx, spec["vm_id"]):
-        if _has_left(run, spec):
-            return _moved_earlier(spec)
+        if has_left(run, spec):
+            return dict(UNSEEN)
         run.check()
         try:
             done = migration.migrate_live(
-                ctx.host(), spec["vm_id"], target_uri=migrate_uri(target["address"]), target_address=target["address"],
-                graphics_uri=f"spice://{target['address']}", unsafe=ctx.settings.migrate_unsafe,
-                on_progress=run.progress, cancelled=run.cancelled, deadline_s=ctx.settings.step_deadline_s,
+                ctx.host(), spec["vm_id"], unsafe=ctx.settings.migrate_unsafe,
+                postcopy=bool(spec["options"].get("postcopy")), **terms(run, spec),
             )  # fmt: skip
         except (NotFound, Conflict, HypervisorRefused):
             # libvirt went on with an earlier attempt's move, and ended it while this one waited for its turn?
-            if _has_left(run, spec):
-                return _moved_earlier(spec)
+            if has_left(run, spec):
+                return dict(UNSEEN)
             raise
+    log.info("moved", vm=spec["name"], to=target["node"], downtime_ms=done.downtime_ms)
+    return measured(done)
+
+
+def terms(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
+    """What every live move is told, inside a domain node or between two."""
+    config, address, options = run.ctx.settings, spec["target"]["address"], spec["options"]
+    return {
+        "target_uri": peer_uri(address, tls=config.migrate_tls), "target_address": address, "tls": config.migrate_tls,
+        "graphics_uri": f"spice://{address}", "bandwidth_mib_s": options.get("bandwidth_mib_s"),
+        "auto_converge": options.get("auto_converge", True), "on_progress": run.progress,
+        "cancelled": run.cancelled, "deadline_s": config.step_deadline_s,
+    }  # fmt: skip
+
+
+def measured(done: migration.MigrationResult) -> dict[str, Any]:
     return {
         "total_ms": done.total_ms, "downtime_ms": done.downtime_ms, "bytes": done.bytes,
         "memory_bytes": done.memory_bytes, "disk_bytes": done.disk_bytes,
     }  # fmt: skip
 
 
-def _has_left(run: Run, spec: dict[str, Any]) -> bool:
-    seen = guests.info(run.ctx.host(), spec["vm_id"])
-    return seen is None or not seen.active or (seen.state == "paused" and _is_left_over(run, spec))
+def has_left(run: Run, spec: dict[str, Any]) -> bool:
+    """Whether an earlier attempt moved the guest away; one still at it is watched to its end. The finish step sees
+    whether it runs at the target, and says so if not."""
+    ctx = run.ctx
+    left = migration.adopt(
+        ctx.host(), spec["vm_id"], on_progress=run.progress, cancelled=run.cancelled,
+        deadline_s=ctx.settings.step_deadline_s,
+    )  # fmt: skip
+    seen = guests.info(ctx.host(), spec["vm_id"])
+    if seen is not None and seen.active and not (seen.state == "paused" and _is_left_over(run, spec)):
+        return False
+    log.warning("guest gone from its source", vm=spec["vm_id"], to=spec["target"]["node"], earlier=str(left))
+    return True
 
 
 def _is_left_over(run: Run, spec: dict[str, Any]) -> bool:
     """Whether the guest that stands still here is what a hand-over left that nobody saw the end of.
 
-    A guest that may move runs; libvirt stops it only to hand it over. If its libvirtd dies right then, it stays
-    stopped here whatever became of the other side. At the target libvirt keeps a definition from the moment the guest
-    runs there, so none means that it never did: then it goes on here.
+    A guest that ran is stopped by libvirt only to hand it over. If its libvirtd dies right then, it stays stopped here
+    whatever became of the other side. At the target libvirt keeps a definition from the moment the guest runs there,
+    so none means that it never did: then it goes on here.
     """
+    if spec["was"] != "running":
+        return False
     ctx, vm_id = run.ctx, spec["vm_id"]
-    seen = migration.observe(ctx.host(), _target_host(spec), vm_id)
+    seen = whereabouts.observe(ctx.host(), peer(ctx, spec["target"]["address"]), vm_id)
     if seen.busy:
         return False
-    if seen.target is migration.Presence.ABSENT:
+    if seen.target is whereabouts.Presence.ABSENT:
         run.check()
         guests.resume(ctx.host(), vm_id)
         return False
-    if seen.target in (migration.Presence.UNKNOWN, migration.Presence.PAUSED):
+    if seen.target in (whereabouts.Presence.UNKNOWN, whereabouts.Presence.PAUSED):
         raise OutcomeUnknown(
             f"VM {spec['name']} was stopped for its hand-over to {spec['target']['node']}, which has not ended there",
             next=f"Is libvirtd of {spec['target']['node']} up? The move is tried again",
@@ -83,41 +116,48 @@ def _is_left_over(run: Run, spec: dict[str, Any]) -> bool:
     return True
 
 
-def _target_host(spec: dict[str, Any]) -> Host | None:
+def peer(ctx: NodeContext, address: str) -> Host | None:
+    """The libvirt of another server node; None where it cannot be reached."""
     try:
-        return Host.open(migrate_uri(spec["target"]["address"]), timeout_s=10)
+        return Host.open(peer_uri(address, tls=ctx.settings.migrate_tls))
     except HdcsError:
         return None
-
-
-def migrate_uri(address: str) -> str:
-    """How the source's libvirtd reaches the target's."""
-    return f"qemu+tcp://{address}/system"
-
-
-def _moved_earlier(spec: dict[str, Any]) -> dict[str, Any]:
-    """The guest is not at its source: the finish step sees whether it runs at the target, and says so if not."""
-    log.warning("guest gone from its source; a migration ended unseen", vm=spec["vm_id"], to=spec["target"]["node"])
-    return {"total_ms": -1, "downtime_ms": -1, "bytes": -1, "memory_bytes": -1, "disk_bytes": -1}
 
 
 def finish(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     """On the target: the guest runs here; its checkpoints and network follow."""
     ctx, vm_id = run.ctx, spec["vm_id"]
-    host = ctx.host()
     with lock(ctx, vm_id):
-        seen = guests.info(host, vm_id)
-        if seen is None or not seen.active:
-            raise OutcomeUnknown(
-                f"VM {spec['name']} is neither at {spec['source']['name']} nor at {ctx.server_node}",
-                next="Look at both server nodes' libvirt before starting it again",
-            )
+        see_it_here(run, spec)
         run.check()
-        restore_checkpoints(host, layout(ctx), vm_id)
-        return {"network": _renew(run, spec)}
+        restore_checkpoints(ctx.host(), layout(ctx), vm_id)
+        return {"network": renew(run, spec)} | figures(ctx, spec)
 
 
-def _renew(run: Run, spec: dict[str, Any]) -> str:
+def see_it_here(run: Run, spec: dict[str, Any]) -> GuestInfo:
+    """The guest, seen at the target; one that libvirt left paused half-way is let run. Raises OutcomeUnknown."""
+    ctx = run.ctx
+    seen = guests.info(ctx.host(), spec["vm_id"])
+    if seen is not None and seen.state == "paused" and spec["was"] == "running":
+        _held_by(run, spec)
+        seen = guests.info(ctx.host(), spec["vm_id"])
+    if seen is None or not seen.active:
+        raise OutcomeUnknown(
+            f"VM {spec['name']} is neither at {spec['source']['name']} nor at {ctx.server_node}",
+            next="Look at both server nodes' libvirt before starting it again",
+        )
+    return seen
+
+
+def figures(ctx: NodeContext, spec: dict[str, Any]) -> dict[str, Any]:
+    """The move's figures as the target's libvirt has them, where nobody watched its end."""
+    if not spec.get("unseen"):
+        return {}
+    found = migration.arrived(ctx.host(), spec["vm_id"])
+    return measured(found) if found is not None else {}
+
+
+def renew(run: Run, spec: dict[str, Any]) -> str:
     """The new server node has another subnet: pull the cable, so that the guest asks DHCP again."""
     try:
         agent.renew_network(run.ctx.host(), spec["vm_id"], spec["mac"])
@@ -127,30 +167,72 @@ def _renew(run: Run, spec: dict[str, Any]) -> str:
     return "renewed"
 
 
+def look(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
+    """On the target, after a move whose end nobody knows: who holds the guest."""
+    with lock(run.ctx, spec["vm_id"]):
+        run.check()
+        return {"node": run.ctx.server_node, "held_by": _held_by(run, spec)}
+
+
+def _held_by(run: Run, spec: dict[str, Any]) -> str:
+    """ "source" or "target". One that stands still here because libvirt's hand-over broke, and is the only one left, is
+    let run. Raises OutcomeUnknown for what nobody may conclude."""
+    ctx, vm_id = run.ctx, spec["vm_id"]
+    seen = whereabouts.observe(peer(ctx, spec["source"]["ip"]), ctx.host(), vm_id)
+    held = seen.held_by
+    if held == "unknown":
+        raise OutcomeUnknown(
+            f"guest of VM {spec['name']} is {seen.source} at its source and {seen.target} at its target",
+            next="Look at both server nodes' libvirt (virsh list) before anything is started",
+        )
+    if held == "target" and spec["was"] == "running" and seen.target is whereabouts.Presence.PAUSED:
+        run.check()
+        whereabouts.finish_at_target(ctx.host(), vm_id)
+    return held
+
+
 def clean(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     """On the source: what the VM held here is given back, once the guest is seen not to be here."""
     ctx = run.ctx
     with lock(ctx, spec["vm_id"]):
-        seen = guests.info(ctx.host(), spec["vm_id"])
-        if seen is not None and seen.state == "running":
-            raise OutcomeUnknown(f"VM {spec['name']} still runs on {ctx.server_node}", next="Look at both server nodes")
-        run.check()
-        if seen is not None:
-            # A left-over definition, or the stopped guest of a hand-over whose other side the finish step saw run.
-            guests.stop(ctx.host(), spec["vm_id"], force=True)
+        leave(run, spec)
         release(ctx, spec["vm_id"], spec["mac"])
     return {"node": ctx.server_node}
+
+
+def leave(run: Run, spec: dict[str, Any]) -> None:
+    """The guest is seen not to run here, and no definition of it is left. Raises OutcomeUnknown."""
+    ctx = run.ctx
+    seen = guests.info(ctx.host(), spec["vm_id"])
+    if seen is not None and seen.state == "running":
+        raise OutcomeUnknown(f"VM {spec['name']} still runs on {ctx.server_node}", next="Look at both server nodes")
+    run.check()
+    if seen is not None:
+        # A left-over definition, or the stopped guest of a hand-over whose other side the finish step saw.
+        guests.stop(ctx.host(), spec["vm_id"], force=True)
 
 
 def undo(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
-    """On the target, after a move that did not happen: nothing of the VM stays here."""
+    """On the target, after a move that did not happen: nothing of the VM stays here. If it did happen after all,
+    ``held_by`` says so, and nothing is undone."""
     ctx = run.ctx
     with lock(ctx, spec["vm_id"]):
-        seen = guests.info(ctx.host(), spec["vm_id"])
-        if seen is not None and seen.state == "running":
-            raise OutcomeUnknown(f"VM {spec['name']} runs on {ctx.server_node}", next="Look at both server nodes")
-        run.check()
-        if seen is not None:
-            guests.stop(ctx.host(), spec["vm_id"], force=True)
+        if not take_back(run, spec):
+            return {"node": ctx.server_node, "held_by": "target"}
         release(ctx, spec["vm_id"], spec["mac"])
-    return {"node": ctx.server_node}
+    return {"node": ctx.server_node, "held_by": "source"}
+
+
+def take_back(run: Run, spec: dict[str, Any]) -> bool:
+    """End what a move that did not happen left of the guest here; False where the guest runs here and nowhere else.
+    Raises OutcomeUnknown."""
+    ctx = run.ctx
+    seen = guests.info(ctx.host(), spec["vm_id"])
+    if seen is not None and seen.state == "running":
+        if _held_by(run, spec) == "target":
+            return False
+        raise OutcomeUnknown(f"VM {spec['name']} runs on {ctx.server_node}", next="Look at both server nodes")
+    run.check()
+    if seen is not None:
+        guests.stop(ctx.host(), spec["vm_id"], force=True)
+    return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hdcs_tasks.operations.node_tasks import step_task
-from hdcs_tasks.vm import node, node_migrate
+from hdcs_tasks.vm import node, node_migrate, node_move
 
 clone = step_task("vm.clone_on_node", node.clone)
 start = step_task("vm.start_on_node", node.start)
@@ -19,4 +19,13 @@ migrate_prepare = step_task("vm.migrate_prepare_on_node", node_migrate.prepare)
 migrate = step_task("vm.migrate_on_node", node_migrate.perform)
 migrate_finish = step_task("vm.migrate_finish_on_node", node_migrate.finish)
 migrate_clean = step_task("vm.migrate_clean_on_node", node_migrate.clean)
+migrate_look = step_task("vm.migrate_look_on_node", node_migrate.look)
 migrate_undo = step_task("vm.migrate_undo_on_node", node_migrate.undo)
+move_prepare = step_task("vm.move_prepare_on_node", node_move.prepare)
+move = step_task("vm.move_on_node", node_move.perform)
+move_finish = step_task("vm.move_finish_on_node", node_move.finish)
+move_clean = step_task("vm.move_clean_on_node", node_move.clean)
+move_look = step_task("vm.move_look_on_node", node_migrate.look)
+move_undo = step_task("vm.move_undo_on_node", node_move.undo)
+offer = step_task("vm.offer_on_node", node_move.offer)
+fetch = step_task("vm.fetch_on_node", node_move.fetch)

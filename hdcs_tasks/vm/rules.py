@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from hdcs_tasks.errors import Conflict, Invalid
 from hdcs_tasks.routing import check_name
 from hdcs_tasks.states import VmState
+from hdcs_tasks.vm.move_rules import MOVABLE
 
 COUNT_MAX = 10_000
 _FIELD = re.compile(r"\{(?::0?(\d{1,2})d)?\}")
@@ -75,7 +76,7 @@ COMMANDS = {
 _OTHERS = {
     "start": frozenset({_S.STOPPED, _S.SAVED}),
     "restore": frozenset({_S.SAVED}),
-    "migrate": frozenset({_S.RUNNING}),
+    "migrate": MOVABLE,
     "backup": frozenset({_S.RUNNING, _S.SUSPENDED, _S.STOPPED}),
     "delete": frozenset(_S) - {_S.DELETED, _S.DELETING},
 }
@@ -97,7 +98,11 @@ def wrong_state_hint(verb: str, state: VmState) -> str:
         ("start", _S.RUNNING): "There is nothing to start",
         ("start", _S.SUSPENDED): "Wake it with: hdcs vm resume",
         ("resume", _S.SAVED): "Bring it back with: hdcs vm restore",
-        ("migrate", _S.STOPPED): "A stopped VM of this domain node starts on any of its server nodes",
+        (
+            "migrate",
+            _S.STOPPED,
+        ): "It needs no move: it starts on any server node of its domain node",
+        ("migrate", _S.SAVED): "It needs no move: it can be restored on any server node of its domain node",
     }
     return hints.get((verb, state), "Look at it with: hdcs vm show")
 

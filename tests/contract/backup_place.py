@@ -19,8 +19,8 @@ from hdcs_tasks.backup import control as backups
 from hdcs_tasks.backup import control_policy, node_chains, node_restore
 from hdcs_tasks.errors import HdcsError
 from hdcs_tasks.hypervisor import disks, storage
-from hdcs_tasks.hypervisor.backup import extract_layer
 from hdcs_tasks.hypervisor.checkpoints import SEED
+from hdcs_tasks.hypervisor.layers import extract_layer
 from hdcs_tasks.hypervisor.manifests import BaseImage, Point
 from hdcs_tasks.hypervisor.repository import Repository
 from hdcs_tasks.operations.control import Asked

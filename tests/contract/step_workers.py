@@ -27,13 +27,16 @@ def note(spec: dict[str, Any], run: Any, what: str) -> None:
 
 
 def work(run: Any, spec: dict[str, Any]) -> dict[str, Any]:
-    """Wait for the file ``spec["until"]``, asking the fence all the while, then do the one side effect."""
+    """Wait for the file ``spec["until"]``, asking the fence and telling the progress that the file ``spec["percent"]``
+    holds all the while, then do the one side effect."""
     note(spec, run, "begin")
     try:
         until = spec.get("until")
         while until and not Path(until).exists():
             if spec.get("fence", True):
                 run.check()
+            if spec.get("percent"):
+                run.progress(float(Path(spec["percent"]).read_text() or 0), "disk 12/27 GiB", 95)
             time.sleep(0.02)
         if spec.get("fence", True):
             run.check()

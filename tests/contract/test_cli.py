@@ -159,7 +159,8 @@ def test_domain_tokens_are_data(hdcs: Hdcs) -> None:
 
 
 def test_drain_resume_and_remove(cloud: Cloud, hdcs: Hdcs) -> None:
-    assert "draining" in hdcs("node", "drain", "node1")[1]
+    shown = json.loads(hdcs("node", "drain", "node1", "-f", "json")[1])
+    assert (shown["kind"], shown["state"]) == ("pool.drain", "done")
     assert cloud.server_nodes.show("node1")["state"] == "draining"
     assert json.loads(hdcs("node", "resume", "node1", "-f", "json")[1])[0]["state"] == "up"
     code, _, err = hdcs("node", "remove", "node1", "-y")
@@ -455,7 +456,7 @@ def test_harm_is_asked_about_on_a_terminal(cloud: Cloud, config: Settings) -> No
 
 def test_a_terminal_shows_a_bar_and_ctrl_c_detaches(cloud: Cloud, config: Settings) -> None:
     clone(cloud, "desk-1")
-    code, screen = on_a_terminal(config, ["vm", "start", "desk-1"], b"vm.start_on_node", b"\x03")
+    code, screen = on_a_terminal(config, ["vm", "start", "desk-1"], b"in line to start", b"\x03")
     assert code == 130 and "━" in screen and "detached: the operation goes on" in screen
     assert "Traceback" not in screen
 

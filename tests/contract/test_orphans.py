@@ -12,7 +12,8 @@ import pytest
 
 from hdcs_tasks.errors import OutcomeUnknown, WrongState
 from hdcs_tasks.hypervisor.connection import HostPool
-from hdcs_tasks.monitor.control import list_events, take_sample
+from hdcs_tasks.monitor.control import list_events
+from hdcs_tasks.monitor.control_samples import take_sample
 from hdcs_tasks.operations.control import Asked, Control
 from hdcs_tasks.operations.node import HandOver, NodeContext, Run
 from hdcs_tasks.operations.recovery import settle

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import redis
 
+from hdcs_tasks.clock import now_s
 from hdcs_tasks.cloud import Cloud
 from hdcs_tasks.config import CapacitySettings, Settings
 from hdcs_tasks.errors import HdcsError, Invalid, NoCapacity, WrongState
@@ -44,7 +45,7 @@ class Center:
         facts = {"cpu_mhz": 0, "sockets": 1, "cores_per_socket": cores, "threads_per_core": 1, "max_vcpus": 0,
                  "memory_mib": memory_mib}  # fmt: skip
         storage = {"total_bytes": disk_gib * GIB, "free_bytes": disk_gib * GIB}
-        request = JoinRequest(domain_node, name, "10.0.0.1", f"i-{name}", facts, storage, time.time())
+        request = JoinRequest(domain_node, name, "10.0.0.1", f"i-{name}", facts, storage, now_s())
         pool_control.join(self.control, request.signed(self.tokens[domain_node]))
 
     def image(self) -> None:
@@ -160,6 +161,27 @@ def test_freed_capacity_wakes_the_oldest_that_fits_and_only_it(center: Center) -
         center.cloud.vms[name].stop()
     center.play()
     assert center.running() >= {"d"} or center.running() == {"big"}
+
+
+def test_a_storm_knows_its_line_and_its_pace(center: Center) -> None:
+    center.node("east", "node1", 4096)
+    center.image()
+    center.cloud.vms.clone("mini", name="d-{:02d}", count=8, profile="tiny")
+    center.play()
+    parent = center.cloud.vms.start_all(home="east")
+    line = center.cloud.line("east")
+    assert [(row["subject"], row["place"], row["of"]) for row in line] == [(f"d-{n:02d}", n, 8) for n in range(1, 9)]
+    assert {(row["waits_for"], row["eta_s"]) for row in line} == {("its turn", None)}
+    for step in center.steps("published")[:4]:
+        settle(center.control, center._report(step, None))
+    shown = parent.show()
+    places = [child["line"]["place"] for child in shown["children"] if child["state"] == "running"]
+    assert places == [1, 2, 3, 4]
+    # Four in what is counted as at least a second: the last of four comes in as long again.
+    last = [child["eta_s"] for child in shown["children"] if child.get("line")][-1]
+    assert 0 < last == shown["eta_s"] < 300
+    center.play()
+    assert center.cloud.line() == []
 
 
 def test_who_waits_is_not_tried_again_for_nothing(center: Center) -> None:

@@ -110,9 +110,14 @@ REQUESTS = {
         "backup.restore", {"backup": "no-such-backup", "name": "back"},
         NotFound, "there is no backup 'no-such-backup'", "hdcs backup list",
     ),
-    "migrate to a server node of another domain node": Bad(
-        lambda cloud: cloud.vms["on"].migrate(to="node3"), "vm.migrate", {"vm": "on", "to": "node3"},
-        Invalid, "server node node3 is of west, VM on of east", "hdcs node list",
+    "disks by post-copy": Bad(
+        lambda cloud: cloud.vms["on"].migrate(to="node3", postcopy=True),
+        "vm.migrate", {"vm": "on", "to": "node3", "postcopy": True},
+        Invalid, "post-copy moves memory only", "between domain nodes",
+    ),
+    "migrate a stopped VM inside its domain node": Bad(
+        lambda cloud: cloud.vms["off"].migrate(to="node2"), "vm.migrate", {"vm": "off", "to": "node2"},
+        WrongState, "VM off is stopped: it cannot migrate", "starts on any server node",
     ),
     "migrate to nowhere": Bad(
         lambda cloud: cloud.vms["on"].migrate(to="node9"), "vm.migrate", {"vm": "on", "to": "node9"},

@@ -16,7 +16,8 @@ from hdcs_tasks.errors import Cancelled, ClaimLost, HypervisorRefused
 from hdcs_tasks.hypervisor import checkpoints, disks, guests, jobs, migration
 from hdcs_tasks.hypervisor.backup import Backing, backup_running
 from hdcs_tasks.hypervisor.connection import Host
-from hdcs_tasks.hypervisor.migration import Presence, migrate_live, observe
+from hdcs_tasks.hypervisor.migration import migrate_live
+from hdcs_tasks.hypervisor.whereabouts import Presence, Whereabouts, observe
 from tests.lab.desks import Desk, open_host, put_image, running_desk, uri
 
 pytestmark = pytest.mark.lab
@@ -78,7 +79,7 @@ def test_the_count_goes_on_at_the_target(lab: Lab, at_node1: Desk, east: tuple[H
         )  # fmt: skip
         ours.append(((time.monotonic() - started) * 1000, result.downtime_ms))
         desk.host = two
-        assert observe(one, two, desk.vm_id) == migration.Whereabouts(Presence.ABSENT, Presence.RUNNING)
+        assert observe(one, two, desk.vm_id) == Whereabouts(Presence.ABSENT, Presence.RUNNING)
         assert desk.tick()[0] > count
         assert two.guest(desk.vm_id).isPersistent()
         assert result.memory_bytes > 0
@@ -129,7 +130,7 @@ def slow(lab: Lab, desk: Desk, **more: object) -> None:
 
 def stays(desk: Desk, east: tuple[Host, Host]) -> None:
     seen = observe(*east, desk.vm_id)
-    assert seen == migration.Whereabouts(Presence.RUNNING, Presence.ABSENT)
+    assert seen == Whereabouts(Presence.RUNNING, Presence.ABSENT)
     assert seen.verdict == "source"
     assert jobs.current_job(desk.host, desk.vm_id) is None
     desk.sh("true")

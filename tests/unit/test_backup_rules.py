@@ -13,10 +13,8 @@ from hdcs_tasks.backup.rules import (
     FullRule,
     Keep,
     Point,
-    check_when,
     choose_drills,
     kept,
-    last_due,
     next_point,
     plan_prune,
 )
@@ -150,44 +148,6 @@ def test_a_kept_point_never_loses_what_it_stands_on(
         assert ready[-1].id in files
     if merge and all(p.state is READY for p in points):
         assert set(files) == plan.keep
-
-
-@pytest.mark.parametrize(
-    ("words", "slot"),
-    [
-        ("hourly", "2026-03-11T12:00"),
-        ("hourly :30", "2026-03-11T11:30"),
-        ("daily 02:00", "2026-03-11T02:00"),
-        ("daily 12:01", "2026-03-10T12:01"),
-        ("weekly sun 03:00", "2026-03-08T03:00"),
-        ("weekly wed 12:00", "2026-03-11T12:00"),
-        ("weekly wed 12:01", "2026-03-04T12:01"),
-        ("monthly 1 03:00", "2026-03-01T03:00"),
-        ("monthly 12 03:00", "2026-02-12T03:00"),
-    ],
-)
-def test_when(words: str, slot: str) -> None:
-    assert last_due(words, NOON) == datetime.fromisoformat(slot).replace(tzinfo=UTC)
-
-
-@given(
-    st.sampled_from(["hourly :07", "daily 23:59", "weekly fri 00:00", "monthly 28 12:30"]),
-    st.datetimes(datetime(2020, 1, 1), datetime(2040, 1, 1)),
-    st.floats(0, 40),
-)
-def test_slots_only_move_on(words: str, now: datetime, days: float) -> None:
-    now = now.replace(tzinfo=UTC)
-    slot = last_due(words, now)
-    assert slot <= now
-    assert now - slot <= timedelta(days=31)
-    assert last_due(words, slot) == slot
-    assert last_due(words, now + timedelta(days=days)) >= slot
-
-
-@pytest.mark.parametrize("words", ["", "daily", "daily 24:00", "daily 2:00", "weekly 03:00", "monthly 31 03:00", "now"])
-def test_words_that_say_nothing(words: str) -> None:
-    with pytest.raises(Invalid, match="does not say when"):
-        check_when(words)
 
 
 def test_numbers_that_say_nothing() -> None:

@@ -9,7 +9,7 @@ import click
 import pytest
 
 from hdcs_tasks.cli.main import cli
-from hdcs_tasks.config import CapacitySettings, Settings
+from hdcs_tasks.config import AlarmSettings, CapacitySettings, MetricsSettings, RateSettings, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -21,7 +21,9 @@ CODE = "".join(
     if path.is_file() and path.suffix in ("", ".py") and path not in UNITS and "__pycache__" not in path.parts
 )
 SETTINGS = {f"HDCS_{name.upper()}" for name in Settings.model_fields} | {
-    f"HDCS_CAPACITY_{name.upper()}" for name in CapacitySettings.model_fields
+    f"{part.model_config['env_prefix']}{name.upper()}"
+    for part in (AlarmSettings, CapacitySettings, MetricsSettings, RateSettings)
+    for name in part.model_fields
 }
 
 

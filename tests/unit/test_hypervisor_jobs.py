@@ -10,7 +10,8 @@ import pytest
 from hdcs_tasks.errors import Cancelled, ClaimLost, HypervisorRefused
 from hdcs_tasks.hypervisor.checkpoints import checkpoint_xml
 from hdcs_tasks.hypervisor.jobs import JobInfo, stop_reason
-from hdcs_tasks.hypervisor.migration import Presence, Whereabouts, _Console, _params
+from hdcs_tasks.hypervisor.migration import _Console, _params
+from hdcs_tasks.hypervisor.whereabouts import Presence, Whereabouts
 
 MIB = 1 << 20
 A, R, P, S, U = Presence.ABSENT, Presence.RUNNING, Presence.PAUSED, Presence.SHUTOFF, Presence.UNKNOWN

@@ -12,6 +12,7 @@ from alembic import context
 from alembic.autogenerate.api import AutogenContext
 from sqlalchemy import DateTime, Engine, text
 
+import hdcs_tasks.store.models_watch  # noqa: F401 - its tables are part of the schema
 from hdcs_tasks.config import settings
 from hdcs_tasks.store.engine import make_engine
 from hdcs_tasks.store.models import Base, StateColumn, UtcDateTime

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from hdcs_tasks.clock import driven_by
 from hdcs_tasks.config import CapacitySettings, Settings
 from hdcs_tasks.hypervisor import storage
-from hdcs_tasks.monitor import control as monitor_control
+from hdcs_tasks.monitor import control_samples as monitor_control
 from hdcs_tasks.operations import recovery
 from hdcs_tasks.operations.control import Control
 from hdcs_tasks.operations.node import NodeContext, execute, resend_spooled
@@ -31,8 +31,8 @@ from hdcs_tasks.states import ImageState, VmState
 from hdcs_tasks.store.engine import Store, make_engine
 from hdcs_tasks.store.models import Base, Image, ImageCopy, Profile
 from hdcs_tasks.store.transitions import move
+from hdcs_tasks.vm import control_drain, node_migrate
 from hdcs_tasks.vm import node as vm_node
-from hdcs_tasks.vm import node_migrate
 from hdcs_tasks.vm.control_clone import Shape, new_vm
 from tests.chaos.sim.broker import Broker, Worker
 from tests.chaos.sim.checks import Fence
@@ -55,13 +55,14 @@ STEPS: dict[str, Any] = {
     "vm.resume_on_node": vm_node.resume, "vm.reboot_on_node": vm_node.reboot,
     "vm.migrate_prepare_on_node": node_migrate.prepare, "vm.migrate_on_node": node_migrate.perform,
     "vm.migrate_finish_on_node": node_migrate.finish, "vm.migrate_clean_on_node": node_migrate.clean,
-    "vm.migrate_undo_on_node": node_migrate.undo,
+    "vm.migrate_undo_on_node": node_migrate.undo, "vm.migrate_look_on_node": node_migrate.look,
 }  # fmt: skip
 SWEEPS: dict[str, tuple[str, Callable[[Control], Any]]] = {
     "operations.recovery_sweep": ("recovery", recovery.recovery_sweep),
     "pool.lease_sweep": ("leases", pool_control.lease_sweep),
     "pool.reservation_sweep": ("reservations", rebuild.reservation_sweep),
     "pool.waiting_sweep": ("waiting", waiting.waiting_sweep),
+    "vm.drain_sweep": ("drains", control_drain.drain_sweep),
     "pool.dhcp_sweep": ("dhcp", tidy.dhcp_sweep),
     "pool.tidy_sweep": ("tidy", tidy.tidy_sweep),
     "monitor.sample_sweep": ("monitor", monitor_control.sample_sweep),
@@ -338,6 +339,9 @@ class Center:
         """Whether a sweep could find anything: one that cannot is left out, it costs and shows nothing."""
         if task == "operations.recovery_sweep":
             return self.live_operations() > 0
+        if task == "vm.drain_sweep":
+            query = "SELECT 1 FROM operation WHERE kind = 'pool.drain' AND state IN ('queued', 'running')"
+            return bool(self.ground.live.execute(query).fetchone())
         if task == "pool.waiting_sweep":
             return bool(self.ground.live.execute("SELECT 1 FROM step WHERE state = 'parked' LIMIT 1").fetchone())
         if task == "pool.lease_sweep":

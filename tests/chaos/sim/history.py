@@ -11,11 +11,10 @@ from hdcs_tasks.clock import driven_by
 from hdcs_tasks.errors import HdcsError, Unavailable
 from hdcs_tasks.operations.control import Asked, Control
 from hdcs_tasks.operations.views import cancel
-from hdcs_tasks.pool import control as pool_control
 from hdcs_tasks.states import OPERATION_LIVE, STEP_LIVE
 from hdcs_tasks.store.models import Operation, Step
 from hdcs_tasks.vm import control as vm_control
-from hdcs_tasks.vm import control_clone, control_migrate
+from hdcs_tasks.vm import control_clone, control_drain, control_migrate
 from hdcs_tasks.vm.control_clone import CloneRequest
 from tests.chaos.sim.center import VMS, Center, Ground, Node
 from tests.chaos.sim.checks import judge
@@ -102,8 +101,10 @@ class History:
             return f"cancel {chosen[:8]}", lambda c, a: cancel(c, chosen)
         if kind == "drain":
             node, drain = rng.choice(list(self.center.nodes)), rng.random() < 0.6
-            verb = pool_control.drain if drain else pool_control.resume
-            return f"{verb.__name__} {node}", lambda c, a: verb(c, node)
+            if not drain:
+                return f"resume {node}", lambda c, a: control_drain.resume_node(c, node)
+            moving = rng.random() < 0.7
+            return f"drain {node} moving={moving}", lambda c, a: control_drain.drain_node(c, node, a, moving=moving)
         asks: dict[str, Ask] = {
             "start": lambda c, a: vm_control.start(c, vm, a),
             "force": lambda c, a: vm_control.command(c, "stop", vm, a, force=True),

@@ -25,8 +25,9 @@ from hdcs_tasks.errors import (
     Unreachable,
     WrongState,
 )
-from hdcs_tasks.hypervisor.migration import Presence, Whereabouts
+from hdcs_tasks.hypervisor.migration import Adopted
 from hdcs_tasks.hypervisor.spec import GuestInfo, GuestSpec
+from hdcs_tasks.hypervisor.whereabouts import Presence, Whereabouts
 from tests.chaos.sim.kernel import Actor, Kernel
 
 JOB_LOCK_S = 30.0
@@ -266,7 +267,7 @@ class World:
         if (there := target.guests.get(vm_id)) is not None and (there.active or there.job):
             raise Conflict(f"guest {guest.name} already exists at {target.name}")
         seconds, started, life = self.kernel.rng.uniform(1.0, 15.0), self.kernel.time, host.lives
-        guest.job = "migrate"
+        guest.job, was = "migrate", guest.state  # a suspended one arrives suspended
 
         def arrive() -> None:
             if guest.job != "migrate" or host.guests.get(vm_id) is not guest:
@@ -280,7 +281,7 @@ class World:
                     return  # libvirtd of the target never let it run
             else:
                 del host.guests[vm_id]
-            target.guests[vm_id] = replace(guest, state="running")
+            target.guests[vm_id] = replace(guest, state=was)
             self._seen(vm_id)
 
         self.kernel.at(seconds, arrive)
@@ -296,8 +297,33 @@ class World:
             raise HypervisorRefused("the migration ended at its source")
         return SimpleNamespace(total_ms=1, downtime_ms=1, bytes=1, memory_bytes=1, disk_bytes=0)
 
-    def target_host(self, spec: dict[str, Any]) -> HostModel | None:
-        host = next(h for h in self.hosts.values() if h.ip == spec["target"]["address"])
+    def adopt(
+        self, host: HostModel, vm_id: str, *, cancelled: Callable[[], bool], deadline_s: float, **_: Any
+    ) -> Adopted:
+        """Watch the move a dead worker left to its end."""
+        self._enter(host, "adopt")
+        guest = host.guests.get(vm_id)
+        if guest is None:
+            return Adopted.LEFT
+        if guest.job != "migrate":
+            return Adopted.NONE
+        while guest.job == "migrate" and host.up:
+            self.kernel.sleep(0.5)
+            if cancelled() and guest.job == "migrate":
+                guest.job = ""
+                raise Cancelled("migration aborted")
+        return Adopted.STAYED if host.guests.get(vm_id) is guest else Adopted.LEFT
+
+    def finish_at_target(self, host: HostModel, vm_id: str) -> None:
+        self._change(host, "finish", vm_id)
+        self._guest(host, vm_id).state = "running"
+        self._seen(vm_id)
+
+    def arrived(self, host: HostModel, vm_id: str) -> None:
+        """libvirt keeps no figures here."""
+
+    def peer(self, _ctx: Any, address: str) -> HostModel | None:
+        host = next(h for h in self.hosts.values() if h.ip == address)
         return host if host.up else None
 
     def observe(self, source: HostModel | None, target: HostModel | None, vm_id: str) -> Whereabouts:
@@ -401,7 +427,7 @@ def rooms(world: World) -> Iterator[None]:
             for name, stand_in in (
                 ("guests", world), ("networks", world), ("disks", world), ("migration", world),
                 ("vm_lock", world.vm_lock),
-                ("_target_host", world.target_host),
+                ("peer", world.peer), ("whereabouts", world),
                 ("restore_checkpoints", nothing), ("ensure_seed", nothing),
                 ("agent", SimpleNamespace(renew_network=nothing)),
             ):  # fmt: skip

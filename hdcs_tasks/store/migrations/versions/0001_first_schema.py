@@ -22,6 +22,7 @@ def upgrade() -> None:
         sa.Column("port_first", sa.Integer(), nullable=False),
         sa.Column("port_last", sa.Integer(), nullable=False),
         sa.Column("storage_primary", sa.String(length=63), nullable=True),
+        sa.Column("draining", sa.Boolean(), nullable=False),
         sa.Column("storage_total_bytes", sa.BigInteger(), nullable=True),
         sa.Column("storage_free_bytes", sa.BigInteger(), nullable=True),
         sa.Column("rules", sa.JSON(), nullable=False),
@@ -68,6 +69,7 @@ def upgrade() -> None:
         sa.Column("memory_mib", sa.Integer(), nullable=False),
         sa.Column("disk_bytes", sa.BigInteger(), nullable=True),
         sa.Column("usb", sa.String(length=255), nullable=False),
+        sa.Column("disk_key", sa.String(length=63), nullable=False),
         sa.Column("rules", sa.JSON(), nullable=False),
         sa.PrimaryKeyConstraint("name", name=op.f("pk_profile")),
     )
@@ -113,6 +115,31 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("name", name=op.f("pk_backup_policy")),
     )
     op.create_table(
+        "storm",
+        sa.Column("name", sa.String(length=63), nullable=False),
+        sa.Column("schedule", sa.String(length=40), nullable=False),
+        sa.Column("selector", sa.JSON(), nullable=False),
+        sa.Column("clone", sa.JSON(), nullable=False),
+        sa.Column("lead_s", sa.Double(), nullable=True),
+        sa.Column("enabled", sa.Boolean(), nullable=False),
+        sa.Column("slot_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("runs", sa.JSON(), nullable=False),
+        sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
+        sa.PrimaryKeyConstraint("name", name=op.f("pk_storm")),
+    )
+    op.create_table(
+        "warm_pool",
+        sa.Column("name", sa.String(length=63), nullable=False),
+        sa.Column("image", sa.String(length=63), nullable=False),
+        sa.Column("profile", sa.String(length=63), nullable=False),
+        sa.Column("domain_node", sa.String(length=63), nullable=True),
+        sa.Column("size", sa.Integer(), nullable=False),
+        sa.Column("saved", sa.Boolean(), nullable=False),
+        sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
+        sa.ForeignKeyConstraint(["domain_node"], ["domain_node.name"], name=op.f("fk_warm_pool_domain_node")),
+        sa.PrimaryKeyConstraint("name", name=op.f("pk_warm_pool")),
+    )
+    op.create_table(
         "image_copy",
         sa.Column("image_id", sa.String(length=36), nullable=False),
         sa.Column("domain_node", sa.String(length=63), nullable=False),
@@ -155,13 +182,15 @@ def upgrade() -> None:
         sa.Column("memory_mib", sa.Integer(), nullable=False),
         sa.Column("disk_bytes", sa.BigInteger(), nullable=False),
         sa.Column("usb", sa.String(length=255), nullable=False),
+        sa.Column("disk_key", sa.String(length=63), nullable=False),
         sa.Column("mac", sa.String(length=17), nullable=False),
         sa.Column("port", sa.Integer(), nullable=True),
         sa.Column("ip", sa.String(length=45), nullable=True),
         sa.Column("owner", sa.String(length=255), nullable=False),
         sa.Column("tags", sa.JSON(), nullable=False),
         sa.Column("rules", sa.JSON(), nullable=False),
-        sa.Column("idle_after_s", sa.Double(), nullable=True),
+        sa.Column("idle", sa.JSON(), nullable=False),
+        sa.Column("warm_pool", sa.String(length=63), nullable=True),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("state_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("started_at", sa.DateTime(timezone=True), nullable=True),
@@ -178,6 +207,7 @@ def upgrade() -> None:
     op.create_index(op.f("ix_vm_name"), "vm", ["name"], unique=False)
     op.create_index(op.f("ix_vm_server_node"), "vm", ["server_node"], unique=False)
     op.create_index(op.f("ix_vm_state"), "vm", ["state"], unique=False)
+    op.create_index(op.f("ix_vm_warm_pool"), "vm", ["warm_pool"], unique=False)
     op.create_index(
         "vm_living_mac",
         "vm",
@@ -258,9 +288,117 @@ def upgrade() -> None:
     )
     op.create_index(op.f("ix_step_operation_id"), "step", ["operation_id"], unique=False)
     op.create_index(op.f("ix_step_state"), "step", ["state"], unique=False)
+    op.create_table(
+        "alarm",
+        sa.Column("id", sa.String(length=36), nullable=False),
+        sa.Column("kind", sa.String(length=40), nullable=False),
+        sa.Column("subject", sa.String(length=255), nullable=False),
+        sa.Column("severity", sa.String(length=12), nullable=False),
+        sa.Column("state", sa.String(length=20), nullable=False),
+        sa.Column("live_key", sa.String(length=300), nullable=True),
+        sa.Column("message", sa.Text(), nullable=False),
+        sa.Column("next", sa.Text(), nullable=False),
+        sa.Column("value", sa.Double(), nullable=True),
+        sa.Column("since_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("seen_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("ok_since", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("state_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("raised_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("acknowledged_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("acknowledged_by", sa.String(length=255), nullable=True),
+        sa.Column("note", sa.Text(), nullable=False),
+        sa.Column("cleared_at", sa.DateTime(timezone=True), nullable=True),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_alarm")),
+        sa.UniqueConstraint("live_key", name=op.f("uq_alarm_live_key")),
+    )
+    op.create_index(op.f("ix_alarm_kind"), "alarm", ["kind"], unique=False)
+    op.create_index(op.f("ix_alarm_state"), "alarm", ["state"], unique=False)
+    op.create_index(op.f("ix_alarm_state_at"), "alarm", ["state_at"], unique=False)
+    op.create_table(
+        "idle_policy",
+        sa.Column("name", sa.String(length=63), nullable=False),
+        sa.Column("selector", sa.JSON(), nullable=False),
+        sa.Column("ladder", sa.JSON(), nullable=False),
+        sa.Column("limits", sa.JSON(), nullable=False),
+        sa.Column("rank", sa.Integer(), nullable=False),
+        sa.Column("inside", sa.Boolean(), nullable=False),
+        sa.Column("force", sa.Boolean(), nullable=False),
+        sa.Column("message", sa.Text(), nullable=False),
+        sa.Column("enabled", sa.Boolean(), nullable=False),
+        sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
+        sa.PrimaryKeyConstraint("name", name=op.f("pk_idle_policy")),
+    )
+    op.create_table(
+        "quota",
+        sa.Column("owner", sa.String(length=255), nullable=False),
+        sa.Column("vms", sa.Integer(), nullable=True),
+        sa.Column("running_vms", sa.Integer(), nullable=True),
+        sa.Column("vcpus", sa.Integer(), nullable=True),
+        sa.Column("memory_mib", sa.Integer(), nullable=True),
+        sa.Column("disk_bytes", sa.BigInteger(), nullable=True),
+        sa.PrimaryKeyConstraint("owner", name=op.f("pk_quota")),
+    )
+    op.create_table(
+        "usage_span",
+        sa.Column("id", sa.Integer(), autoincrement=True, nullable=False),
+        sa.Column("kind", sa.String(length=8), nullable=False),
+        sa.Column("vm_id", sa.String(length=36), nullable=False),
+        sa.Column("vm_name", sa.String(length=63), nullable=False),
+        sa.Column("owner", sa.String(length=255), nullable=False),
+        sa.Column("tags", sa.JSON(), nullable=False),
+        sa.Column("home", sa.String(length=63), nullable=False),
+        sa.Column("server_node", sa.String(length=63), nullable=True),
+        sa.Column("level", sa.String(length=8), nullable=False),
+        sa.Column("vcpus", sa.Integer(), nullable=False),
+        sa.Column("memory_mib", sa.Integer(), nullable=False),
+        sa.Column("size_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("observed", sa.Boolean(), nullable=False),
+        sa.Column("open_key", sa.String(length=80), nullable=True),
+        sa.Column("opened_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("closed_at", sa.DateTime(timezone=True), nullable=True),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_usage_span")),
+        sa.UniqueConstraint("open_key", name=op.f("uq_usage_span_open_key")),
+    )
+    op.create_index(op.f("ix_usage_span_closed_at"), "usage_span", ["closed_at"], unique=False)
+    op.create_index(op.f("ix_usage_span_opened_at"), "usage_span", ["opened_at"], unique=False)
+    op.create_index(op.f("ix_usage_span_server_node"), "usage_span", ["server_node"], unique=False)
+    op.create_index(op.f("ix_usage_span_vm_id"), "usage_span", ["vm_id"], unique=False)
+    op.create_table(
+        "notice",
+        sa.Column("id", sa.Integer(), autoincrement=True, nullable=False),
+        sa.Column("alarm_id", sa.String(length=36), nullable=False),
+        sa.Column("what", sa.String(length=12), nullable=False),
+        sa.Column("target", sa.String(length=16), nullable=False),
+        sa.Column("title", sa.Text(), nullable=False),
+        sa.Column("body", sa.Text(), nullable=False),
+        sa.Column("attempts", sa.Integer(), nullable=False),
+        sa.Column("not_before", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("sent_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("given_up_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("error", sa.Text(), nullable=False),
+        sa.ForeignKeyConstraint(["alarm_id"], ["alarm.id"], name=op.f("fk_notice_alarm_id")),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_notice")),
+    )
+    op.create_index(op.f("ix_notice_alarm_id"), "notice", ["alarm_id"], unique=False)
+    op.create_index(op.f("ix_notice_not_before"), "notice", ["not_before"], unique=False)
 
 
 def downgrade() -> None:
+    op.drop_index(op.f("ix_notice_not_before"), table_name="notice")
+    op.drop_index(op.f("ix_notice_alarm_id"), table_name="notice")
+    op.drop_table("notice")
+    op.drop_index(op.f("ix_usage_span_vm_id"), table_name="usage_span")
+    op.drop_index(op.f("ix_usage_span_server_node"), table_name="usage_span")
+    op.drop_index(op.f("ix_usage_span_opened_at"), table_name="usage_span")
+    op.drop_index(op.f("ix_usage_span_closed_at"), table_name="usage_span")
+    op.drop_table("usage_span")
+    op.drop_table("quota")
+    op.drop_table("idle_policy")
+    op.drop_index(op.f("ix_alarm_state_at"), table_name="alarm")
+    op.drop_index(op.f("ix_alarm_state"), table_name="alarm")
+    op.drop_index(op.f("ix_alarm_kind"), table_name="alarm")
+    op.drop_table("alarm")
     op.drop_index(op.f("ix_step_state"), table_name="step")
     op.drop_index(op.f("ix_step_operation_id"), table_name="step")
     op.drop_table("step")
@@ -283,6 +421,7 @@ def downgrade() -> None:
         sqlite_where=sa.text("deleted_at IS NULL"),
         postgresql_where=sa.text("deleted_at IS NULL"),
     )
+    op.drop_index(op.f("ix_vm_warm_pool"), table_name="vm")
     op.drop_index(op.f("ix_vm_state"), table_name="vm")
     op.drop_index(op.f("ix_vm_server_node"), table_name="vm")
     op.drop_index(op.f("ix_vm_name"), table_name="vm")
@@ -291,6 +430,8 @@ def downgrade() -> None:
     op.drop_index(op.f("ix_server_node_domain_node"), table_name="server_node")
     op.drop_table("server_node")
     op.drop_table("image_copy")
+    op.drop_table("warm_pool")
+    op.drop_table("storm")
     op.drop_table("backup_policy")
     op.drop_index(op.f("ix_backup_vm_id"), table_name="backup")
     op.drop_index(op.f("ix_backup_chain"), table_name="backup")

@@ -1,0 +1,204 @@
+"""Every kind of move of a desktop that counts in memory and writes to its disk all the while, through HDCS."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from deploy.lab.center import Center, wait_for
+from hdcs_tasks.hypervisor import agent
+from tests.lab.data_center import at_guest, data_center, picture, wait_idle
+
+pytestmark = pytest.mark.lab
+
+LONG_S = 240.0
+MIB = 1 << 20
+WRITER = (
+    "rm -f /root/lines /root/halt; i=0; "
+    "while [ ! -e /root/halt ]; do i=$((i+1)); echo $i >> /root/lines; sync; sleep 0.1; done"
+)
+
+
+@pytest.fixture(scope="module")
+def moves(lab_possible: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Center]:
+    """A data center whose image is in east alone; west has never seen it."""
+    with data_center(tmp_path_factory.mktemp("moves") / "moves") as made:
+        golden = add_image_to(made, "east")
+        assert golden == "plain"
+        yield made
+
+
+def add_image_to(center: Center, domain_node: str) -> str:
+    from deploy.lab.golden_image import build
+
+    center.cloud.images.add("plain", str(build().path), domain_nodes=[domain_node]).result(timeout_s=120)
+    return "plain"
+
+
+class Desk:
+    """A desktop with a counter in its memory, a log that grows on its disk, and data whose hash is known."""
+
+    def __init__(self, center: Center, name: str, **more: Any) -> None:
+        self.center, self.name = center, name
+        self.vm = center.cloud.vms[name]
+        center.cloud.vms.clone("plain", name=name, profile="tiny", domain_node="east", start=True, **more).result(
+            timeout_s=LONG_S
+        )
+        self.vm.wait_ready(timeout_s=LONG_S)
+        self.id = self.vm.show()["id"]
+        self.mac = self.vm.show()["mac"]
+        self.sum = self.sh("dd if=/dev/urandom of=/root/data bs=1M count=6 2>/dev/null; sync; md5sum /root/data")
+        self.sh(f"({WRITER}) >/dev/null 2>&1 </dev/null &")
+        self.count = self.tick()
+
+    def sh(self, command: str) -> str:
+        def run(host: Any, vm_id: str) -> str:
+            done = agent.exec_(host, vm_id, ["/bin/sh", "-c", command], timeout_s=90)
+            assert done.exit_code == 0, (command, done)
+            return done.stdout.decode()
+
+        return at_guest(self.center, self.name, run)
+
+    def tick(self) -> int:
+        return int(self.sh("cat /run/tick").split()[0])
+
+    def check(self) -> None:
+        """The count went on, nothing written is missing, nothing that was there has changed."""
+        seen = self.tick()
+        assert seen > self.count, "the counter in memory began anew"
+        self.count = seen
+        assert self.sh("echo 3 > /proc/sys/vm/drop_caches; md5sum /root/data") == self.sum
+        first = self.lines()
+        assert first == list(range(1, len(first) + 1)), "a line is missing or was written twice"
+        wait_for("the desktop to go on writing", lambda: len(self.lines()) > len(first), 60)
+
+    def lines(self) -> list[int]:
+        return [int(line) for line in self.sh("cat /root/lines").split()]
+
+    def address(self) -> str:
+        """The guest's own idea of its address."""
+        return wait_for("an address of its subnet", lambda: at_guest(self.center, self.name, self._address), LONG_S)
+
+    def _address(self, host: Any, vm_id: str) -> str:
+        shown = self.vm.show()
+        return shown["ip"] if shown["ip"] in str(agent.exec_(host, vm_id, ["/bin/sh", "-c", "ip a"]).stdout) else ""
+
+
+def whole(center: Center) -> None:
+    """Record, reservations, libvirt and storages agree: every VM once, nothing of a move is left."""
+    wait_idle(center)
+    seen = picture(center)
+    assert seen["live"] == []
+    homes = {vm["id"]: vm["home"] for vm in center.cloud.vms.list()}
+    holds = {i: node for i, state, node, *_ in seen["vms"].values() if node is not None}
+    assert {vm_id: node for node, (found, _) in seen["libvirt"].items() for vm_id, _ in found} == holds
+    claims = [claim for pool in seen["reservations"].pools.values() for claim in pool.claims]
+    assert {claim.vm: claim.node for claim in claims} == holds
+    assert len(claims) == len(holds)
+    macs = {vm["mac"]: vm["server_node"] for vm in center.cloud.vms.list() if vm["server_node"]}
+    assert {mac: node for node, (_, hosts) in seen["libvirt"].items() for mac in hosts} == macs
+    for name, pool in seen["reservations"].pools.items():
+        assert set(pool.disks) == {i for i, home in homes.items() if home == name}
+        cooling = center.cloud.control.reservations.ports.cooling(name)
+        assert {vm for vm in pool.ports if vm not in cooling} == {i for i in holds if homes[i] == name}
+        kept = {path.split("/")[1] for path in seen["storage"][name] if path.startswith("vms/")}
+        assert kept == {i for i, home in homes.items() if home == name}
+        left = [path for path in seen["storage"][name] if path.endswith((".partial", ".transfer", ".memory"))]
+        assert left == []
+
+
+def delete(center: Center, *names: str) -> None:
+    for name in names:
+        center.cloud.vms[name].delete().result(timeout_s=LONG_S)
+
+
+@pytest.fixture(scope="module")
+def desk(moves: Center) -> Desk:
+    return Desk(moves, "desk-1")
+
+
+def other(node: str) -> str:
+    return {"node1": "node2", "node2": "node1", "node3": "node4", "node4": "node3"}[node]
+
+
+def test_live_inside_a_domain_node(moves: Center, desk: Desk) -> None:
+    before = desk.vm.show()
+    to = other(before["server_node"])
+    done = desk.vm.migrate(to=to).result(timeout_s=LONG_S)
+    after = desk.vm.show()
+    assert (after["state"], after["server_node"], after["port"]) == ("running", to, before["port"])
+    assert (done["from"], done["to"], done["way"], done["network"]) == (before["server_node"], to, "live", "renewed")
+    assert 0 < done["downtime_ms"] < 5000 and done["total_ms"] > 0 and done["memory_bytes"] > MIB
+    assert after["ip"] != before["ip"]
+    assert desk.address() == after["ip"]
+    desk.check()
+    whole(moves)
+
+
+def test_saved_inside_a_domain_node(moves: Center, desk: Desk) -> None:
+    before = desk.vm.show()
+    done = desk.vm.migrate(live=False).result(timeout_s=LONG_S)
+    after = desk.vm.show()
+    assert (after["state"], after["server_node"]) == ("running", other(before["server_node"]))
+    assert after["port"] == before["port"]
+    assert done["way"] == "saved" and done["downtime_ms"] > 0 and done["memory_bytes"] > MIB
+    desk.check()
+    whole(moves)
+
+
+def test_live_to_another_domain_node(moves: Center, desk: Desk) -> None:
+    before = desk.vm.show()
+    disk = moves.lab.storage("east") / "vms" / desk.id / "disk0.qcow2"
+    overlay = disk.stat().st_blocks * 512
+    done = desk.vm.migrate(to="west").result(timeout_s=LONG_S)
+    after = desk.vm.show()
+    assert (after["state"], after["home"]) == ("running", "west")
+    assert after["server_node"] in ("node3", "node4") and after["mac"] == before["mac"]
+    west = next(d for d in moves.cloud.domain_nodes.list() if d["name"] == "west")
+    assert west["port_first"] <= after["port"] <= west["port_last"]
+    assert done["image_bytes"] > 0, "the image was brought"
+    assert {i["name"]: i["copies"] for i in moves.cloud.images.list()} == {"plain": {"east": "ready", "west": "ready"}}
+    print(f"bytes {done['bytes']} (disk {done['disk_bytes']}, memory {done['memory_bytes']}), overlay {overlay}")
+    assert 6 * MIB < done["disk_bytes"] <= 1.1 * overlay + 2 * MIB
+    assert desk.address() == after["ip"]
+    desk.check()
+    whole(moves)
+
+
+def test_the_next_backup_is_a_full_one_and_the_vm_starts_again(moves: Center, desk: Desk) -> None:
+    desk.sh("touch /root/halt; sync")
+    moves.cloud.backups.create(desk.name).result(timeout_s=LONG_S)
+    moves.cloud.backups.create(desk.name).result(timeout_s=LONG_S)
+    kinds = [(b["kind"], b["domain_node"]) for b in moves.cloud.backups.list(desk.name)]
+    assert kinds == [("full", "west"), ("increment", "west")]
+    desk.vm.stop(force=True).result(timeout_s=LONG_S)
+    whole(moves)
+
+
+def test_a_stopped_one_is_carried_and_the_image_is_reused(moves: Center, desk: Desk) -> None:
+    path = f"vms/{desk.id}/disk0.qcow2"
+    before = (moves.lab.storage("west") / path).read_bytes()
+    done = desk.vm.migrate(to="east").result(timeout_s=LONG_S)
+    after = desk.vm.show()
+    assert (after["state"], after["home"], after["port"], after["server_node"]) == ("stopped", "east", None, None)
+    assert (moves.lab.storage("east") / path).read_bytes() == before
+    assert done["way"] == "carry" and done["image_bytes"] == 0 and 0 < done["bytes"] <= len(before)
+    whole(moves)
+    desk.vm.start().result(timeout_s=LONG_S)
+    desk.vm.wait_ready(timeout_s=LONG_S)
+    assert desk.sh("md5sum /root/data") == desk.sum
+    desk.sh(f"({WRITER}) >/dev/null 2>&1 </dev/null &")
+    desk.count = desk.tick()
+
+
+def test_a_running_one_is_carried_with_its_memory(moves: Center, desk: Desk) -> None:
+    done = desk.vm.migrate(to="node3", live=False).result(timeout_s=LONG_S)
+    after = desk.vm.show()
+    assert (after["state"], after["home"], after["server_node"]) == ("running", "west", "node3")
+    assert done["downtime_ms"] > 0 and done["memory_bytes"] > MIB
+    desk.check()
+    whole(moves)
+    delete(moves, desk.name)
+    whole(moves)

@@ -1,0 +1,204 @@
+"""Encrypted repositories and disks on real LUKS files: nothing in clear, nothing lost, no key where others look."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hdcs_tasks.errors import HypervisorRefused, NotFound, Rejected
+from hdcs_tasks.hypervisor import disks, keys, layers, manifests, merging
+from hdcs_tasks.hypervisor.bitmaps import bitmaps, ensure_seed
+from hdcs_tasks.hypervisor.checkpoints import SEED
+from hdcs_tasks.hypervisor.keys import KeyRing
+from hdcs_tasks.hypervisor.manifests import BaseImage, Point
+from hdcs_tasks.hypervisor.repository import Repository
+from tests.unit.test_hypervisor_repository import needs_qemu_img, tool, write  # noqa: F401 - needs_qemu_img is a fixture
+
+VM = str(uuid.UUID(int=7))
+SECRET = b"correct horse battery staple"
+MARK = b"this must not be seen in any file"
+
+
+@pytest.fixture
+def ring(tmp_path: Path) -> KeyRing:
+    folder = tmp_path / "keys"
+    folder.mkdir()
+    for name, content in (("vault", SECRET), ("disks", b"another key of good length")):
+        (folder / name).touch(mode=0o600)
+        (folder / name).write_bytes(content + b"\n")
+    return KeyRing(folder)
+
+
+def test_keys_come_from_files_nobody_else_reads(ring: KeyRing) -> None:
+    assert ring.get("vault").content == SECRET
+    assert ring.find("") is None
+    assert "horse" not in f"{ring.get('vault')!r}"
+    with pytest.raises(NotFound, match="not on this server node"):
+        ring.get("absent")
+    assert ring.folder is not None
+    (ring.folder / "vault").chmod(0o640)
+    with pytest.raises(Rejected, match="others may read"):
+        ring.get("vault")
+    (ring.folder / "short").touch(mode=0o600)
+    (ring.folder / "short").write_text("abc")
+    with pytest.raises(Rejected, match="unfit"):
+        ring.get("short")
+    for name in ("../vault", "", "A B"):
+        with pytest.raises(Rejected):
+            ring.get(name)
+
+
+def test_keys_come_from_a_secret_store(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    store.write_text(
+        '#!/bin/sh\n[ "$1" = vault ] && echo "correct horse battery staple" || { echo leak >&2; exit 3; }\n'
+    )
+    store.chmod(0o700)
+    assert KeyRing(None, str(store)).get("vault").content == SECRET
+    with pytest.raises(NotFound, match="exit code 3") as caught:
+        KeyRing(None, str(store)).get("other")
+    assert "leak" not in str(caught.value)
+
+
+def test_ps_shows_no_key(ring: KeyRing, tmp_path: Path) -> None:
+    """What a child is started with, and what it inherits, as any other process of the machine would see it."""
+    seen = tmp_path / "seen"
+    look = "; ".join(f'tr "\\0" "\\n" < /proc/$$/{what} >> {seen}' for what in ("cmdline", "environ"))
+    script = look + f"; cat ${{2##*file=}} > {seen}.key"
+    keys.run(["sh", "-c", script, "sh"], keys=(ring.get("vault"),), timeout_s=10)
+    assert "secret,id=key-vault,file=/dev/fd/" in seen.read_text()
+    assert SECRET.decode() not in seen.read_text()
+    assert Path(f"{seen}.key").read_bytes() == SECRET, "and yet the child has it"
+
+
+class Vault:
+    """A storage whose repository is encrypted, and a VM whose disk is, too."""
+
+    def __init__(self, root: Path, ring: KeyRing) -> None:
+        for folder in ("images", "vms", "backups"):
+            (root / folder).mkdir(parents=True)
+        self.root, self.ring = root, ring
+        self.repository = Repository(root, ring)
+        self.image = root / "images" / "mini-1.qcow2"
+        tool("qemu-img", "create", "-q", "-f", "qcow2", self.image, "16M")
+        write(self.image, 0, 1, 4)
+        self.base = BaseImage("mini", 1, disks.sha256(self.image))
+        self.repository.bases.keep(self.base, self.image)
+        self.disk = root / "vms" / "d.qcow2"
+        self.key = ring.get("disks")
+        disks.create_overlay(self.image, self.disk, bitmap=SEED, base_format="qcow2", key=self.key)
+
+    def change(self, at_mib: int) -> None:
+        """Write a mark over one MiB."""
+        raw = self.root / "mark"
+        raw.write_bytes((MARK * (1 << 15))[: 1 << 20])
+        keys.run(
+            ["qemu-io"], "-c", f"write -q -s {raw} {at_mib}M 1M", keys.named(self.disk, (self.key,)), keys=(self.key,),
+            timeout_s=60,
+        )  # fmt: skip
+        raw.unlink()
+
+    def plain(self, name: str) -> Path:
+        target = self.root / name
+        layers.flatten(self.disk, target, None, None, None, 60, keys=(self.key,))
+        return target
+
+    def take(self, seq: int, key: str | None = "vault") -> Point:
+        below = self.repository.get(VM, f"a-{seq - 1}") if seq > 1 else self.base
+        partial = self.repository.partial(VM, "a", seq, "1")
+        backing = self.repository.backing(below, VM, "a")
+        if isinstance(below, Point):
+            backing = replace(backing, keys=self.repository.keys_of(below))
+        layers.extract_layer(
+            self.disk, partial, backing, None, None, 60, keys=(self.key,), key=self.ring.find(key)
+        )  # fmt: skip
+        return self.repository.publish(
+            partial,
+            Point(
+                id=f"a-{seq}", vm_id=VM, chain="a", seq=seq, kind="full" if seq == 1 else "inc",
+                parent=None if seq == 1 else f"a-{seq - 1}", checkpoint=f"a-{seq}", checkpoint_xml="<x/>",
+                consistency="crash", definition={}, base=self.base, key=key,
+            ),
+        )  # fmt: skip
+
+    def is_clear(self) -> list[str]:
+        return [p.name for p in self.root.rglob("*") if p.is_file() and MARK in p.read_bytes()]
+
+
+def test_an_encrypted_chain_is_verified_restored_and_merged(tmp_path: Path, ring: KeyRing) -> None:
+    vault = Vault(tmp_path / "srv", ring)
+    repository, moments, points = vault.repository, [], []
+    for seq in (1, 2, 3):
+        vault.change(4 + seq)
+        points.append(vault.take(seq))
+        moments.append(seq)
+    assert vault.is_clear() == [], "neither the disk nor a point holds it in clear"
+    then = vault.plain("then.qcow2")
+    assert "horse" not in "".join(p.read_text() for p in repository.folder.rglob("*.json"))
+    for point in points:
+        repository.verify(point)
+    restored = vault.root / "vms" / "r.qcow2"
+    repository.restore(points[2], restored, image=vault.image, key=vault.key)
+    assert layers.same_content(restored, then, (vault.key,))
+    assert repository.compare(points[2], restored, key=vault.key)
+    assert not repository.compare(points[1], restored, key=vault.key)
+    assert bitmaps(restored) == {SEED: True}
+    assert disks.probe(restored).backing == vault.image
+    merged = merging.merge(repository, points[2], points[0], attempt="1")
+    assert (merged.parent, merged.key) == ("a-1", "vault")
+    repository.verify(merged)
+    assert repository.compare(merged, restored, key=vault.key)
+    whole = merging.merge(repository, merged, None, attempt="2")
+    assert whole.kind == "full"
+    assert repository.compare(whole, restored, key=vault.key)
+
+
+def test_without_the_key_it_is_verified_by_hash_and_not_restored(tmp_path: Path, ring: KeyRing) -> None:
+    vault = Vault(tmp_path / "srv", ring)
+    vault.change(5)
+    point = vault.take(1)
+    blind = Repository(vault.root, KeyRing(tmp_path / "nothing"))
+    blind.verify(point)
+    with pytest.raises(NotFound, match="key vault is not on this server node"):
+        blind.restore(point, tmp_path / "r.qcow2", image=vault.image)
+    (tmp_path / "wrong").mkdir()
+    (tmp_path / "wrong" / "vault").touch(mode=0o600)
+    (tmp_path / "wrong" / "vault").write_text("not the passphrase it was made with")
+    with pytest.raises(HypervisorRefused, match="Invalid password"):
+        Repository(vault.root, KeyRing(tmp_path / "wrong")).restore(point, tmp_path / "r.qcow2", image=vault.image)
+    assert list(tmp_path.glob("*r.qcow2*")) == []
+
+
+def test_a_chain_may_go_on_with_another_key_or_in_clear(tmp_path: Path, ring: KeyRing) -> None:
+    vault = Vault(tmp_path / "srv", ring)
+    for seq, key in ((1, None), (2, "vault"), (3, "disks"), (4, None)):
+        vault.change(4 + seq)
+        point = vault.take(seq, key)
+    vault.repository.verify(point)
+    target = vault.root / "vms" / "r.qcow2"
+    vault.repository.restore(point, target, image=vault.image)
+    assert layers.same_content(target, vault.disk, (), (vault.key,))
+
+
+def test_an_encrypted_disk_grows_and_its_bitmaps_are_mended(tmp_path: Path, ring: KeyRing) -> None:
+    vault = Vault(tmp_path / "srv", ring)
+    vault.change(5)
+    keys.run(
+        ["qemu-img", "bitmap"], "--remove", *keys.opened(vault.disk, (vault.key,)), SEED, keys=(vault.key,),
+        timeout_s=60,
+    )  # fmt: skip
+    assert ensure_seed(vault.disk, key=vault.key)
+    assert bitmaps(vault.disk) == {SEED: True}
+    disks.resize(vault.disk, 32 << 20, key=vault.key)
+    assert layers.virtual_bytes(vault.disk) == 32 << 20
+
+
+def test_a_key_s_name_in_a_manifest_is_checked(tmp_path: Path, ring: KeyRing) -> None:
+    vault = Vault(tmp_path / "srv", ring)
+    point = vault.take(1)
+    assert manifests.load(manifests.dump(point), "x").key == "vault"
+    with pytest.raises(Rejected):
+        manifests.dump(replace(point, key="../../etc/shadow"))
