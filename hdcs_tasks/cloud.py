@@ -18,6 +18,7 @@ from hdcs_tasks.app import make_app
 from hdcs_tasks.config import Settings, settings
 from hdcs_tasks.handles.alarms import Alarms
 from hdcs_tasks.handles.backups import Backups, Policies
+from hdcs_tasks.handles.idle import Idle
 from hdcs_tasks.handles.images import Images
 from hdcs_tasks.handles.operation import ENDED as ENDED
 from hdcs_tasks.handles.operation import Operation as Operation
@@ -58,6 +59,7 @@ class Cloud:
         self.alarms = Alarms(control, by)
         self.quotas = Quotas(control, by)
         self.overview = Overview(control, by)
+        self.idle = Idle(control, by)
 
     @classmethod
     def from_env(cls) -> Cloud:

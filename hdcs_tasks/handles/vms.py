@@ -77,10 +77,6 @@ class Vm(Part):
         """``on``, ``off`` or a SPICE filter; takes effect at the next start."""
         return vm_control.set_usb(self._control, self.name, policy)
 
-    def set_idle(self, after_s: float | None) -> View:
-        """Stop it once unused for ``after_s`` seconds; 0 never, None as ``HDCS_IDLE_AFTER_S`` says."""
-        return vm_control.set_idle(self._control, self.name, after_s)
-
     def console(self, *, ttl_s: float = 60.0) -> str:
         """A virt-viewer ``.vv`` text whose ticket expires after ``ttl_s`` seconds."""
         operation_id, text = control_console.console(self._control, self.name, self._asked(), ttl_s=ttl_s)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
 from hdcs_tasks.errors import Conflict, Invalid, NoCapacity, NotFound
-from hdcs_tasks.monitor.control import idle_sweep
 from hdcs_tasks.store.models import Vm, now
 from hdcs_tasks.vm.control_warm import warm_sweep
 from tests.contract.test_scheduling import Center, center  # noqa: F401 - center is a fixture
@@ -112,9 +112,10 @@ def test_a_running_one_is_not_given_to_who_asks_for_a_place(center: Center) -> N
 def test_it_is_left_in_peace(pool: Center) -> None:
     with pool.control.transaction() as tx:
         for vm in tx.session.query(Vm):
-            vm.active_at, vm.observed_at = vm.created_at, now()
-    pool.control.settings.idle_after_s = 1e-6
-    assert idle_sweep(pool.control) == []
+            vm.active_at, vm.observed_at = vm.created_at - timedelta(hours=1), now()
+    pool.cloud.idle.create("all", stop=60)
+    assert pool.cloud.idle.sweep() == []
+    assert {row["exempt"][:17] for row in pool.cloud.idle.preview()} == {"of the warm pool "}
     for verb in ("stop", "start", "delete"):
         assert pool.cloud.vms.that_can(verb) == []
 
