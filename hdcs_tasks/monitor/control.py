@@ -8,6 +8,7 @@ from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
 from hdcs_tasks.errors import HdcsError
+from hdcs_tasks.monitor.control_signals import known_sweeps
 from hdcs_tasks.operations.control import Control
 from hdcs_tasks.pool.control import IN_POOL
 from hdcs_tasks.store.models import Event, ServerNode, Vm, now
@@ -28,6 +29,7 @@ def doctor(control: Control) -> list[dict[str, Any]]:
     checks = [_check("database", lambda: _database(control)), _check("redis", lambda: _redis(control))]
     if not all(check["ok"] for check in checks):
         return checks
+    checks.append(_check("sweeps", lambda: _sweeps(control)))
     return [*checks, *(_check(f"server node {node.name}", lambda node=node: _node(node)) for node in _nodes(control)),
             _check("reservations", lambda: _reservations(control))]  # fmt: skip
 
@@ -47,6 +49,14 @@ def _database(control: Control) -> str:
 
 def _redis(control: Control) -> str:
     return "reservations open" if control.reservations.epoch.is_open() else "waiting for the rebuild of reservations"
+
+
+def _sweeps(control: Control) -> str:
+    found = [signal for signal in known_sweeps(control) if signal.value]
+    if found:
+        raise HdcsError(found[0].message, next="Do hdcs-beat and a control worker run?")
+    ran = control.reservations.samples.sweeps()
+    return f"{len(ran)} ran in time" if ran else "none has run yet"
 
 
 def _nodes(control: Control) -> list[ServerNode]:

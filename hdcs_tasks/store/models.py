@@ -241,7 +241,7 @@ class Operation(Base):
     phase: Mapped[str] = mapped_column(String(255), default="queued")
     created_at: Mapped[datetime] = mapped_column(default=now, index=True)
     started_at: Mapped[datetime | None]
-    ended_at: Mapped[datetime | None]
+    ended_at: Mapped[datetime | None] = mapped_column(index=True)
     steps: Mapped[list[Step]] = relationship(order_by="Step.seq", back_populates="operation")
 
 

@@ -256,6 +256,7 @@ def upgrade() -> None:
         sa.UniqueConstraint("live_vm", name=op.f("uq_operation_live_vm")),
     )
     op.create_index(op.f("ix_operation_created_at"), "operation", ["created_at"], unique=False)
+    op.create_index(op.f("ix_operation_ended_at"), "operation", ["ended_at"], unique=False)
     op.create_index(op.f("ix_operation_kind"), "operation", ["kind"], unique=False)
     op.create_index(op.f("ix_operation_parent_id"), "operation", ["parent_id"], unique=False)
     op.create_index(op.f("ix_operation_state"), "operation", ["state"], unique=False)
@@ -407,6 +408,7 @@ def downgrade() -> None:
     op.drop_index(op.f("ix_operation_state"), table_name="operation")
     op.drop_index(op.f("ix_operation_parent_id"), table_name="operation")
     op.drop_index(op.f("ix_operation_kind"), table_name="operation")
+    op.drop_index(op.f("ix_operation_ended_at"), table_name="operation")
     op.drop_index(op.f("ix_operation_created_at"), table_name="operation")
     op.drop_table("operation")
     op.drop_index(
