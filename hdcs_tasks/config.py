@@ -117,6 +117,13 @@ class Settings(BaseSettings):
     join_token_file: Path | None = Field(None, description="File that holds the domain node's join token")
     libvirt_uri: str = Field("qemu:///system", description="This server's libvirt")
     storage_root: Path = Field(Path("/srv/hdcs"), description="Mount point of the domain node's shared storage")
+    import_paths: str = Field(
+        "", description="Folders of this server, beside the storage's import/, that images may come from; ':' between"
+    )
+    export_paths: str = Field(
+        "", description="Folders of this server, beside the storage's export/, that images may go to; ':' between"
+    )
+    image_max_gib: int = Field(4096, ge=1, description="The largest virtual disk an imported image may have")
     state_dir: Path = Field(Path("/var/lib/hdcs"), description="Local: outcome spool, locks")
     virt_type: Literal["auto", "kvm", "qemu"] = Field("auto", description="auto probes KVM by booting on it")
     console_listen: str = Field("0.0.0.0", description="Address the guests' consoles listen on")

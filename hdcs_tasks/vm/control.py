@@ -283,7 +283,7 @@ def command(
         vm = get_vm(tx.session, name)
         check_given(tx, vm, verb)
         if vm.server_node is not None:
-            _check_reachable(tx.session, vm)
+            check_reachable(tx.session, vm)
         supersede = verb == "stop" and force and guard is None
         if supersede and (live := tx.live_operation(vm)) is not None and _same_command(live, "vm.stop"):
             return live
@@ -311,7 +311,8 @@ def check_given(tx: Tx, vm: Vm, verb: str, said: str = "") -> None:
     raise WrongState(f"VM {vm.name} is {vm.state}: it cannot {said or verb}", next=wrong_state_hint(verb, vm.state))
 
 
-def _check_reachable(session: Session, vm: Vm) -> None:
+def check_reachable(session: Session, vm: Vm) -> None:
+    """Unreachable unless the server node that holds the VM's guest is in its pool."""
     node = get_server_node(session, vm.server_node or "")
     if node.state not in IN_POOL:
         raise Unreachable(
@@ -393,7 +394,7 @@ def delete(control: Control, name: str, asked: Asked) -> Operation:
             return same
         vm = get_vm(tx.session, name)
         if vm.server_node is not None:
-            _check_reachable(tx.session, vm)
+            check_reachable(tx.session, vm)
         if (live := tx.live_operation(vm)) is not None and _same_command(live, "vm.delete"):
             return live
         request = {"was": vm.state.value, "force": True}
