@@ -19,7 +19,7 @@ from hdcs_tasks.pool import rules as pool_rules
 from hdcs_tasks.pool.control import get_domain_node, get_server_node
 from hdcs_tasks.pool.policy import VmPolicy, changed, check_tags, read
 from hdcs_tasks.pool.rooms import candidate, disk_limit_bytes
-from hdcs_tasks.states import VmState
+from hdcs_tasks.states import ImageState, VmState
 from hdcs_tasks.store.models import DomainNode, Image, Operation, Profile, Step, Vm, new_id
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import add_start_step, forget, vm_of
