@@ -61,15 +61,15 @@ def _asked(found: dict[str, Any], what: str, ask: Callable[[], list[str]]) -> li
         return None
 
 
-def look_and_tell(ctx: NodeContext, wanted: Sequence[Mapping[str, Any]]) -> None:
+def look_and_tell(ctx: NodeContext, wanted: Sequence[Mapping[str, Any]], asked: str) -> None:
     """Look at each of ``[{vm_id, inside, warn}]``; who is not used is shown the text ``warn`` if there is one.
 
-    Control hears of it as ``monitor.looked``: ``{node, at, looks}``, each look with ``told`` where it was to be told.
+    Control hears of it as ``monitor.looked``: ``{node, at, looks, asked}``, a look with ``told`` where it was to be told.
     """
     host = ctx.host()
     with ThreadPoolExecutor(AT_ONCE, "idle-look") as pool:
         looks = [found for found in pool.map(lambda one: _look_and_tell(host, one), wanted) if found is not None]
-    report = {"node": ctx.server_node, "at": time.time(), "looks": looks}
+    report = {"node": ctx.server_node, "at": time.time(), "looks": looks, "asked": asked}
     send(ctx.celery, "monitor.looked", {"report": report}, CONTROL, expires_s=60)
 
 
