@@ -12,7 +12,7 @@ from hdcs_tasks.hypervisor import agent, guests
 from hdcs_tasks.hypervisor.connection import Host
 from hdcs_tasks.logs import logger
 from hdcs_tasks.monitor.idle_rules import Limits, sample_use, use_inside
-from hdcs_tasks.monitor.node import console_clients
+from hdcs_tasks.monitor.node import console_clients, looked_at
 from hdcs_tasks.operations.node import NodeContext, Run
 from hdcs_tasks.operations.sending import send
 from hdcs_tasks.routing import CONTROL
@@ -47,8 +47,10 @@ def look(host: Host, vm_id: str, *, inside: bool, agent_s: int = AGENT_S) -> dic
     if not agent.ping(host, vm_id, agent_s):
         return found | {"says": "the guest agent is silent; the rest decides"}
     found["agent"] = True
+    looked_at[vm_id] = float("inf")  # until it is over
     found["users"] = _asked(found, "who is logged in", lambda: sorted({u.name for u in agent.users(host, vm_id)}))
     found["processes"] = _asked(found, "whose processes run", lambda: agent.user_processes(host, vm_id))
+    looked_at[vm_id] = time.time()
     return found
 
 
@@ -64,7 +66,7 @@ def _asked(found: dict[str, Any], what: str, ask: Callable[[], list[str]]) -> li
 def look_and_tell(ctx: NodeContext, wanted: Sequence[Mapping[str, Any]], asked: str) -> None:
     """Look at each of ``[{vm_id, inside, warn}]``; who is not used is shown the text ``warn`` if there is one.
 
-    Control hears of it as ``monitor.looked``: ``{node, at, looks, asked}``, a look with ``told`` where it was to be told.
+    Control hears of it as ``monitor.looked``: ``{node, at, looks, asked}``, with ``told`` where it was to be told.
     """
     host = ctx.host()
     with ThreadPoolExecutor(AT_ONCE, "idle-look") as pool:
@@ -78,6 +80,7 @@ def _look_and_tell(host: Host, one: Mapping[str, Any]) -> dict[str, Any] | None:
         found = look(host, one["vm_id"], inside=one["inside"])
         if one.get("warn") and not use_inside(found):
             found["told"] = found["agent"] and agent.tell_users(host, one["vm_id"], one["warn"])
+            looked_at[one["vm_id"]] = time.time()
     except HdcsError as error:
         log.info("not looked at", vm=one["vm_id"], error=str(error))
         return None
