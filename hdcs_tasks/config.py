@@ -113,6 +113,9 @@ class Settings(BaseSettings):
     # server node
     domain_node: str = Field("", description="This server's domain node (server node program)")
     server_node: str = Field("", description="This server's name (server node program)")
+    stop_timeout_s: float = Field(
+        30, gt=0, description="Time running work has when a server node is told to stop, before it is handed back"
+    )
     server_node_ip: str = Field("", description="Address the other nodes reach this server by")
     join_token_file: Path | None = Field(None, description="File that holds the domain node's join token")
     libvirt_uri: str = Field("qemu:///system", description="This server's libvirt")
@@ -179,6 +182,11 @@ class Settings(BaseSettings):
     alarm: AlarmSettings = Field(default_factory=AlarmSettings)
     rates: RateSettings = Field(default_factory=RateSettings)
     metrics: MetricsSettings = Field(default_factory=MetricsSettings)
+
+    @property
+    def stopping_file(self) -> Path:
+        """Is there while this server node wants its work handed back: made and removed by its supervisor."""
+        return self.state_dir / "stopping"
 
 
 @lru_cache(maxsize=1)

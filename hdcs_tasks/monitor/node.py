@@ -53,6 +53,7 @@ class Sampler:
         self._seen: dict[str, _Seen] = {}
         self._ports: dict[tuple[str, int], int | None] = {}
         self._host: tuple[float, int, int] | None = None
+        self.clock_skew_s: float | None = None
 
     def sample(self, host: Host, node: str) -> dict[str, Any]:
         """What runs here and how busy the host is: ``{node, at, host, guests}``, guests as ``Samples.FIELDS`` and
@@ -141,8 +142,11 @@ def sample(ctx: NodeContext) -> None:
     """Sample every guest of this node into Redis, in one pipeline, and tell control that it is there."""
     config = ctx.settings
     found = _sampler.sample(ctx.host(), ctx.server_node) | {"storage": storage_facts(ctx)}
-    found["host"]["clock_skew_s"] = round(ctx.reservations.samples.clock_skew_s(), 3)
-    ctx.reservations.samples.write(found, kept=config.samples_kept, ttl_s=config.samples_kept * config.sample_s)
+    found["host"]["clock_skew_s"] = _sampler.clock_skew_s  # of the sample before: asking by itself is a round trip
+    skew_s = ctx.reservations.samples.write(
+        found, kept=config.samples_kept, ttl_s=config.samples_kept * config.sample_s
+    )
+    _sampler.clock_skew_s = round(skew_s, 3)
     message = {"node": ctx.server_node, "at": found["at"]}
     send(ctx.celery, "monitor.sampled", {"sample": message}, CONTROL, expires_s=60)
 

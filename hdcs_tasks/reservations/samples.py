@@ -36,8 +36,9 @@ class Samples:
     def __init__(self, link: Link) -> None:
         self._link = link
 
-    def write(self, sample: Mapping[str, Any], *, kept: int, ttl_s: float) -> None:
-        """One server node's sample, in one round trip: ``{node, at, host, storage, guests: [{vm_id, **FIELDS}]}``."""
+    def write(self, sample: Mapping[str, Any], *, kept: int, ttl_s: float) -> float:
+        """One server node's sample, in one round trip: ``{node, at, host, storage, guests: [{vm_id, **FIELDS}]}``.
+        Returns how many seconds this host's clock is ahead of that of Redis, as far as the round trip tells."""
         node, at = str(sample["node"]), sample["at"]
         keys = [self._link.key("sample", "node", node), self._link.key("sample", "host", node)]
         rows: list[Value] = [_encode(sample), _encode({"at": at, **sample["host"]})]
@@ -45,7 +46,9 @@ class Samples:
             known = {**guest, "at": at, "node": node}
             keys.append(self._link.key("sample", "vm", guest["vm_id"]))
             rows.append(_encode([known.get(field) for field in FIELDS]))
-        self._link.call("sample_write", keys, kept, round(ttl_s * 1000), *rows)
+        before = time.time()
+        seconds, micros = self._link.call("sample_write", keys, kept, round(ttl_s * 1000), *rows)
+        return (before + time.time()) / 2 - (int(seconds) + int(micros) / 1e6)
 
     def node(self, name: str) -> dict[str, Any] | None:
         """The newest sample of a server node; None: none that is fresh enough."""
