@@ -65,6 +65,8 @@ class Sampler:
         with self._lock:
             guests_seen = [self._guest(guest, at, port, clients.get(port, 0)) for guest, port in ports]
             self._seen = {guest.vm_id: _seen(guest, at) for guest, _ in ports}
+            for gone in looked_at.keys() - self._seen.keys():
+                looked_at.pop(gone, None)
             return {"node": node, "at": at, "host": self._host_facts(at), "guests": guests_seen}
 
     def _console_ports(self, host: Host, found: list[GuestSample]) -> list[tuple[GuestSample, int]]:

@@ -48,9 +48,11 @@ def look(host: Host, vm_id: str, *, inside: bool, agent_s: int = AGENT_S) -> dic
         return found | {"says": "the guest agent is silent; the rest decides"}
     found["agent"] = True
     looked_at[vm_id] = float("inf")  # until it is over
-    found["users"] = _asked(found, "who is logged in", lambda: sorted({u.name for u in agent.users(host, vm_id)}))
-    found["processes"] = _asked(found, "whose processes run", lambda: agent.user_processes(host, vm_id))
-    looked_at[vm_id] = time.time()
+    try:
+        found["users"] = _asked(found, "who is logged in", lambda: sorted({u.name for u in agent.users(host, vm_id)}))
+        found["processes"] = _asked(found, "whose processes run", lambda: agent.user_processes(host, vm_id))
+    finally:
+        looked_at[vm_id] = time.time()
     return found
 
 
