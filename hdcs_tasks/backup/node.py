@@ -145,8 +145,9 @@ def _base(run: Run, spec: dict[str, Any], layout: storage.StorageLayout, reposit
     image = spec["image"]
     if image is None:
         return None
-    base = BaseImage(name=image["name"], version=image["version"], sha256=image["sha256"])
-    source = image_path(layout, base.name, base.version)
+    source = image_path(layout, image["name"], image["version"])
+    size = source.stat().st_size if source.is_file() else 0
+    base = BaseImage(name=image["name"], version=image["version"], sha256=image["sha256"], file_bytes=size)
     repository.bases.keep(base, source, on_progress=part(run, 0, 5), cancelled=run.cancelled)
     return base
 

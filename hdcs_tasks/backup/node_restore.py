@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hdcs_tasks.backup.node import LOCK_WAIT_S, layout_of, part, repository_of
-from hdcs_tasks.errors import BackupBroken, Conflict, HdcsError
+from hdcs_tasks.errors import BackupBroken, Conflict, HdcsError, NotFound
 from hdcs_tasks.hypervisor import agent, disks, guests, merging, storage
 from hdcs_tasks.hypervisor.bases import storage_errors
 from hdcs_tasks.hypervisor.bitmaps import bitmaps
@@ -24,7 +24,10 @@ def found_point(run: Run, spec: dict[str, Any]) -> tuple[Repository, Point]:
     """The point a step is about; merges that dead workers left half done are ended first."""
     repository = repository_of(run)
     merging.settle(repository, spec["source_vm_id"])
-    return repository, repository.get(spec["source_vm_id"], spec["point"])
+    try:
+        return repository, repository.get(spec["source_vm_id"], spec["point"])
+    except NotFound as error:  # the record says it is here
+        raise BackupBroken(error.message, next="Restore another point, or a copy of it: hdcs backup list") from error
 
 
 def restore(run: Run, spec: dict[str, Any]) -> dict[str, Any]:

@@ -85,6 +85,28 @@ def _outgrown(chain: Sequence[Point], rule: FullRule) -> str | None:
     return None
 
 
+# --- where it lies
+
+
+def lies_in(places: Mapping[str, BackupState], domain_node: str) -> bool:
+    """Whether a point can be restored from what ``domain_node`` holds of it."""
+    return places.get(domain_node) is BackupState.READY
+
+
+def restore_in(
+    places: Mapping[str, BackupState], readable: Collection[str], wanted: str | None
+) -> tuple[str, bool] | None:
+    """Where a point is restored, and whether it must be copied there first; None: nowhere.
+
+    ``places``: domain nodes that hold it, the first one first; ``readable``: those whose server nodes are up. What is
+    ``wanted`` is kept to; else the first good place.
+    """
+    good = [place for place, state in places.items() if state is BackupState.READY and place in readable]
+    if wanted is not None:
+        return (wanted, wanted not in good) if good and wanted in readable else None
+    return (good[0], False) if good else None
+
+
 # --- what to keep
 
 

@@ -97,6 +97,26 @@ class Repository:
             write_durably(final.with_name(point.manifest_name), manifests.dump(point))
         return point
 
+    def receive(self, point: Point) -> None:
+        """Make a point of a file that was brought here under its own name, from another repository.
+
+        Raises BackupBroken (it does not stand on what its manifest says), HypervisorRefused.
+        """
+        file = self.file(point)
+        below = self.get(point.vm_id, point.parent) if point.parent else None
+        self._check_backing(file, point, below, header(file))
+        with self.bases.locked(), storage_errors(f"writing backup point {point.id}"):
+            if point.base is not None and not self.bases.file(point.base).is_file():
+                raise BackupBroken(f"base image {point.base.name} of {point.id} is missing", next="Copy it once more")
+            sync(file.parent)
+            write_durably(file.with_name(point.manifest_name), manifests.dump(point))
+
+    def discard(self, point: Point) -> None:
+        """Remove the point's file and manifest, whatever stands on it: it is about to be brought here anew."""
+        file = self.file(point)
+        file.with_name(point.manifest_name).unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
+
     def complete(
         self, partial: Path, draft: Point, *, on_progress: OnProgress | None, cancelled: IsCancelled | None
     ) -> Point:
@@ -285,7 +305,7 @@ class Repository:
         """Files that are no point (partial, or without manifest): of dead attempts, or just being made."""
         pattern = "*/*/*" if vm_id is None else f"{manifests.check_vm_id(vm_id)}/*/*"
         for path in self.folder.glob(pattern):
-            orphan = path.suffix == ".qcow2" and not path.with_suffix(".json").exists()
+            orphan = path.suffix == ".transfer" or (path.suffix == ".qcow2" and not path.with_suffix(".json").exists())
             if orphan or (path.name.startswith(".") and _PARTIAL in path.name):
                 yield path
 

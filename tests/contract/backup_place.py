@@ -159,7 +159,7 @@ class Place:
 
     def _backup(self, spec: dict[str, Any]) -> dict[str, Any]:
         vm_id, repository = spec["vm_id"], self.repository
-        base = BaseImage(**spec["image"])
+        base = BaseImage(**spec["image"], file_bytes=self.image.stat().st_size)
         repository.bases.keep(base, self.image)
         below = repository.get(vm_id, spec["parent"]) if spec["parent"] else base
         partial = repository.partial(vm_id, spec["chain"], spec["seq"], "1")
