@@ -25,10 +25,12 @@ from hdcs_tasks.handles.operation import Operations, View
 from hdcs_tasks.handles.operation import Plan as Plan
 from hdcs_tasks.handles.overview import Overview
 from hdcs_tasks.handles.pools import DomainNodes, Profiles, ServerNodes
+from hdcs_tasks.handles.quotas import Quotas
 from hdcs_tasks.handles.storms import Storms
 from hdcs_tasks.handles.vms import Vm as Vm
 from hdcs_tasks.handles.vms import Vms
 from hdcs_tasks.monitor import control as monitor_control
+from hdcs_tasks.monitor import control_usage
 from hdcs_tasks.operations.control import Asked, Control
 from hdcs_tasks.operations.line import line
 from hdcs_tasks.pool import capacity as pool_capacity
@@ -53,6 +55,7 @@ class Cloud:
         self.storms = Storms(control, by)
         self.operations = Operations(control, by)
         self.alarms = Alarms(control, by)
+        self.quotas = Quotas(control, by)
         self.overview = Overview(control, by)
 
     @classmethod
@@ -95,6 +98,11 @@ class Cloud:
 
     def events(self, limit: int = 50) -> list[View]:
         return monitor_control.list_events(self.control, limit)
+
+    def usage(self, **filters: Any) -> View:
+        """What was used and what it costs: ``{start, end, by, rows}``; filters: owner, tag, vm, start, end (datetimes),
+        month ("2026-11"), by ("vm", "owner", "tag"). Default: every VM, this month until now."""
+        return control_usage.usage(self.control, **filters)
 
     def doctor(self) -> list[View]:
         """Checks of the control plane, each ``{check, ok, message, next}``."""

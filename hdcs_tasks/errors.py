@@ -4,7 +4,8 @@
     ├── Rejected               rejected             bad input or wrong state: never retried
     │   ├── Invalid            invalid
     │   ├── NotFound           not_found
-    │   └── WrongState         wrong_state
+    │   ├── WrongState         wrong_state
+    │   └── QuotaExceeded      quota_exceeded
     ├── Conflict               conflict             somebody else is in the way: re-read, re-plan, bounded
     ├── Unavailable            unavailable          not now: backed off to a deadline
     │   ├── NoCapacity         no_capacity
@@ -65,6 +66,11 @@ class NotFound(Rejected):
 class WrongState(Rejected):
     code = "wrong_state"
     exit_code = 4
+
+
+class QuotaExceeded(Rejected):
+    code = "quota_exceeded"
+    exit_code = 5
 
 
 class Conflict(HdcsError):

@@ -18,6 +18,7 @@ from hdcs_tasks.store.models import Backup, Image, ImageCopy, Operation, ServerN
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import add_start_step, forget, get_vm, vm_of
 from hdcs_tasks.vm.control_clone import Shape, choose_homes, new_vm, rooms_of
+from hdcs_tasks.vm.control_quota import check_quota
 from hdcs_tasks.vm.rules import expand_names
 
 plan_steps("backup.restore", {"backup.restore_on_node|backup.restore_in_place_on_node": 90, "vm.start_on_node": 10})
@@ -46,6 +47,7 @@ def restore(
         return open_as_new(tx, "backup.restore", backup, name, asked, {"start": start}, *at)
 
 
+<<<<<<< HEAD
 def _place(tx: Tx, backup: Backup, wanted: str | None) -> tuple[str, bool]:
     """Where to restore, and whether the point must be copied there first."""
     if wanted is not None:
@@ -74,6 +76,14 @@ def open_as_new(
     image, added = _image(tx, backup, at)
     vm = _new_vm(tx, backup, name, image, at)
     wanted = request | {"backup": backup.id, "at": at, "added_image": image.id if image and added else None}
+=======
+def open_as_new(tx: Tx, kind: str, backup: Backup, name: str, asked: Asked, request: dict[str, Any]) -> Operation:
+    """Open an operation whose first step makes a new VM's disk from ``backup``."""
+    image, added = _image(tx, backup)
+    counted = kind == "backup.restore"  # a drill's throwaway VM is nobody's
+    vm = _new_vm(tx, backup, name, image, counted=counted, start=bool(request.get("start")))
+    wanted = request | {"backup": backup.id, "added_image": image.id if image and added else None}
+>>>>>>> main
     operation = tx.open(kind, asked=asked, vm=vm, request=wanted)
     spec = spec_of(backup) | {"shown": {"vm": name, "point": backup.id[:8]}, "vm_id": vm.id, "name": name}
     spec |= {"image": _shown(image), "compare": bool(request.get("compare")), "disk_key": vm.disk_key}
@@ -124,7 +134,11 @@ def _shown(image: Image | None) -> dict[str, Any] | None:
     return {"name": image.name, "version": image.version} if image else None
 
 
+<<<<<<< HEAD
 def _new_vm(tx: Tx, backup: Backup, name: str, image: Image | None, at: str) -> Vm:
+=======
+def _new_vm(tx: Tx, backup: Backup, name: str, image: Image | None, *, counted: bool, start: bool) -> Vm:
+>>>>>>> main
     manifest = backup.manifest or {}
     definition = manifest["definition"]
     disk_bytes = max(definition["disk_bytes"], manifest["disk_bytes"])
@@ -136,12 +150,17 @@ def _new_vm(tx: Tx, backup: Backup, name: str, image: Image | None, at: str) -> 
         definition.get("usb", "off"),
         disk_key=definition.get("disk_key", ""),
     )
+<<<<<<< HEAD
     row = get_domain_node(tx.session, at)
+=======
+    owner = definition.get("owner", "")
+    if counted:
+        check_quota(tx, owner, shape.amounts(1, start))
+    row = get_domain_node(tx.session, backup.domain_node)
+>>>>>>> main
     tags = definition.get("tags", ())
     home = choose_homes(tx.control, rooms_of(tx, [row]), shape, tags, 1)[0][0]
-    return new_vm(
-        tx, name, shape, home, image_id=image.id if image else None, owner=definition.get("owner", ""), tags=tags
-    )
+    return new_vm(tx, name, shape, home, image_id=image.id if image else None, owner=owner, tags=tags)
 
 
 # --- the image below: by its hash

@@ -8,7 +8,16 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from hdcs_tasks.errors import Conflict, HdcsError, Invalid, NotFound, OutcomeUnknown, Unreachable, WrongState
+from hdcs_tasks.errors import (
+    Conflict,
+    HdcsError,
+    Invalid,
+    NotFound,
+    OutcomeUnknown,
+    QuotaExceeded,
+    Unreachable,
+    WrongState,
+)
 from hdcs_tasks.operations.control import Asked, Control, Tx, busy
 from hdcs_tasks.operations.handlers import on_done, on_failed, on_start, plan_steps
 from hdcs_tasks.pool import rules as pool_rules
@@ -19,6 +28,7 @@ from hdcs_tasks.routing import direct_queue, quick_queue
 from hdcs_tasks.states import VM_RESTS, VmState
 from hdcs_tasks.store.models import Operation, Step, Vm, now
 from hdcs_tasks.store.transitions import move
+from hdcs_tasks.vm.control_quota import check_quota, starting
 from hdcs_tasks.vm.rules import COMMANDS, Command, check_usb, given_in, wrong_state_hint
 
 
@@ -146,6 +156,7 @@ def start(control: Control, name: str, asked: Asked, *, pin: str | None = None) 
         check_given(tx, vm, "start")
         if pin is not None:
             check_pin(tx.session, vm, pin)
+        check_quota(tx, vm.owner, starting(vm))
         operation = tx.open("vm.start", asked=asked, vm=vm, request={"was": vm.state.value, "pin": pin})
         add_start_step(tx, operation, vm, pin=pin)
         return operation
@@ -181,8 +192,9 @@ def _start_child(tx: Tx, vm: Vm, asked: Asked, parent: Operation) -> tuple[Opera
     request = {"was": vm.state.value}
     try:
         check_given(tx, vm, "start")
+        check_quota(tx, vm.owner, starting(vm))
         child = tx.open("vm.start", asked=asked, vm=vm, parent=parent, request=request)
-    except (WrongState, Conflict) as error:
+    except (WrongState, Conflict, QuotaExceeded) as error:
         return tx.open("vm.start", asked=asked, subject=vm.name, parent=parent, request=request), error
     add_start_step(tx, child, vm)
     return None

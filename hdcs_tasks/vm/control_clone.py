@@ -22,6 +22,8 @@ from hdcs_tasks.states import ImageState, VmState
 from hdcs_tasks.store.models import DomainNode, Image, Operation, Profile, Step, Vm, new_id
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import add_start_step, forget, vm_of
+from hdcs_tasks.vm.control_quota import check_quota
+from hdcs_tasks.vm.quota_rules import Amounts
 from hdcs_tasks.vm.rules import expand_names
 
 plan_steps("vm.clone", {"vm.clone_on_node": 30, "vm.start_on_node": 70})
@@ -64,6 +66,11 @@ class Shape:
             vcpu_overcommit=ruled.vcpu_overcommit,
         )  # fmt: skip
 
+    def amounts(self, count: int, start: bool) -> Amounts:
+        """What so many of it take of a quota."""
+        running = count if start else 0
+        return Amounts(count, running, running * self.vcpus, running * self.memory_mib, count * self.disk_bytes)
+
     def terms(self, tags: Sequence[str] = ()) -> pool_rules.Terms:
         ruled = read(VmPolicy, self.rules)
         return pool_rules.Terms(
@@ -88,6 +95,7 @@ def clone(control: Control, request: CloneRequest, asked: Asked) -> Operation:
         if (same := tx.same_request(asked)) is not None:
             return same
         names, shape, image = _check(tx, request)
+        check_quota(tx, request.owner, shape.amounts(len(names), request.start))
         rooms = _rooms(tx, request, shape, image)
         homes, choice = choose_homes(control, rooms, shape, request.tags, len(names))
         if len(names) == 1:

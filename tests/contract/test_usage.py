@@ -1,0 +1,162 @@
+"""Statements and quotas on real databases; an hour in which everything happens adds up to the hour."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import time_machine
+
+from hdcs_tasks.errors import Invalid, NotFound, QuotaExceeded
+from hdcs_tasks.monitor import control_samples
+from hdcs_tasks.monitor.control_usage import usage
+from hdcs_tasks.operations import recovery
+from hdcs_tasks.operations.control import Asked, Control
+from hdcs_tasks.operations.views import show
+from hdcs_tasks.pool import control as pool_control
+from hdcs_tasks.pool.proof import JoinRequest
+from hdcs_tasks.states import VmState
+from hdcs_tasks.store.models import ServerNode, Step, Vm, now
+from hdcs_tasks.store.transitions import move
+from hdcs_tasks.vm import control as vms
+from hdcs_tasks.vm import control_migrate, control_quota
+from hdcs_tasks.vm.control_clone import Shape, new_vm
+from hdcs_tasks.vm.control_quota import check_quota
+from hdcs_tasks.vm.quota_rules import Amounts
+from tests.contract.test_samples import pool, sample_of, vm_of  # noqa: F401 - pool is a fixture
+from tests.contract.test_store import together
+from tests.contract.test_tidy import FACTS, TOKEN, join_request, stopped_vm
+
+pytestmark = pytest.mark.contract
+
+
+def settle(control: Control, result: dict[str, Any], node: str, **more: Any) -> None:
+    """The outcome of the one step under way, as a server node tells it."""
+    with control.store.read() as session:
+        (step,) = session.query(Step).filter(Step.state == "published").all()
+        report = {"step": step.id, "attempt": step.attempt, "node": node, "result": result}
+    at = now().timestamp()
+    recovery.settle(control, report | {"started_at": at, "ended_at": at} | more)
+
+
+def test_a_metered_hour_with_a_migration_a_dead_worker_and_a_lost_node_is_an_hour(pool: Control) -> None:  # noqa: F811
+    with time_machine.travel(now(), tick=False) as clock:
+        storage = {"total_bytes": 10**12, "free_bytes": 10**12}
+        other = JoinRequest("east", "node2", "10.0.0.2", "instance-node2", FACTS, storage, now().timestamp())
+        pool_control.join(pool, join_request())
+        pool_control.join(pool, other.signed(TOKEN))
+        vm_id, began = stopped_vm(pool), now()
+        vms.start(pool, "desk-1", Asked())
+        settle(pool, {"node": "node1", "port": 20000, "ip": "10.128.0.2"}, "node1")
+
+        clock.shift(timedelta(minutes=10))
+        control_samples.take_sample(pool, sample_of("node1", now().timestamp(), vm_id, console_clients=1))
+        clock.shift(timedelta(minutes=5))
+        control_samples.take_sample(pool, sample_of("node1", now().timestamp(), vm_id))
+
+        control_migrate.migrate(pool, "desk-1", Asked(), to="node2")
+        clock.shift(timedelta(minutes=1))
+        settle(pool, {"node": "node2", "address": "10.0.0.2", "ip": "10.128.4.2", "port": 20000}, "node2")
+        clock.shift(timedelta(minutes=1))  # its executor died; the next attempt is settled late
+        settle(pool, {}, "node1", attempt=0, ended_at=now().timestamp() - 30)
+        settle(pool, {"downtime_ms": 5, "total_ms": 900}, "node1")
+        for node in ("node2", "node1"):
+            settle(pool, {"node": node}, node)
+        assert (vm_of(pool, vm_id).state, vm_of(pool, vm_id).server_node) == (VmState.RUNNING, "node2")
+
+        clock.shift(timedelta(minutes=3))
+        control_samples.take_sample(pool, sample_of("node2", now().timestamp(), vm_id))
+        pool.reservations.leases.drop("node", "node2", "instance-node2")
+        clock.shift(timedelta(minutes=2))
+        pool.reservations.leases.grant("node", "node1", "instance-node1", 7200)
+        assert pool_control.lease_sweep(pool) == ["node2"]
+        clock.shift(timedelta(minutes=8))
+        back = JoinRequest("east", "node2", "10.0.0.2", "instance-node2", FACTS, storage, now().timestamp())
+        pool_control.join(pool, back.signed(TOKEN))
+        control_samples.take_sample(pool, sample_of("node2", now().timestamp() + 1e-3, vm_id))
+
+        clock.shift(timedelta(minutes=20))
+        crashed = {"node": "node2", "vm_id": vm_id, "kind": "ended", "at": now().timestamp()}
+        clock.shift(timedelta(minutes=5))  # nobody was there to hear of it
+        control_samples.take_event(pool, crashed)
+        settle(pool, {}, "node2")
+        clock.shift(timedelta(minutes=5))
+
+        (row,) = usage(pool, start=began, end=began + timedelta(hours=1))["rows"]
+        assert row["running_s"] == pytest.approx(50 * 60), "it ran for 50 minutes, then it crashed"
+        assert row["vcpu_s"] == row["running_s"] and row["memory_mib_s"] == pytest.approx(50 * 60 * 128)
+        assert row["unobserved_s"] == pytest.approx(10 * 60, abs=0.01)
+        assert row["console_s"] == 5 * 60
+        assert row["disk_byte_s"] == 3600 * 10**9, "its disk was there all the time"
+        parts = [usage(pool, start=began + timedelta(minutes=n), end=began + timedelta(minutes=n + 7))["rows"]
+                 for n in range(0, 60, 7)]  # fmt: skip
+        assert sum(part[0]["running_s"] for part in parts if part) == pytest.approx(50 * 60)
+
+
+def test_bad_questions_are_refused(control: Control) -> None:
+    with pytest.raises(Invalid, match="not both"):
+        usage(control, month="2026-11", end=now())
+    with pytest.raises(Invalid, match="not after"):
+        usage(control, start=now() - timedelta(hours=1), end=now() - timedelta(hours=2))
+    with pytest.raises(Invalid, match="not begun"):
+        usage(control, month="2999-01")
+    with pytest.raises(Invalid, match="by 'host'"):
+        usage(control, by="host")  # type: ignore[arg-type]
+    assert usage(control, month="2020-01")["rows"] == []
+
+
+# --- quotas
+
+
+def add(control: Control, name: str, owner: str) -> str:
+    with control.transaction() as tx:
+        vm = new_vm(tx, name, Shape("tiny", 1, 128, 10**9, "off"), "east", image_id=None, owner=owner)
+        move(vm, VmState.STOPPED)
+        return vm.id
+
+
+def test_a_start_past_the_quota_is_refused_and_a_bulk_start_fails_for_those(pool: Control) -> None:  # noqa: F811
+    for number in range(4):
+        add(pool, f"a{number}", "alice")
+    add(pool, "b", "bob")
+    control_quota.set_quota(pool, "alice", running_vms=2, memory_mib=1000)
+    vms.start(pool, "a0", Asked())
+    parent = vms.start_many(pool, ["a1", "a2", "b"], Asked())
+    children = {child["subject"]: child for child in show(pool, parent.id)["children"]}
+    assert children["a2"]["error"]["code"] == "quota_exceeded"
+    assert {name: children[name]["state"] for name in ("a1", "b")} == {"a1": "running", "b": "running"}
+    with pytest.raises(QuotaExceeded, match="1 more running VMs with 2 in use, 2 allowed") as refused:
+        vms.start(pool, "a3", Asked())
+    assert "hdcs quota set alice" in refused.value.next and refused.value.exit_code == 5
+    (seen,) = control_quota.list_quotas(pool)
+    assert (seen["used_vms"], seen["used_running_vms"], seen["used_memory_mib"]) == (4, 2, 256)
+    control_quota.set_quota(pool, "alice", running_vms=None)
+    vms.start(pool, "a3", Asked())
+
+
+def test_whoever_has_no_quota_has_that_of_everybody(pool: Control) -> None:  # noqa: F811
+    add(pool, "c", "carol")
+    control_quota.set_quota(pool, "*", vms=1)
+    with pool.transaction() as tx, pytest.raises(QuotaExceeded, match="the quota of carol"):
+        check_quota(tx, "carol", Amounts(vms=1))
+    control_quota.set_quota(pool, "carol", vms=5)
+    with pool.transaction() as tx:
+        check_quota(tx, "carol", Amounts(vms=4))
+    control_quota.drop_quota(pool, "carol")
+    with pytest.raises(NotFound):
+        control_quota.drop_quota(pool, "carol")
+    for wrong in ({"vms": -1}, {"vms": "many"}, {"chairs": 3}):
+        with pytest.raises(Invalid):
+            control_quota.set_quota(pool, "x", **wrong)  # type: ignore[arg-type]
+
+
+def test_two_requests_at_once_cannot_both_take_the_last_of_it(pool: Control) -> None:  # noqa: F811
+    for name in ("one", "two"):
+        add(pool, name, "alice")
+    control_quota.set_quota(pool, "alice", running_vms=1)
+    answers = together(*(lambda name=name: vms.start(pool, name, Asked()) for name in ("one", "two")))
+    assert sum(isinstance(answer, QuotaExceeded) for answer in answers) == 1, answers
+    with pool.store.read() as session:
+        assert session.query(Vm).filter(Vm.state == VmState.STARTING).count() == 1
+        assert session.get_one(ServerNode, "node1")
