@@ -47,7 +47,6 @@ def restore(
         return open_as_new(tx, "backup.restore", backup, name, asked, {"start": start}, *at)
 
 
-<<<<<<< HEAD
 def _place(tx: Tx, backup: Backup, wanted: str | None) -> tuple[str, bool]:
     """Where to restore, and whether the point must be copied there first."""
     if wanted is not None:
@@ -74,16 +73,9 @@ def open_as_new(
     one that copies the point there."""
     at = at or backup.domain_node
     image, added = _image(tx, backup, at)
-    vm = _new_vm(tx, backup, name, image, at)
-    wanted = request | {"backup": backup.id, "at": at, "added_image": image.id if image and added else None}
-=======
-def open_as_new(tx: Tx, kind: str, backup: Backup, name: str, asked: Asked, request: dict[str, Any]) -> Operation:
-    """Open an operation whose first step makes a new VM's disk from ``backup``."""
-    image, added = _image(tx, backup)
     counted = kind == "backup.restore"  # a drill's throwaway VM is nobody's
-    vm = _new_vm(tx, backup, name, image, counted=counted, start=bool(request.get("start")))
-    wanted = request | {"backup": backup.id, "added_image": image.id if image and added else None}
->>>>>>> main
+    vm = _new_vm(tx, backup, name, image, at, counted=counted, start=bool(request.get("start")))
+    wanted = request | {"backup": backup.id, "at": at, "added_image": image.id if image and added else None}
     operation = tx.open(kind, asked=asked, vm=vm, request=wanted)
     spec = spec_of(backup) | {"shown": {"vm": name, "point": backup.id[:8]}, "vm_id": vm.id, "name": name}
     spec |= {"image": _shown(image), "compare": bool(request.get("compare")), "disk_key": vm.disk_key}
@@ -134,11 +126,7 @@ def _shown(image: Image | None) -> dict[str, Any] | None:
     return {"name": image.name, "version": image.version} if image else None
 
 
-<<<<<<< HEAD
-def _new_vm(tx: Tx, backup: Backup, name: str, image: Image | None, at: str) -> Vm:
-=======
-def _new_vm(tx: Tx, backup: Backup, name: str, image: Image | None, *, counted: bool, start: bool) -> Vm:
->>>>>>> main
+def _new_vm(tx: Tx, backup: Backup, name: str, image: Image | None, at: str, *, counted: bool, start: bool) -> Vm:
     manifest = backup.manifest or {}
     definition = manifest["definition"]
     disk_bytes = max(definition["disk_bytes"], manifest["disk_bytes"])
@@ -150,14 +138,10 @@ def _new_vm(tx: Tx, backup: Backup, name: str, image: Image | None, *, counted: 
         definition.get("usb", "off"),
         disk_key=definition.get("disk_key", ""),
     )
-<<<<<<< HEAD
-    row = get_domain_node(tx.session, at)
-=======
     owner = definition.get("owner", "")
     if counted:
         check_quota(tx, owner, shape.amounts(1, start))
-    row = get_domain_node(tx.session, backup.domain_node)
->>>>>>> main
+    row = get_domain_node(tx.session, at)
     tags = definition.get("tags", ())
     home = choose_homes(tx.control, rooms_of(tx, [row]), shape, tags, 1)[0][0]
     return new_vm(tx, name, shape, home, image_id=image.id if image else None, owner=owner, tags=tags)
