@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def restore(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     repository, point = found_point(run, spec)
     image = _image(run, spec, layout, repository, point)
     target = layout.disk(spec["vm_id"])
+    _drop_partials(target)
     if not target.exists():
         target.parent.mkdir(mode=0o711, exist_ok=True)
         try:
@@ -64,12 +66,22 @@ def restore_in_place(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     fresh, old = (disk.with_name(f"{what}-{run.step}.qcow2") for what in ("restored", "replaced"))
     with vm_lock(ctx.settings.state_dir, spec["vm_id"], LOCK_WAIT_S):
         _check_stopped(run, spec["vm_id"], disk)
+        _drop_partials(fresh)
         image = _image(run, spec, layout, repository, point)
         if not old.exists():
             _prepare(run, repository, point, disk, fresh, old, image, _key(run, spec))
         run.check()
         _swap(disk, fresh, old)
     return _result(run, point, image)
+
+
+def _drop_partials(disk: Path) -> None:
+    """Remove what attempts that died while they wrote ``disk`` left beside it."""
+    for left in (*disk.parent.glob(f".{disk.name}.*.partial"), *disk.parent.glob(".seed-*")):
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def _check_stopped(run: Run, vm_id: str, disk: Path) -> None:

@@ -111,6 +111,12 @@ class Repository:
             sync(file.parent)
             write_durably(file.with_name(point.manifest_name), manifests.dump(point))
 
+    def drop_partials(self, point: Point) -> None:
+        """Remove what dead attempts to rewrite this point left; a merge's intent is ended by ``merging.settle``."""
+        for left in self.file(point).parent.glob(f".*{point.seq:04d}.*"):
+            if _PARTIAL in left.name and not left.name.endswith(f".merge{_PARTIAL}"):
+                left.unlink(missing_ok=True)
+
     def discard(self, point: Point) -> None:
         """Remove the point's file and manifest, whatever stands on it: it is about to be brought here anew."""
         file = self.file(point)
