@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
 from hdcs_tasks.backup.rules import FullRule, Point, next_point
@@ -47,7 +47,7 @@ def _plan_step(tx: Tx, operation: Operation, vm: Vm, *, full: bool) -> None:
     policy = operation.request.get("policy") or {}
     points = points_of(tx.session, vm.id)
     rule = FullRule(policy["full_every"], policy["full_percent"]) if policy else None
-    plan = next_point(points, home=vm.home, full=full, rule=rule)
+    plan = next_point(points, home=vm.home, full=full, rule=rule, disk_bytes=vm.disk_bytes)
     backup = Backup(
         id=new_id(), vm_id=vm.id, vm_name=vm.name, domain_node=vm.home, seq=plan.seq, kind=plan.kind,
         chain=plan.parent.chain if plan.parent else new_id(), parent_id=plan.parent.id if plan.parent else None,
@@ -79,7 +79,7 @@ def points_of(session: Session, vm_id: str, *, without: Iterable[BackupState] = 
 def as_point(b: Backup) -> Point:
     return Point(
         b.id, b.chain, b.seq, b.state, b.domain_node, b.checkpoint, b.parent_id, b.created_at, b.file_bytes or 0,
-        b.proven_at,
+        b.proven_at, (b.manifest or {}).get("disk_bytes", 0),
     )  # fmt: skip
 
 
@@ -241,8 +241,14 @@ def list_backups(control: Control, vm: str | None = None, *, unproven: bool = Fa
         if unproven:
             query = query.where(Backup.proven_at.is_(None))
         if vm is not None:
-            query = query.where((Backup.vm_name == vm) | (Backup.vm_id == vm))
+            query = query.where(of_vm(vm))
         return [view(backup) for backup in session.scalars(query.order_by(Backup.created_at))]
+
+
+def of_vm(vm: str) -> ColumnElement[bool]:
+    """Backups of the VM of this name or id; a VM that was renamed is known by its present name, too."""
+    renamed = select(Vm.id).where(Vm.name == vm, Vm.deleted_at.is_(None))
+    return (Backup.vm_name == vm) | (Backup.vm_id == vm) | Backup.vm_id.in_(renamed)
 
 
 def show(control: Control, backup_id: str) -> dict[str, Any]:

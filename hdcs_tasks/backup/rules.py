@@ -33,6 +33,7 @@ class Point:
     created_at: datetime = _LONG_AGO
     file_bytes: int = 0
     proven_at: datetime | None = None
+    disk_bytes: int = 0
 
 
 # --- full or increment
@@ -56,10 +57,13 @@ class Plan:
     why: str
 
 
-def next_point(points: Sequence[Point], *, home: str, full: bool, rule: FullRule | None = None) -> Plan:
+def next_point(
+    points: Sequence[Point], *, home: str, full: bool, rule: FullRule | None = None, disk_bytes: int = 0
+) -> Plan:
     """The next backup of a VM whose points are given oldest first.
 
-    An increment follows the newest point if that is ready, has its checkpoint and lies in the VM's own domain node.
+    An increment follows the newest point if that is ready, has its checkpoint, lies in the VM's own domain node and is
+    of a disk of the present size (``disk_bytes``): after a move, a set-back or a growth a chain begins anew.
     """
     newest = points[-1] if points else None
     if full:
@@ -70,6 +74,8 @@ def next_point(points: Sequence[Point], *, home: str, full: bool, rule: FullRule
         return Plan("full", 1, None, f"the chain cannot go on: its newest point is {newest.state}")
     if newest.domain_node != home:
         return Plan("full", 1, None, f"the chain lies in {newest.domain_node}")
+    if newest.disk_bytes and disk_bytes > newest.disk_bytes:
+        return Plan("full", 1, None, f"the disk has grown from {newest.disk_bytes} to {disk_bytes} bytes")
     why = _outgrown([p for p in points if p.chain == newest.chain], rule or FullRule())
     if why is not None:
         return Plan("full", 1, None, why)

@@ -11,7 +11,7 @@ from hdcs_tasks.operations.recovery import sweep_once
 from hdcs_tasks.operations.requests import asked_by_task, request_task
 from hdcs_tasks.operations.views import view
 from hdcs_tasks.vm import control as vm_control
-from hdcs_tasks.vm import control_clone, control_drain, control_migrate, control_rebalance, control_storm
+from hdcs_tasks.vm import control_clone, control_drain, control_migrate, control_rebalance, control_shape, control_storm
 from hdcs_tasks.vm import control_replan as control_replan  # registers itself
 from hdcs_tasks.vm.move_rules import MoveOptions
 
@@ -28,6 +28,16 @@ def clone(
 @request_task("vm.start")
 def start(vm: str, node: str | None = None, by: str = "celery", reason: str = "") -> dict[str, Any]:
     return view(vm_control.start(control(), vm, asked_by_task(by, reason), pin=node))
+
+
+@request_task("vm.grow")
+def grow(vm: str, disk_bytes: int, by: str = "celery", reason: str = "") -> dict[str, Any]:
+    return view(control_shape.grow(control(), vm, disk_bytes, asked_by_task(by, reason)))
+
+
+@request_task("vm.rename")
+def rename(vm: str, new: str, by: str = "celery", reason: str = "") -> dict[str, Any]:
+    return control_shape.rename(control(), vm, new)
 
 
 @request_task("vm.start_all")

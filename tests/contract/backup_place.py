@@ -153,6 +153,9 @@ class Place:
             return self._backup(spec)
         if name == "vm.start_on_node":
             return {"node": "node1", "port": 20001, "ip": "10.128.0.9"}
+        if name == "vm.grow_on_node":
+            disks.resize(self.layout.disk(spec["vm_id"]), spec["disk_bytes"])
+            return {"node": "node1", "disk_bytes": spec["disk_bytes"]}
         if name == "vm.delete_on_node":
             shutil.rmtree(self.layout.vm_dir(spec["vm_id"]))
         return {"node": "node1"}
