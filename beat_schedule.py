@@ -25,6 +25,7 @@ def schedule(config: Settings) -> dict[str, dict[str, Any]]:
         "tidy": every("pool.tidy_sweep", 4 * config.sweep_s),
         "monitor": every("monitor.sample_sweep", config.sample_s),
         "policies": every("backup.policy_sweep", config.policy_sweep_s),
+        "warm": every("vm.warm_sweep", config.policy_sweep_s),
         "storms": every("vm.storm_sweep", config.policy_sweep_s),
         "alarms": every("monitor.alarm_sweep", config.alarm.period_s),
         "notices": every("monitor.notice_sweep", config.alarm.period_s),

@@ -18,6 +18,7 @@ from hdcs_tasks.app import make_app
 from hdcs_tasks.config import Settings, settings
 from hdcs_tasks.handles.alarms import Alarms
 from hdcs_tasks.handles.backups import Backups, Policies
+from hdcs_tasks.handles.idle import Idle
 from hdcs_tasks.handles.images import Images
 from hdcs_tasks.handles.operation import ENDED as ENDED
 from hdcs_tasks.handles.operation import Operation as Operation
@@ -26,7 +27,7 @@ from hdcs_tasks.handles.operation import Plan as Plan
 from hdcs_tasks.handles.overview import Overview
 from hdcs_tasks.handles.pools import DomainNodes, Profiles, ServerNodes
 from hdcs_tasks.handles.quotas import Quotas
-from hdcs_tasks.handles.storms import Storms
+from hdcs_tasks.handles.storms import Storms, WarmPools
 from hdcs_tasks.handles.vms import Vm as Vm
 from hdcs_tasks.handles.vms import Vms
 from hdcs_tasks.monitor import control as monitor_control
@@ -53,10 +54,12 @@ class Cloud:
         self.domain_nodes = DomainNodes(control, by)
         self.server_nodes = ServerNodes(control, by)
         self.storms = Storms(control, by)
+        self.warm_pools = WarmPools(control, by)
         self.operations = Operations(control, by)
         self.alarms = Alarms(control, by)
         self.quotas = Quotas(control, by)
         self.overview = Overview(control, by)
+        self.idle = Idle(control, by)
 
     @classmethod
     def from_env(cls) -> Cloud:

@@ -139,9 +139,7 @@ class Settings(BaseSettings):
         90, gt=0, description="How long a boot counts as a start under way if its guest agent does not answer earlier"
     )
 
-    # idle reclamation
-    idle_after_s: float = Field(0, ge=0, description="Stop a VM idle this long; 0 turns reclamation off")
-    idle_cpu_percent: float = Field(10, ge=0, description="Below this share of one vCPU a guest counts as idle")
+    # monitoring
     sample_s: float = Field(10, gt=0, description="Period of the monitoring sweep")
     samples_kept: int = Field(
         30, ge=2, le=1000, description="Samples kept of each VM and server node, for so many periods"
@@ -158,7 +156,7 @@ class Settings(BaseSettings):
     )
     backup_key: str = Field("", description="Name of the key that new backup points are encrypted with (server node)")
     policy_sweep_s: float = Field(
-        30, gt=0, description="Period of the sweeps that begin what backup policies and storms ask for"
+        30, gt=0, description="Period of the sweeps that begin what backup policies, storms and warm pools ask for"
     )
 
     # logs

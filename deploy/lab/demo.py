@@ -209,7 +209,7 @@ class Demo:
             vm = self.cloud.vms[name].show()
             home = vm["home"]
             before = self._ports(home)
-            self.cloud.vms[name].set_idle(IDLE_AFTER_S)
+            self.cloud.idle.create("demo", selector={"names": [name]}, stop=IDLE_AFTER_S)
             wait_for(f"{name} to be stopped", lambda: self.cloud.vms[name].show()["state"] == "stopped", 120)
             wait_for("its port to cool", lambda: self._ports(home)["ports_used"] == before["ports_used"] - 1
                      and self._ports(home)["ports_cooling"] == 0, 60)  # fmt: skip

@@ -7,7 +7,8 @@ there after a reboot and in a backup. 96 MiB of memory are enough.
     python -m deploy.lab.golden_image [--cache DIR] [--out FILE]
 
 In the guest: agent with guest-exec, freeze and shutdown; DHCP asked anew after each bounce of the link; ACPI power
-button; ``/run/tick`` (counter, uptime, longest gap: see guest/tick.c); ``burn SECONDS``.
+button; ``/run/tick`` (counter, uptime, longest gap: see guest/tick.c); ``burn SECONDS``; ``sit NAME`` (a login at the
+console; anna has an account); ``wall``.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ GUEST_MODULES = ("virtio_console", "virtio_net", "virtio_balloon", "virtio_rng",
 GRUB_MODULES = ("biosdisk", "part_msdos", "ext2", "linux", "boot")
 ROOT_FILES = {  # where each file of guest/ goes; all executable, which hurts none of them
     "inittab": "etc/inittab", "rcS": "etc/rcS", "udhcpc.script": "etc/udhcpc.script",
-    "guest-agent": "bin/guest-agent", "netd": "bin/netd", "burn": "bin/burn", "shutdown": "sbin/shutdown",
+    "guest-agent": "bin/guest-agent", "netd": "bin/netd", "burn": "bin/burn", "sit": "bin/sit",
+    "wall": "bin/wall", "shutdown": "sbin/shutdown",
     "power-button": "etc/acpi/PWRF/00000080",
 }  # fmt: skip
 LIBRARY_DIRS = ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu")
@@ -244,8 +246,8 @@ def _fill_root(root: Path, unpacked: Path, kernel_dir: Path) -> None:
     for name, place in ROOT_FILES.items():
         shutil.copyfile(GUEST / name, root / place)
         (root / place).chmod(0o755)
-    (root / "etc/passwd").write_text("root::0:0:root:/root:/bin/sh\n")
-    (root / "etc/group").write_text("root:x:0:\n")
+    (root / "etc/passwd").write_text("root::0:0:root:/root:/bin/sh\nanna::1000:1000:Anna:/home:/bin/sh\n")
+    (root / "etc/group").write_text("root:x:0:\nanna:x:1000:\n")
     _run("gcc", "-Os", "-s", "-o", root / "bin/tick", GUEST / "tick.c")  # the libraries it needs come with the agent
     _install_agent(root, unpacked)
 

@@ -173,7 +173,7 @@ def begin_run(control: Control, name: str, slot: datetime) -> bool:
                 "backup.missed", name, f"policy {name}: {len(policy.pending)} VMs were not backed up in time",
                 vms=policy.pending,
             )  # fmt: skip
-        policy.pending = [vm["id"] for vm in list_vms(control, **policy.selector)]
+        policy.pending = [vm["id"] for vm in list_vms(control, with_warm=False, **policy.selector)]
         return True
 
 
@@ -302,7 +302,7 @@ def _begin_drills(control: Control, policy: BackupPolicy, slot: datetime) -> Non
         claim = update(BackupPolicy).where(BackupPolicy.name == policy.name, BackupPolicy.drill_slot_at < slot)
         if getattr(tx.session.execute(claim.values(drill_slot_at=slot)), "rowcount", 0) != 1:
             return
-        vms = list_vms(control, **policy.selector)
+        vms = list_vms(control, with_warm=False, **policy.selector)
         by_vm: dict[str, list[Point]] = {vm["id"]: backups.points_of(tx.session, vm["id"]) for vm in vms}
     for point in choose_drills(by_vm, policy.drill_points):
         key = f"drill:{policy.name}:{slot.isoformat()}:{point.id}"

@@ -14,7 +14,23 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hdcs_tasks.cli import admin, alarm, backup, domain, image, node, op, policy, pool, profile, storm, usage, vm
+from hdcs_tasks.cli import (
+    admin,
+    alarm,
+    backup,
+    domain,
+    idle,
+    image,
+    node,
+    op,
+    policy,
+    pool,
+    profile,
+    storm,
+    usage,
+    vm,
+    warm,
+)
 from hdcs_tasks.cli.failures import as_hdcs_error
 from hdcs_tasks.cli.options import Face
 from hdcs_tasks.cli.output import message
@@ -69,8 +85,8 @@ def cli() -> None:
     """
 
 
-for _noun in (node.node, domain.domain, vm.vm, image.image, profile.profile, backup.backup, policy.policy, op.op,
-              pool.pool, alarm.alarm, usage.usage, usage.quota, storm.storm,
+for _noun in (node.node, domain.domain, vm.vm, image.image, profile.profile, backup.backup, policy.policy, idle.idle,
+              op.op, pool.pool, alarm.alarm, usage.usage, usage.quota, storm.storm, warm.warm,
               admin.db, admin.doctor, admin.dashboard):  # fmt: skip
     cli.add_command(_noun)
 

@@ -34,17 +34,17 @@ pass_face = click.make_pass_decorator(Face)
 
 
 class Duration(click.ParamType[float]):
-    """Seconds: ``90``, ``90s``, ``10m`` or ``2h``."""
+    """Seconds: ``90``, ``90s``, ``10m``, ``2h`` or ``7d``."""
 
     name = "duration"
-    _units = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+    _units = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         if isinstance(value, int | float):
             return float(value)
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", str(value).strip())
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", str(value).strip())
         if not found or float(found[1]) <= 0:
-            self.fail(f"{value!r} is not a duration: use seconds, or e.g. 90s, 10m, 2h", param, ctx)
+            self.fail(f"{value!r} is not a duration: use seconds, or e.g. 90s, 10m, 2h, 7d", param, ctx)
         return float(found[1]) * self._units[found[2]]
 
 

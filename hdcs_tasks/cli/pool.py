@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from hdcs_tasks.cli import idle as idle_face
 from hdcs_tasks.cli import output, waiting
 from hdcs_tasks.cli.options import (
     Face,
@@ -211,3 +212,32 @@ def _print_plan(plan: dict[str, Any], form: str) -> None:
             BALANCE,
         )
         output.message(plan["message"])
+
+
+@pool.command()
+@click.argument("names", nargs=-1, metavar="[VM]...")
+@click.option("--policy", default=None, help="Only what this idle policy sees.")
+@click.option("--dry-run", is_flag=True, help="Print what is seen of each desktop and what would happen when.")
+@format_option
+@pass_face
+def idle(face: Face, names: tuple[str, ...], policy: str | None, dry_run: bool, form: str) -> None:
+    """Take back desktops nobody uses, as their idle policies say (`hdcs idle`); beat does so all the time.
+
+    Without --dry-run the server nodes are asked to look at every desktop whose next step is due; who is in use, also in
+    the last second, is left alone.
+
+    \b
+    Examples:
+      hdcs pool idle --dry-run
+      hdcs pool idle desk-004 --dry-run -f json
+      hdcs pool idle
+    """
+    if not dry_run:
+        if names or policy:
+            raise click.UsageError("A sweep looks at all desktops; a VM or --policy goes with --dry-run.")
+        due = face.cloud.idle.sweep()
+        output.print_rows([{"name": name} for name in due], (output.Column("name"),), form)
+        output.message(f"{len(due)} desktops are due; what becomes of them: hdcs pool events, hdcs op list")
+        return
+    seen = face.cloud.idle.preview(names=names, policy=policy)
+    output.print_rows(seen if form == "json" else [idle_face.flat(one) for one in seen], idle_face.SEEN, form)

@@ -26,6 +26,7 @@ COLUMNS = (
     output.Column("name"), output.Column("state"), output.Column("home"), output.Column("server_node", "server node"),
     output.Column("profile"), output.column("memory_mib"), output.Column("ip"), output.Column("port"),
     output.Column("owner"), output.Column("tags"), output.column("ready_at", "ready"),
+    output.Column("warm_pool", "warm pool"),
 )  # fmt: skip
 
 
@@ -79,6 +80,7 @@ def show(face: Face, name: str, form: str) -> None:
 @click.option("--profile", default="small", show_default=True, help="Their hardware shape.")
 @click.option("--domain-node", default=None, help="Where. Default: where they fit best.")
 @click.option("--start", is_flag=True, help="Start them too.")
+@click.option("--warm", is_flag=True, help="Take ready ones out of a warm pool where there are any; start the others.")
 @click.option("--owner", default="", help="Whose they are. Default: yours.")
 @click.option("--tag", "tags", multiple=True, help="A tag to find them by (may be repeated).")
 @click.option("--on", "pin", default=None, metavar="SERVER_NODE", help="Pin them to this server node.")
@@ -98,6 +100,7 @@ def clone(
     Examples:
       hdcs vm clone mini --name desk-001 --start
       hdcs vm clone mini --name 'desk-{:03d}' --count 30 --profile small --start
+      hdcs vm clone mini --name desk-002 --warm
       hdcs vm clone mini:2 --name 'lab-{:02d}' --count 8 --domain-node east --tag lab --dry-run
     """
     rules = {"pin": wanted.pop("pin"), **vm_rules(wanted)}

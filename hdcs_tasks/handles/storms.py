@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hdcs_tasks.handles.operation import Part, View
-from hdcs_tasks.vm import control_storm
+from hdcs_tasks.vm import control_storm, control_warm
 
 
 class Storms(Part):
@@ -36,3 +36,29 @@ class Storms(Part):
     def delete(self, name: str) -> None:
         """Its desktops stay."""
         control_storm.delete(self._control, name)
+
+
+class WarmPools(Part):
+    """Desktops of an image and profile kept ready, to be taken by ``vms.clone(..., warm=True)``."""
+
+    def create(
+        self, name: str, *, image: str, size: int, profile: str = "small", saved: bool = False,
+        domain_node: str | None = None,
+    ) -> View:  # fmt: skip
+        """``size`` desktops of the image's newest version: started, or ``saved`` with their memory."""
+        return control_warm.create(
+            self._control, name, image=image, profile=profile, size=size, saved=saved, domain_node=domain_node
+        )
+
+    def list(self) -> list[View]:
+        return control_warm.list_pools(self._control)
+
+    def show(self, name: str) -> View:
+        return control_warm.show(self._control, name)
+
+    def set(self, name: str, *, size: int | None = None, saved: bool | None = None) -> View:
+        return control_warm.change(self._control, name, size=size, saved=saved)
+
+    def delete(self, name: str) -> None:
+        """Its desktops that nobody has taken are deleted too."""
+        control_warm.delete(self._control, name)

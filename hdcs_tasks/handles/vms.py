@@ -87,10 +87,6 @@ class Vm(Part):
         """``on``, ``off`` or a SPICE filter; takes effect at the next start."""
         return vm_control.set_usb(self._control, self.name, policy)
 
-    def set_idle(self, after_s: float | None) -> View:
-        """Stop it once unused for ``after_s`` seconds; 0 never, None as ``HDCS_IDLE_AFTER_S`` says."""
-        return vm_control.set_idle(self._control, self.name, after_s)
-
     def console(self, *, ttl_s: float = 60.0) -> str:
         """A virt-viewer ``.vv`` text whose ticket expires after ``ttl_s`` seconds."""
         operation_id, text = control_console.console(self._control, self.name, self._asked(), ttl_s=ttl_s)
@@ -127,12 +123,13 @@ class Vms(Part):
     def clone(
         self, image: str, *, name: str, count: int = 1, profile: str = "small", domain_node: str | None = None,
         start: bool = False, owner: str = "", tags: Sequence[str] = (), rules: Mapping[str, Any] | None = None,
-        dry_run: bool = False, idempotency_key: str | None = None, reason: str = "",
+        warm: bool = False, dry_run: bool = False, idempotency_key: str | None = None, reason: str = "",
     ) -> Any:  # fmt: skip
         """Clone ``count`` VMs as derived images; an Operation, or a Plan with ``dry_run``. ``rules``: fields of
-        ``pool.policy.VmPolicy`` (pin, together, apart, node_tags, …) that go before the profile's."""
+        ``pool.policy.VmPolicy`` (pin, together, apart, node_tags, …) that go before the profile's. ``warm``: take
+        ready ones out of a warm pool as far as there are any, and start the others."""
         request = control_clone.CloneRequest(
-            image, name, count, profile, domain_node, start, owner or self._by, tuple(tags), rules or {}
+            image, name, count, profile, domain_node, start, owner or self._by, tuple(tags), rules or {}, warm
         )
         if dry_run:
             return Plan(control_clone.plan_clone(self._control, request))

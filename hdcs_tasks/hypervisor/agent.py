@@ -128,11 +128,46 @@ def users(host: Host, vm_id: str) -> list[GuestUser]:
     return [GuestUser(str(u.get("user", "")), float(u.get("login-time", 0))) for u in answer if isinstance(u, dict)]
 
 
-def exec_(host: Host, vm_id: str, argv: Sequence[str], timeout_s: float = 30) -> Executed:
+_USERS_PROCESSES = r"""
+for status in /proc/[0-9]*/status; do
+    while read -r key value _; do
+        case $key in
+        Name:) name=$value ;;
+        Uid:) [ "$value" -ge 1000 ] && [ "$value" -lt 60000 ] && echo "$name"; break ;;
+        esac
+    done <"$status"
+done 2>/dev/null | sort -u | head -n 20
+"""
+
+
+def user_processes(host: Host, vm_id: str, timeout_s: float = 5) -> list[str]:
+    """Names of programs that people's accounts run (user ids from 1000 on, as Linux numbers people).
+
+    Raises HypervisorRefused or Unavailable where the guest runs nothing for us: no guest-exec, or no /bin/sh.
+    """
+    done = exec_(host, vm_id, ["/bin/sh", "-c", _USERS_PROCESSES], timeout_s)
+    return done.stdout.decode(errors="replace").split("\n")[:-1]
+
+
+def tell_users(host: Host, vm_id: str, text: str, timeout_s: float = 5) -> bool:
+    """Show ``text`` to everybody at the guest: ``wall`` on Linux, ``msg`` on Windows. False: the guest has neither."""
+    for argv in (["wall"], ["msg", "*"]):
+        try:
+            if exec_(host, vm_id, argv, timeout_s, stdin=(text + "\n").encode()).exit_code == 0:
+                return True
+        except HypervisorRefused:
+            continue
+    return False
+
+
+def exec_(host: Host, vm_id: str, argv: Sequence[str], timeout_s: float = 30, stdin: bytes = b"") -> Executed:
     """Run ``argv`` in the guest and wait for its end. Raises Unavailable when it takes over ``timeout_s`` seconds
     (it goes on running), HypervisorRefused when the guest cannot run it."""
     guest = host.guest(vm_id)
-    started = _call(guest, "guest-exec", {"path": argv[0], "arg": list(argv[1:]), "capture-output": True})
+    asked: dict[str, Any] = {"path": argv[0], "arg": list(argv[1:]), "capture-output": True}
+    if stdin:
+        asked["input-data"] = base64.b64encode(stdin).decode()
+    started = _call(guest, "guest-exec", asked)
     deadline = time.monotonic() + timeout_s
     pause = 0.02
     while True:

@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 
 import libvirt
 
-from hdcs_tasks.errors import Cancelled, OutcomeUnknown, Unreachable
+from hdcs_tasks.errors import Cancelled, HdcsError, HypervisorRefused, OutcomeUnknown, Unreachable
 from hdcs_tasks.hypervisor.connection import Host
 from hdcs_tasks.hypervisor.errors import libvirt_errors, translate
 from hdcs_tasks.hypervisor.jobs import (
@@ -329,9 +329,22 @@ class _Migration:
         if not isinstance(call.error, libvirt.libvirtError):
             raise call.error
         error = translate(call.error, self.what, unsure=True)
+        if isinstance(error, OutcomeUnknown) and self._runs_here():
+            # It was the target that could not be reached.
+            error = HypervisorRefused(
+                error.message, next="Is the target up, with room? The guest runs on at its source"
+            )
         if stopped is not None and not isinstance(error, OutcomeUnknown):
             raise stopped from call.error
         raise error from call.error
+
+    def _runs_here(self) -> bool:
+        """Whether the guest is seen to run on at its source, with nothing under way: then it was not handed over."""
+        try:
+            running = self.guest.state()[0] in (libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_BLOCKED)
+            return running and job_of(self.guest) is None
+        except (libvirt.libvirtError, HdcsError):
+            return False
 
 
 def _result(stats: dict[str, Any], elapsed_ms: int) -> MigrationResult:

@@ -1,4 +1,4 @@
-"""Monitoring on the control plane: samples become observed state, drift is settled, idle desktops are taken back."""
+"""Monitoring on the control plane: what happened, and the checks of hdcs doctor."""
 
 from __future__ import annotations
 
@@ -8,53 +8,10 @@ from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
 from hdcs_tasks.errors import HdcsError
-from hdcs_tasks.logs import logger
-from hdcs_tasks.monitor.rules import is_idle
-from hdcs_tasks.operations.control import Asked, Control
+from hdcs_tasks.monitor.control_signals import known_sweeps
+from hdcs_tasks.operations.control import Control
 from hdcs_tasks.pool.control import IN_POOL
-from hdcs_tasks.states import VmState
 from hdcs_tasks.store.models import Event, ServerNode, Vm, now
-from hdcs_tasks.vm import control as vm_control
-
-log = logger(__name__)
-
-
-def idle_sweep(control: Control) -> list[str]:
-    """Stop every running desktop that nobody used for its idle time; returns their names."""
-    default_s = control.settings.idle_after_s
-    with control.store.read() as session:
-        idle = [
-            (vm.name, seconds)
-            for vm in session.scalars(select(Vm).where(Vm.state == VmState.RUNNING))
-            if is_idle(seconds := _idle_s(vm), idle_after_s=_limit_s(vm, default_s), tags=vm.tags)
-        ]
-    return [name for name, seconds in idle if _reclaim(control, name, seconds)]
-
-
-def _limit_s(vm: Vm, default_s: float) -> float:
-    return default_s if vm.idle_after_s is None else vm.idle_after_s
-
-
-def _idle_s(vm: Vm) -> float:
-    """Seconds since somebody used it; 0 unless it was sampled meanwhile (what is not observed is not idle)."""
-    if vm.active_at is None or vm.observed_at is None or vm.observed_at <= vm.active_at:
-        return 0.0
-    return (vm.observed_at - vm.active_at).total_seconds()
-
-
-def _reclaim(control: Control, name: str, idle_s: float) -> bool:
-    asked = Asked(by="idle sweep", reason=f"idle for {idle_s:.0f} s")
-    try:
-        vm_control.command(control, "stop", name, asked)
-    except HdcsError as error:
-        log.info("idle desktop left alone", vm=name, error=str(error))
-        return False
-    with control.transaction() as tx:
-        tx.event("vm.reclaimed", name, f"VM {name} was stopped: {asked.reason}", idle_s=idle_s)
-    return True
-
-
-# --- looking
 
 
 def list_events(control: Control, limit: int) -> list[dict[str, Any]]:
@@ -72,6 +29,7 @@ def doctor(control: Control) -> list[dict[str, Any]]:
     checks = [_check("database", lambda: _database(control)), _check("redis", lambda: _redis(control))]
     if not all(check["ok"] for check in checks):
         return checks
+    checks.append(_check("sweeps", lambda: _sweeps(control)))
     return [*checks, *(_check(f"server node {node.name}", lambda node=node: _node(node)) for node in _nodes(control)),
             _check("reservations", lambda: _reservations(control))]  # fmt: skip
 
@@ -91,6 +49,14 @@ def _database(control: Control) -> str:
 
 def _redis(control: Control) -> str:
     return "reservations open" if control.reservations.epoch.is_open() else "waiting for the rebuild of reservations"
+
+
+def _sweeps(control: Control) -> str:
+    found = [signal for signal in known_sweeps(control) if signal.value]
+    if found:
+        raise HdcsError(found[0].message, next="Do hdcs-beat and a control worker run?")
+    ran = control.reservations.samples.sweeps()
+    return f"{len(ran)} ran in time" if ran else "none has run yet"
 
 
 def _nodes(control: Control) -> list[ServerNode]:

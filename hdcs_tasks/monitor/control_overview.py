@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from hdcs_tasks.errors import Invalid
 from hdcs_tasks.monitor.control import list_events
+from hdcs_tasks.monitor.control_idle_policy import idle_s
 from hdcs_tasks.operations.control import Control
 from hdcs_tasks.operations.pages import check_page
 from hdcs_tasks.pool import capacity as pool_capacity
@@ -69,20 +70,13 @@ def _row(vm: Vm, backups: Sequence[Backup], live: Operation | None) -> dict[str,
     proven = next((backup for backup in reversed(backups) if backup.proven_at is not None), None)
     keys = ("id", "name", "home", "server_node", "ip", "profile", "owner", "tags")
     return {key: getattr(vm, key) for key in keys} | {
-        "state": vm.state.value, "idle_s": idle_s(vm), "backups": len(backups),
+        "state": vm.state.value, "idle_s": idle_s(vm) if vm.state is VmState.RUNNING else None, "backups": len(backups),
         "proven": proven and {
             "id": proven.id, "taken_at": proven.created_at.isoformat(),
             "proven_at": proven.proven_at.isoformat() if proven.proven_at else None,
         },
         "operation": live and {"id": live.id, "kind": live.kind, "percent": round(live.percent, 1)},
     }  # fmt: skip
-
-
-def idle_s(vm: Vm) -> float | None:
-    """Seconds since somebody used a running VM, as last observed; None where nothing is known."""
-    if vm.state is not VmState.RUNNING or vm.active_at is None or vm.observed_at is None:
-        return None
-    return max(0.0, (vm.observed_at - vm.active_at).total_seconds())
 
 
 def data_center(control: Control, profile: str | None = None) -> dict[str, Any]:

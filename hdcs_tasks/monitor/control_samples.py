@@ -14,7 +14,9 @@ from sqlalchemy import select, update
 
 from hdcs_tasks.errors import HdcsError
 from hdcs_tasks.logs import logger
-from hdcs_tasks.monitor.rules import Activity, Drift, drift_of, has_gone, is_active
+from hdcs_tasks.monitor.control_idle_policy import COLUMNS, desktop, load
+from hdcs_tasks.monitor.idle_rules import Limits, policy_of, sample_use
+from hdcs_tasks.monitor.rules import Drift, drift_of, has_gone
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.sending import broadcast
 from hdcs_tasks.pool.control import IN_POOL
@@ -33,7 +35,7 @@ log = logger(__name__)
 
 SAMPLE_TASK = "monitor.sample_on_node"
 TOLD_AGAIN_S = 3600.0
-_COLUMNS = (Vm.id, Vm.name, Vm.state, Vm.state_at, Vm.observed_at, Vm.server_node, Vm.home)
+_COLUMNS = (*COLUMNS, Vm.state_at)
 
 
 def sample_sweep(control: Control) -> int:
@@ -71,15 +73,15 @@ def take_sample(control: Control, sample: dict[str, Any]) -> None:
         node.observed_at = at
         _record_storage(tx, node, sample.get("storage") or {})
         vms = tx.session.execute(select(*_COLUMNS).where(Vm.server_node == node.name, Vm.deleted_at.is_(None))).all()
-        here = {vm.id for vm in vms}
-        _record_seen(tx, [guest for vm_id, guest in seen.items() if vm_id in here], at)
-        metering.seen(tx.session, node.name, seen.keys() & here, at)
-        watched = {vm_id for vm_id in seen.keys() & here if seen[vm_id]["console_clients"] > 0}
+        here = {vm.id: vm for vm in vms}
+        _record_seen(tx, [(here[vm_id], guest) for vm_id, guest in seen.items() if vm_id in here], at)
+        metering.seen(tx.session, node.name, seen.keys() & here.keys(), at)
+        watched = {vm_id for vm_id in seen.keys() & here.keys() if seen[vm_id]["console_clients"] > 0}
         metering.consoles(tx.session, node.name, watched, at)
         todo = Found([], [])
         for vm in vms:
             _compare(vm, seen.get(vm.id), at, todo)
-        _strangers(tx, node, seen, seen.keys() - here, at)
+        _strangers(tx, node, seen, seen.keys() - here.keys(), at)
     for name, last_seen in todo.gone:
         settle_gone(control, name, f"not seen on {sample['node']}", last_seen, at)
     for name, drift in todo.drifted:
@@ -92,15 +94,17 @@ def _record_storage(tx: Tx, node: ServerNode, storage: dict[str, int]) -> None:
         row.storage_total_bytes, row.storage_free_bytes = storage["total_bytes"], storage["free_bytes"]
 
 
-def _record_seen(tx: Tx, guests: list[dict[str, Any]], at: datetime) -> None:
-    limit = tx.control.settings.idle_cpu_percent
+def _record_seen(tx: Tx, guests: list[tuple[Any, dict[str, Any]]], at: datetime) -> None:
+    """State, and who is used: by the limits of the idle policy that is a VM's, or the usual ones."""
     for state in ("running", "paused"):
-        _update(tx, (g["vm_id"] for g in guests if g["state"] == state), observed_state=state, observed_at=at)
-    active = (
-        g["vm_id"] for g in guests
-        if is_active(Activity(g["cpu_percent"], g["console_clients"]), cpu_limit_percent=limit)
-    )  # fmt: skip
-    _update(tx, active, active_at=at)
+        _update(tx, (vm.id for vm, guest in guests if guest["state"] == state), observed_state=state, observed_at=at)
+    policies, usual = load(tx.session), Limits()
+    used = []
+    for vm, guest in guests:
+        policy = policy_of(policies, desktop(vm)) if policies else None
+        if sample_use(policy.limits if policy else usual, guest):
+            used.append(vm.id)
+    _update(tx, used, active_at=at)
 
 
 def _update(tx: Tx, ids: Iterable[str], **values: Any) -> None:

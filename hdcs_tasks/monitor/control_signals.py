@@ -153,12 +153,17 @@ def stuck(control: Control) -> Iterator[Signal]:
             yield Signal("operation_stuck", operation.id, 1.0, text)
 
 
-def queues(control: Control) -> Iterator[Signal]:
+def queue_names(control: Control) -> list[str]:
+    """Every queue somebody reads."""
     nodes = _nodes(control)
     names = [CONTROL, *sorted({node.domain_node for node in nodes})]
     for node in nodes:
         names += [direct_queue(node.domain_node, node.name), quick_queue(node.domain_node, node.name)]
-    for name, length in control.reservations.samples.queue_lengths(names).items():
+    return names
+
+
+def queues(control: Control) -> Iterator[Signal]:
+    for name, length in control.reservations.samples.queue_lengths(queue_names(control)).items():
         yield Signal("queue_backlog", name, float(length), f"{length} messages wait in queue {name}")
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hdcs_tasks.app import app
-from hdcs_tasks.monitor import control as monitor
-from hdcs_tasks.monitor import control_alarms, control_notices, control_samples
+from hdcs_tasks.monitor import control_alarms, control_idle, control_notices, control_samples
 from hdcs_tasks.operations.control_tasks import control
 from hdcs_tasks.operations.recovery import sweep_once
 from hdcs_tasks.operations.requests import request_task
@@ -29,7 +28,17 @@ def sample_sweep(period_s: float) -> None:
 
 @app.task(name="monitor.idle_sweep")
 def idle_sweep(period_s: float) -> None:
-    sweep_once(control(), "idle", period_s, monitor.idle_sweep)
+    sweep_once(control(), "idle", period_s, control_idle.idle_sweep)
+
+
+@app.task(name="monitor.looked")
+def looked(report: dict[str, Any]) -> None:
+    control_idle.take_looks(control(), report)
+
+
+@request_task("monitor.idle_preview")
+def idle_preview(vms: list[str] | None = None, policy: str | None = None) -> dict[str, Any]:
+    return {"vms": control_idle.preview(control(), names=vms or (), policy=policy)}
 
 
 @app.task(name="monitor.alarm_sweep")

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hdcs_tasks.app import app
-from hdcs_tasks.monitor import node
+from hdcs_tasks.monitor import node, node_idle
 from hdcs_tasks.operations.node_tasks import node_context
 
 
 @app.task(name="monitor.sample_on_node")
 def sample() -> None:
     node.sample(node_context())
+
+
+@app.task(name="monitor.look_on_node")
+def look(wanted: list[dict[str, Any]]) -> None:
+    node_idle.look_and_tell(node_context(), wanted)

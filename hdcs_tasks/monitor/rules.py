@@ -1,4 +1,4 @@
-"""Pure decisions of monitoring: is a desktop idle, has its guest gone."""
+"""Pure decisions of monitoring: has a guest gone, is it as recorded."""
 
 from __future__ import annotations
 
@@ -6,27 +6,8 @@ from dataclasses import dataclass
 
 from hdcs_tasks.states import VmState
 
-EXEMPT_TAG = "always-on"
 FRESH_S = 5.0
 """A sample this much older than a VM's last change of state says nothing about it (clocks of nodes differ a little)."""
-
-
-@dataclass(frozen=True)
-class Activity:
-    """What one sample shows of a running guest. ``cpu_percent``: share of one vCPU since the sample before, or None."""
-
-    cpu_percent: float | None
-    console_clients: int
-
-
-def is_active(seen: Activity, *, cpu_limit_percent: float) -> bool:
-    """Whether somebody seems to use the desktop. A first sample, with no rate yet, counts as use: fail closed."""
-    return seen.console_clients > 0 or seen.cpu_percent is None or seen.cpu_percent > cpu_limit_percent
-
-
-def is_idle(idle_s: float, *, idle_after_s: float, tags: list[str]) -> bool:
-    """Whether a desktop unused for ``idle_s`` is to be taken back; 0 turns reclamation off."""
-    return idle_after_s > 0 and idle_s >= idle_after_s and EXEMPT_TAG not in tags
 
 
 def has_gone(*, listed: bool, sampled_after_change_s: float) -> bool:

@@ -12,6 +12,7 @@ import redis
 
 from hdcs_tasks.config import Settings
 from hdcs_tasks.reservations import rebuild as _rebuild
+from hdcs_tasks.reservations.addresses import AddressBook, Addresses
 from hdcs_tasks.reservations.epoch import Epoch
 from hdcs_tasks.reservations.leases import Leases
 from hdcs_tasks.reservations.link import Link, connect
@@ -40,8 +41,8 @@ from hdcs_tasks.reservations.samples import Samples
 from hdcs_tasks.reservations.steps import Steps
 
 __all__ = [
-    "Check", "Claim", "ClaimAnswer", "MixEntry", "NodeCapacity", "Orphans", "PlaceRequest", "Placed", "PoolNode",
-    "PoolNodeView", "PoolSnapshot", "PortUsage", "Reservations", "Snapshot", "Standing", "StepStatus",
+    "Addresses", "Check", "Claim", "ClaimAnswer", "MixEntry", "NodeCapacity", "Orphans", "PlaceRequest", "Placed",
+    "PoolNode", "PoolNodeView", "PoolSnapshot", "PortUsage", "Reservations", "Snapshot", "Standing", "StepStatus",
 ]  # fmt: skip
 
 
@@ -62,6 +63,7 @@ class Reservations:
         self.ports = Ports(self._link)
         self.disks = Disks(self._link)
         self.notes = Notes(self._link)
+        self.addresses = AddressBook(self._link, mac_prefix)
         self.pool = Pool(self._link, self.macs.propose)
         self.marks = Marks(self._link)
         self.samples = Samples(self._link)

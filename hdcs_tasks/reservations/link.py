@@ -14,7 +14,7 @@ from hdcs_tasks.errors import Invalid, RebuildPending, Unavailable, Unreachable
 from hdcs_tasks.reservations.scripts import Call, Scripts, Value
 
 _CLOSED = "HDCSCLOSED"
-_TOKEN = re.compile(r"[^\s,;|]{1,200}")
+_TOKEN = re.compile(r"[^\s,;|:][^\s,;|]{0,199}")
 
 
 def connect(url: str) -> redis.Redis:
@@ -31,9 +31,13 @@ def connect(url: str) -> redis.Redis:
 
 
 def check_token(kind: str, text: str) -> str:
-    """``text`` if it may stand in a key or a packed value: 1 to 200 characters, no blank, ``,``, ``;`` or ``|``."""
+    """``text`` if it may stand in a key or a packed value: 1 to 200 characters, no blank, ``,``, ``;`` or ``|``,
+    the first no ``:`` (fields of a hash that begin with it are not names)."""
     if not _TOKEN.fullmatch(text):
-        raise Invalid(f"{text!r} cannot name a {kind}", next="Use 1 to 200 characters, none of them blank , ; |")
+        raise Invalid(
+            f"{text!r} cannot name a {kind}",
+            next="Use 1 to 200 characters, none of them blank , ; | and the first no :",
+        )
     return text
 
 
@@ -138,3 +142,8 @@ class Link:
         if isinstance(answer, dict):
             return answer
         return dict(zip(answer[::2], answer[1::2], strict=True))
+
+    def owners(self, key: str) -> dict[str, str]:
+        """Name -> what it owns, of a hash that keeps facts of its own too: in fields that begin with a colon."""
+        pairs = self.pairs(self.do("HGETALL", key))
+        return {name: value for name, value in pairs.items() if name[:1] != ":"}

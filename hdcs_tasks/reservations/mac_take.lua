@@ -2,15 +2,14 @@
 -- Give a VM its MAC, for good. Returns the MAC, or '' where the proposed one is another VM's.
 --
 -- KEYS[1]  epoch:run_id
--- KEYS[2]  mac:of_vm   hash   VM -> MAC
--- KEYS[3]  mac:owner   hash   MAC -> VM
+-- KEYS[2]  mac:all   hash   VM -> MAC, and ':' and MAC -> VM: both directions in one place, read and written at once
 -- ARGV     vm, proposed MAC (random; uniqueness is decided here)
-local own = redis.call('HGET', KEYS[2], ARGV[1])
+local own, other = unpack(redis.call('HMGET', KEYS[2], ARGV[1], ':' .. ARGV[2]))
 if own then
   return own
 end
-if redis.call('HSETNX', KEYS[3], ARGV[2], ARGV[1]) == 0 then
+if other then
   return ''
 end
-redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
+redis.call('HSET', KEYS[2], ARGV[1], ARGV[2], ':' .. ARGV[2], ARGV[1])
 return ARGV[2]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hdcs_tasks.reservations.link import Link
 from hdcs_tasks.reservations.pool import read_claims
 
@@ -36,6 +38,15 @@ class Marks:
                 for mark in has:
                     there[mark] = there.get(mark, frozenset()) | {vm}
         return found
+
+    def add(self, domain_node: str, vm: str, marks: Sequence[str]) -> None:
+        """Marks of a VM that runs already (those of a start come with its placement)."""
+        link = self._link
+        link.commands([
+            command for mark in marks for command in (
+                ("SADD", link.key("tagged", domain_node), mark), ("SADD", link.key("tagged", domain_node, mark), vm),
+            )
+        ])  # fmt: skip
 
     def forget(self, domain_node: str, vm: str) -> None:
         """The VM is gone for good."""

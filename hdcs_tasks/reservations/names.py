@@ -11,11 +11,16 @@ from hdcs_tasks.reservations.model import PortUsage
 from hdcs_tasks.reservations.scripts import Value
 
 _RECLAIM_BATCH = 500
+SPAN_FACTS = 3  # fields of a span's hash that are the span's own: :first, :last, :next (span.lua)
 
 
 def random_mac(prefix: str) -> str:
     """``prefix`` ("52:54:00") and three random bytes; whether it is free is decided in Redis."""
-    text = random_hex(3)
+    return format_mac(prefix, random_hex(3))
+
+
+def format_mac(prefix: str, text: str) -> str:
+    """``prefix`` and three bytes given as six hex digits."""
     return f"{prefix}:{text[:2]}:{text[2:4]}:{text[4:]}"
 
 
@@ -32,7 +37,7 @@ class Macs:
     def take(self, vm: str) -> str:
         """The VM's MAC; the same one whenever asked."""
         link = self._link
-        keys = [link.key("epoch", "run_id"), link.key("mac", "of_vm"), link.key("mac", "owner")]
+        keys = [link.key("epoch", "run_id"), link.key("mac", "all")]
         check_token("VM", vm)
         for _ in range(64):
             mac: str = link.call("mac_take", keys, vm, self.propose())
@@ -42,16 +47,15 @@ class Macs:
 
     def release(self, vm: str) -> bool:
         """For a deleted VM only. False where it had none."""
-        keys = [self._link.key("mac", "of_vm"), self._link.key("mac", "owner")]
-        return bool(self._link.call("mac_release", keys, vm))
+        return bool(self._link.call("mac_release", [self._link.key("mac", "all")], vm))
 
     def owner(self, mac: str) -> str | None:
-        owner: str | None = self._link.do("HGET", self._link.key("mac", "owner"), mac)
+        owner: str | None = self._link.do("HGET", self._link.key("mac", "all"), f":{mac}")
         return owner
 
     def all(self) -> dict[str, str]:
         """VM -> MAC."""
-        return self._link.pairs(self._link.do("HGETALL", self._link.key("mac", "of_vm")))
+        return self._link.owners(self._link.key("mac", "all"))
 
 
 def pack_subnet(cidr: str) -> str:
@@ -139,8 +143,8 @@ class Ports:
     def take(self, domain_node: str, vm: str) -> int:
         """The VM's port in this domain node: its own where it has one, cooling or not; else a free one."""
         link = self._link
-        keys = [self._epoch, self._ranges, self._ports(domain_node), link.key("claims", domain_node)]
-        port = int(link.call("port_take", keys, domain_node, check_token("VM", vm)))
+        keys = [self._epoch, self._ports(domain_node), link.key("claims", domain_node)]
+        port = int(link.call("port_take", keys, check_token("VM", vm)))
         if port < 0:
             raise NotFound(f"domain node {domain_node} has no range of console ports", next="Join a server node to it")
         if port == 0:
@@ -157,29 +161,27 @@ class Ports:
 
     def reclaim(self, domain_node: str) -> int:
         """Sweep: return ports that cooled long enough to the free ones; how many."""
-        keys = [self._ranges, self._ports(domain_node), self._link.key("claims", domain_node)]
+        keys = [self._ports(domain_node), self._link.key("claims", domain_node)]
         total = 0
-        while count := int(self._link.call("port_reclaim", keys, domain_node, _RECLAIM_BATCH)):
+        while count := int(self._link.call("port_reclaim", keys, _RECLAIM_BATCH)):
             total += count
         return total
 
     def usage(self, domain_node: str) -> PortUsage:
         ports = self._ports(domain_node)
         commands: list[list[Value]] = [
-            ["HLEN", ports], ["ZCARD", f"{ports}:cooling"], ["LLEN", f"{ports}:free"], ["GET", f"{ports}:next"],
-            ["HGET", self._ranges, domain_node],
+            ["HLEN", ports], ["ZCARD", f"{ports}:cooling"], ["LLEN", f"{ports}:free"],
+            ["HMGET", ports, ":next", ":last"],
         ]  # fmt: skip
-        owned, cooling, listed, highest, span = self._link.commands(commands)
-        if span is None:
+        fields, cooling, listed, (highest, last) = self._link.commands(commands)
+        if last is None:
             return PortUsage(0, 0, 0)
-        first, last = (int(n) for n in span.split("-"))
-        unused = last - max(int(highest or first - 1), first - 1)
-        return PortUsage(used=int(owned) - int(cooling), cooling=int(cooling), free=int(listed) + max(0, unused))
+        owned, unused = int(fields) - SPAN_FACTS, int(last) - int(highest)
+        return PortUsage(used=owned - int(cooling), cooling=int(cooling), free=int(listed) + unused)
 
     def all(self, domain_node: str) -> dict[str, int]:
         """VM -> port, owned or cooling."""
-        pairs = self._link.pairs(self._link.do("HGETALL", self._ports(domain_node)))
-        return {vm: int(port) for vm, port in pairs.items()}
+        return {vm: int(port) for vm, port in self._link.owners(self._ports(domain_node)).items()}
 
     def cooling(self, domain_node: str) -> set[str]:
         """VMs whose port cools."""

@@ -22,8 +22,7 @@ from hdcs_tasks.reservations.model import (
 from hdcs_tasks.reservations.scripts import Value
 
 _NODE_FIELDS = (
-    "vcpus", "memory_mib", "used_vcpus", "used_memory_mib", "schedulable", "max_starts", "tags", "subnet", "ip_first",
-    "ip_last",
+    "vcpus", "memory_mib", "used_vcpus", "used_memory_mib", "schedulable", "max_starts", "tags", "subnet",
 )  # fmt: skip
 _NAMED = 5  # server nodes named in a refusal's message; details has them all
 
@@ -75,11 +74,10 @@ def write_claims(claims: Iterable[Claim]) -> str:
 
 def node_fields(domain_node: str, node: PoolNode) -> dict[str, Value]:
     """The hash of a server node without its used amounts (pool_put.lua)."""
-    ip_first, ip_last = guest_span(node.subnet)
     return {
         "domain_node": domain_node, "vcpus": node.vcpus, "memory_mib": node.memory_mib,
         "schedulable": int(node.schedulable), "max_starts": node.max_starts, "tags": _wrapped(node.tags),
-        "subnet": node.subnet, "ip_first": ip_first, "ip_last": ip_last,
+        "subnet": node.subnet,
     }  # fmt: skip
 
 
@@ -106,7 +104,7 @@ class Pool:
                 key("ips", node.name), key("pools", "all")]  # fmt: skip
         answer = self._link.call(
             "pool_put", keys, domain_node, node.name, f["vcpus"], f["memory_mib"], f["schedulable"], f["max_starts"],
-            f["tags"], f["subnet"], f["ip_first"], f["ip_last"],
+            f["tags"], f["subnet"], *guest_span(node.subnet),
         )  # fmt: skip
         if answer == "subnet":
             raise Conflict(
@@ -142,8 +140,9 @@ class Pool:
         for name in names:
             ips = link.key("ips", name)
             commands += [
-                ("HMGET", link.key("node", name), *_NODE_FIELDS), ("GET", f"{ips}:next"), ("LLEN", f"{ips}:free"),
-                ("ZCOUNT", f"{ips}:cooling", "-inf", now_ms), ("ZCOUNT", link.key("starts", name), now_ms, "+inf"),
+                ("HMGET", link.key("node", name), *_NODE_FIELDS), ("HMGET", ips, ":next", ":last"),
+                ("LLEN", f"{ips}:free"), ("ZCOUNT", f"{ips}:cooling", "-inf", now_ms),
+                ("ZCOUNT", link.key("starts", name), now_ms, "+inf"),
             ]  # fmt: skip
         answers = link.commands(commands)
         rows = (answers[i : i + 5] for i in range(0, len(answers), 5))
@@ -302,12 +301,12 @@ def _pairs(rows: Sequence[Any]) -> list[tuple[Any, Any]]:
 
 
 def _view(name: str, row: Sequence[Any]) -> PoolNodeView:
-    facts, highest, listed, ripe, starts = row
-    vcpus, memory, used_vcpus, used_memory, schedulable, max_starts, tags, subnet, first, last = facts
-    unused = int(last) - max(int(highest or 0), int(first) - 1) if subnet else 0
+    facts, (highest, last), listed, ripe, starts = row
+    vcpus, memory, used_vcpus, used_memory, schedulable, max_starts, tags, subnet = facts
+    unused = int(last) - int(highest) if subnet and last else 0
     return PoolNodeView(
         name=name, vcpus=int(vcpus), memory_mib=int(memory), free_vcpus=int(vcpus) - int(used_vcpus),
-        free_memory_mib=int(memory) - int(used_memory), free_ips=max(0, unused) + int(listed) + int(ripe),
+        free_memory_mib=int(memory) - int(used_memory), free_ips=unused + int(listed) + int(ripe),
         subnet=subnet, max_starts=int(max_starts), starts=int(starts), schedulable=schedulable == "1",
         tags=tuple(t for t in tags.split(",") if t),
     )  # fmt: skip

@@ -8,9 +8,7 @@
 -- <prefix>nodes:<domain node>      set    all its server nodes (read to explain a refusal)
 -- <prefix>claims:<domain node>     hash   see claims.lua
 -- <prefix>ports:<domain node>      see span.lua
--- <prefix>port_ranges:all          hash   domain node -> "<first>-<last>"
--- <prefix>mac:of_vm                hash   VM -> MAC
--- <prefix>mac:owner                hash   MAC -> VM
+-- <prefix>mac:all                  hash   see mac_take.lua
 -- <prefix>node:<server node>       hash   see pool_put.lua
 -- <prefix>ips:<server node>        see span.lua
 -- <prefix>starts:<server node>     zset   VM -> time (ms) from which its start no longer counts as under way
@@ -52,7 +50,7 @@ if mine then
     claims_write(claims_key, vm, claims)
   end
   redis.call('ZREM', ports_key .. ':cooling', vm)
-  return {'ok', mine.node, mine.port, string.format('%.0f', mine.ip), redis.call('HGET', prefix .. 'mac:of_vm', vm) or ''}
+  return {'ok', mine.node, mine.port, mine.ip, redis.call('HGET', prefix .. 'mac:all', vm) or ''}
 end
 if #claims > 1 then
   return {'two', claims[1].node, claims[2].node}
@@ -60,10 +58,9 @@ end
 
 local mac = ''
 if new_mac ~= '' then
-  mac = redis.call('HGET', prefix .. 'mac:of_vm', vm)
-  if not mac and redis.call('HEXISTS', prefix .. 'mac:owner', new_mac) == 1 then
-    return {'mac'}
-  end
+  local taken
+  mac, taken = unpack(redis.call('HMGET', prefix .. 'mac:all', vm, ':' .. new_mac))
+  if not mac and taken then return {'mac'} end
 end
 
 -- The server nodes where another VM with this mark holds a claim, as a set; nil: none.
@@ -115,9 +112,9 @@ local function refusal(node, facts, dry)
     if redis.call('ZCARD', starts) >= tonumber(facts[6]) then return 'starts' end
   end
   if want_ip == '1' then
-    if tonumber(facts[8]) == 0 then return 'no subnet' end
+    if facts[8] == '' then return 'no subnet' end
     if dry then return dry end
-    local ip = span_take(prefix .. 'ips:' .. node, tonumber(facts[8]), tonumber(facts[9]), vm)
+    local ip = span_take(prefix .. 'ips:' .. node, vm)
     if not ip then return 'ip' end
     return nil, ip
   end
@@ -126,7 +123,7 @@ end
 
 local function facts_of(node)
   return redis.call('HMGET', prefix .. 'node:' .. node, 'vcpus', 'memory_mib', 'used_vcpus', 'used_memory_mib',
-    'schedulable', 'max_starts', 'tags', 'ip_first', 'ip_last')
+    'schedulable', 'max_starts', 'tags', 'subnet')
 end
 
 local mix = {}
@@ -229,17 +226,15 @@ if not node then
 end
 local port = 0
 if want_port == '1' then
-  local first, last = string.match(redis.call('HGET', prefix .. 'port_ranges:all', domain_node) or '', '^(%d+)-(%d+)$')
-  port = first and span_take(ports_key, tonumber(first), tonumber(last), vm, claims_key)
+  port = span_take(ports_key, vm, claims_key)
   if not port then
     span_cool(prefix .. 'ips:' .. node, vm, 0)
-    return explain(first and 'port' or 'no range')
+    return explain(redis.call('HEXISTS', ports_key, ':first') == 1 and 'port' or 'no range')
   end
 end
 if new_mac ~= '' and not mac then
   mac = new_mac
-  redis.call('HSET', prefix .. 'mac:of_vm', vm, mac)
-  redis.call('HSET', prefix .. 'mac:owner', mac, vm)
+  redis.call('HSET', prefix .. 'mac:all', vm, mac, ':' .. mac, vm)
 end
 claims[#claims + 1] = {node = node, vcpus = vcpus, memory = memory, port = port, ip = ip, step = step}
 claims_write(claims_key, vm, claims)
@@ -256,4 +251,4 @@ for mark in string.gmatch(marks, '[^,]+') do
   redis.call('SADD', prefix .. 'tagged:' .. domain_node, mark)
   redis.call('SADD', prefix .. 'tagged:' .. domain_node .. ':' .. mark, vm)
 end
-return {'ok', node, port, string.format('%.0f', ip), mac}
+return {'ok', node, port, ip, mac}

@@ -1,4 +1,4 @@
--- needs: claims
+-- needs: span, claims
 -- Register a server node in its pool, or change its totals and flags; what is claimed on it stays accounted.
 -- Returns 'ok', or 'elsewhere <domain node>', or 'subnet' where addresses of its old subnet are still owned.
 --
@@ -6,8 +6,8 @@
 -- KEYS[2]  nodes:<domain node>    set    all its server nodes
 -- KEYS[3]  claims:<domain node>   hash   see claims.lua; read once, when the node is new
 -- KEYS[4]  node:<server node>     hash   domain_node, vcpus, memory_mib, used_vcpus, used_memory_mib, schedulable,
---                                        max_starts, tags, subnet, ip_first, ip_last
--- KEYS[5]  ips:<server node>      see span.lua; wiped when the subnet changes
+--                                        max_starts, tags, subnet
+-- KEYS[5]  ips:<server node>      see span.lua; its bounds are those of the subnet
 -- KEYS[6]  pools:all              set    domain nodes
 -- ARGV     domain node, server node, vcpus, memory_mib, schedulable, max_starts, tags, subnet, ip_first, ip_last
 local home, subnet, used_vcpus, used_memory =
@@ -16,10 +16,16 @@ if home and home ~= ARGV[1] then
   return 'elsewhere ' .. home
 end
 if home and subnet ~= ARGV[8] then
-  if redis.call('HLEN', KEYS[5]) > redis.call('ZCARD', KEYS[5] .. ':cooling') then
+  if span_owners(KEYS[5]) > redis.call('ZCARD', KEYS[5] .. ':cooling') then
     return 'subnet'
   end
-  redis.call('DEL', KEYS[5], KEYS[5] .. ':cooling', KEYS[5] .. ':free', KEYS[5] .. ':next')
+  redis.call('DEL', KEYS[5], KEYS[5] .. ':cooling', KEYS[5] .. ':free')
+end
+local first, last = unpack(redis.call('HMGET', KEYS[5], ':first', ':last'))
+if ARGV[8] ~= '' and (first ~= ARGV[9] or last ~= ARGV[10]) then
+  span_bounds(KEYS[5], tonumber(ARGV[9]), tonumber(ARGV[10]))
+elseif ARGV[8] == '' and first then
+  redis.call('HDEL', KEYS[5], ':first', ':last', ':next')
 end
 if not home then
   used_vcpus, used_memory = 0, 0
@@ -32,7 +38,7 @@ if not home then
   end
 end
 redis.call('HSET', KEYS[4], 'domain_node', ARGV[1], 'vcpus', ARGV[3], 'memory_mib', ARGV[4], 'schedulable', ARGV[5],
-  'max_starts', ARGV[6], 'tags', ARGV[7], 'subnet', ARGV[8], 'ip_first', ARGV[9], 'ip_last', ARGV[10],
+  'max_starts', ARGV[6], 'tags', ARGV[7], 'subnet', ARGV[8],
   'used_vcpus', used_vcpus, 'used_memory_mib', used_memory)
 redis.call('SADD', KEYS[2], ARGV[2])
 redis.call('SADD', KEYS[6], ARGV[1])

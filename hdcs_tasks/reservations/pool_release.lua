@@ -11,15 +11,17 @@
 -- KEYS[7]  starting:<domain node> zset   see pool_place.lua
 -- ARGV     vm, server node, ip_cooling_ms, port_cooling_ms or '': the caller sees to the port,
 --          '=<step>': only a claim made by that step, or '': any
-local kept, gone = {}, nil
+local kept, gone, elsewhere = {}, nil, true
 for _, claim in ipairs(claims_read(redis.call('HGET', KEYS[2], ARGV[1]))) do
   local fits = ARGV[5] == '' or ARGV[5] == '=' .. claim.step
+  if claim.node == ARGV[2] then elsewhere = false end
   if claim.node == ARGV[2] and fits then gone = claim else kept[#kept + 1] = claim end
 end
 if #kept == 0 and ARGV[4] ~= '' then
   span_cool(KEYS[6], ARGV[1], tonumber(ARGV[4]))
 end
 if not gone then
+  if elsewhere then span_cool(KEYS[4], ARGV[1], tonumber(ARGV[3])) end  -- an IP without a claim (address_take.lua)
   return 0
 end
 claims_write(KEYS[2], ARGV[1], kept)

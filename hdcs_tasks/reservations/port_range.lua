@@ -1,10 +1,10 @@
--- needs: epoch_guard
+-- needs: epoch_guard, span
 -- Give a domain node its console-port range, overlapping no other's. Returns {first, last}, {0, 0} where no room is
 -- left (allot), or {-1, 0, domain node in the way} (set).
 --
 -- KEYS[1]  epoch:run_id
 -- KEYS[2]  port_ranges:all       hash   domain node -> "<first>-<last>"
--- KEYS[3]  ports:<domain node>   hash   see span.lua; its :next and :free are rewritten when a range changes
+-- KEYS[3]  ports:<domain node>   see span.lua; its bounds are the range
 -- ARGV     domain node, verb, first, last, size:  set (exactly first..last) | allot (lowest free window of `size`)
 local ranges = {}
 for _, pair in ipairs({redis.call('HGETALL', KEYS[2])}) do
@@ -51,15 +51,5 @@ else
   end
 end
 redis.call('HSET', KEYS[2], ARGV[1], first .. '-' .. last)
-redis.call('DEL', KEYS[3] .. ':free')
-if old then  -- the cursor cannot know what lies in the new range: list what is free in it, once
-  local owned = {}
-  for _, port in ipairs(redis.call('HVALS', KEYS[3])) do owned[port] = true end
-  for port = first, last do
-    if not owned[tostring(port)] then redis.call('RPUSH', KEYS[3] .. ':free', port) end
-  end
-  redis.call('SET', KEYS[3] .. ':next', last)
-else
-  redis.call('SET', KEYS[3] .. ':next', first - 1)
-end
+span_bounds(KEYS[3], first, last)
 return {first, last}

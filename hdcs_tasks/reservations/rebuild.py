@@ -77,8 +77,8 @@ def _unique(what: str, values: Iterable[object]) -> None:
 
 
 def _commands(link: Link, snapshot: Snapshot) -> Iterator[Sequence[Value]]:
-    yield from _hash(link.key("mac", "of_vm"), snapshot.macs)
-    yield from _hash(link.key("mac", "owner"), {mac: vm for vm, mac in snapshot.macs.items()})
+    yield from _hash(link.key("mac", "all"), snapshot.macs)
+    yield from _hash(link.key("mac", "all"), {f":{mac}": vm for vm, mac in snapshot.macs.items()})
     yield from _hash(link.key("subnet", "of_node"), {n: pack_subnet(s) for n, s in snapshot.subnets.items()})
     for name, pool in snapshot.pools.items():
         yield from _pool_commands(link, name, pool)
@@ -140,13 +140,12 @@ def _ips(link: Link, pool: PoolSnapshot, subnets: Mapping[str, str]) -> Iterator
 
 def _span(base: str, first: int, last: int, owned: Mapping[str, int]) -> Iterator[Sequence[Value]]:
     """A span as span.lua keeps it: the cursor stands on the highest owned number, gaps below are listed as free."""
-    yield from _hash(base, owned)
     inside = {n for n in owned.values() if first <= n <= last}
     highest = max(inside, default=first - 1)
     free = [n for n in range(first, highest) if n not in inside]
     for at in range(0, len(free), _CHUNK):
         yield ("RPUSH", f"{base}:free", *free[at : at + _CHUNK])
-    yield ("SET", f"{base}:next", highest)
+    yield from _hash(base, {":first": first, ":last": last, ":next": highest, **owned})
 
 
 def _hash(key: str, pairs: Mapping[str, Value]) -> Iterator[Sequence[Value]]:

@@ -5,6 +5,7 @@
 | ``sample:node:<server node>`` | string | the newest sample as taken: JSON ``{node, at, host, storage, guests}`` |
 | ``sample:host:<server node>`` | list | JSON ``{at, **host}``, newest first, at most ``kept`` |
 | ``sample:vm:<vm id>`` | list | JSON array in the order of ``FIELDS``, newest first, at most ``kept`` |
+| ``sample:look:<vm id>`` | string | who used it when it was last looked into: JSON, see ``monitor.node_idle.look`` |
 | ``sweep:last`` | hash | sweep → JSON ``{at, took_s, period_s}`` of its last run to the end |
 """
 
@@ -84,6 +85,19 @@ class Samples:
     def vm_history(self, vm_id: str, limit: int = 100) -> list[dict[str, Any]]:
         """Samples of one VM, newest first."""
         return [_row(text) for text in self._link.do("LRANGE", self._link.key("sample", "vm", vm_id), 0, limit - 1)]
+
+    def write_looks(self, looks: Sequence[Mapping[str, Any]], *, at: float, ttl_s: float) -> None:
+        """What was seen inside guests: ``[{vm_id, …}]``, all at the same time ``at`` (Unix)."""
+        self._link.commands([
+            ("SET", self._link.key("sample", "look", look["vm_id"]), _encode({**look, "at": at}), "PX",
+             round(ttl_s * 1000))
+            for look in looks
+        ])  # fmt: skip
+
+    def looks(self, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """The newest look into each of these VMs that has one: ``{at, vm_id, …}``."""
+        found = self._link.commands([("GET", self._link.key("sample", "look", vm_id)) for vm_id in ids])
+        return {vm_id: json.loads(text) for vm_id, text in zip(ids, found, strict=True) if text is not None}
 
     def swept(self, name: str, at: float, took_s: float, period_s: float) -> None:
         """A sweep has run to its end."""

@@ -7,6 +7,7 @@ fails closed after a restart stands in epoch_guard.lua.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from functools import cache
@@ -52,11 +53,15 @@ class Scripts:
     """Runs scripts by their hash on connections of ``client``, several calls to a round trip.
 
     Leaner than redis-py's own ``execute_command`` (half of its time on a call is its own), with the same retries.
+    Connections are kept rather than asked of the client's pool for each call: that costs as much as packing, sending
+    and reading together. A kept one that broke meanwhile is opened anew by the retry.
     """
 
     def __init__(self, client: redis.Redis) -> None:
         self._pool: Any = client.connection_pool
         self._run_id = "none yet"
+        self._kept: list[Any] = []  # idle connections; append and pop are atomic, so threads may share it
+        self._pid = os.getpid()
 
     def run(self, name: str, calls: Sequence[Call]) -> list[Any]:
         """The answer of each call; raises the first error among them. Redis executes all it got, also after one."""
@@ -73,14 +78,22 @@ class Scripts:
         return answers
 
     def _exchange(self, commands: Sequence[tuple[Value, ...]]) -> list[Any]:
-        connection = self._pool.get_connection()
+        if self._pid != os.getpid():  # forked since: the sockets are the parent's
+            self._kept, self._pid = [], os.getpid()
+        try:
+            connection = self._kept.pop()
+        except IndexError:
+            connection = self._pool.get_connection()
         try:
             answers: list[Any] = connection.retry.call_with_retry(
                 lambda: _send_and_read(connection, commands), lambda _error: connection.disconnect()
             )
-            return answers
-        finally:
+        except BaseException:  # also a signal's, between question and answer: nobody else may read that answer
+            connection.disconnect()
             self._pool.release(connection)
+            raise
+        self._kept.append(connection)
+        return answers
 
     def _load(self, name: str) -> None:
         """Read the run_id and load the script that holds it, both over one connection that is not opened anew."""

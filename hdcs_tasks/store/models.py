@@ -200,7 +200,7 @@ class Vm(Base):
     owner: Mapped[str] = mapped_column(String(255), default="")
     tags: Mapped[list[Any]] = mapped_column(default=list)
     rules: Mapped[dict[str, Any]] = mapped_column(default=dict)
-    idle_after_s: Mapped[float | None]
+    idle: Mapped[dict[str, Any]] = mapped_column(default=dict)
     warm_pool: Mapped[str | None] = mapped_column(String(63), index=True)
     created_at: Mapped[datetime] = mapped_column(default=now)
     state_at: Mapped[datetime] = mapped_column(default=now)
@@ -241,7 +241,7 @@ class Operation(Base):
     phase: Mapped[str] = mapped_column(String(255), default="queued")
     created_at: Mapped[datetime] = mapped_column(default=now, index=True)
     started_at: Mapped[datetime | None]
-    ended_at: Mapped[datetime | None]
+    ended_at: Mapped[datetime | None] = mapped_column(index=True)
     steps: Mapped[list[Step]] = relationship(order_by="Step.seq", back_populates="operation")
 
 

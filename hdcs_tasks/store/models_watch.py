@@ -40,6 +40,26 @@ class Alarm(Base):
     cleared_at: Mapped[datetime | None]
 
 
+class IdlePolicy(Base):
+    """Which desktops are taken back when nobody uses them, and how (monitor/idle_rules.py: Policy).
+
+    ``ladder``: ``[rung, seconds]`` pairs in order; ``limits``: fields of ``idle_rules.Limits``.
+    """
+
+    __tablename__ = "idle_policy"
+
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    selector: Mapped[dict[str, Any]]
+    ladder: Mapped[list[Any]]
+    limits: Mapped[dict[str, Any]]
+    rank: Mapped[int] = mapped_column(default=100)
+    inside: Mapped[bool] = mapped_column(default=True)
+    force: Mapped[bool] = mapped_column(default=False)
+    message: Mapped[str] = mapped_column(Text, default="")
+    enabled: Mapped[bool] = mapped_column(default=True)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
 class Notice(Base):
     """One message about an alarm to one target. ``target`` is a fingerprint of its URL, which stays in its file."""
 

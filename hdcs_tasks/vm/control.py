@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import select
@@ -48,14 +48,19 @@ def vm_of(tx: Tx, operation: Operation) -> Vm:
     return vm
 
 
-def list_vms(control: Control, *, names: Sequence[str] = (), **filters: Any) -> list[dict[str, Any]]:
-    """Views of living VMs; ``filters`` are equalities on state, home, server_node, owner, profile, or a ``tag``."""
+def list_vms(
+    control: Control, *, names: Sequence[str] = (), with_warm: bool = True, **filters: Any
+) -> list[dict[str, Any]]:
+    """Views of living VMs; ``filters`` are equalities on state, home, server_node, owner, profile, or a ``tag``.
+    ``with_warm`` False: without those a warm pool keeps ready, unless they are named."""
     tag = filters.pop("tag", None)
     _check_filters(filters)
     with control.store.read() as session:
         query = select(Vm).where(Vm.deleted_at.is_(None)).order_by(Vm.name)
         if names:
             query = query.where(Vm.name.in_(names))
+        elif not with_warm:
+            query = query.where(Vm.warm_pool.is_(None))
         for key, value in filters.items():
             if value is not None:
                 query = query.where(getattr(Vm, key) == value)
@@ -76,9 +81,9 @@ def _check_filters(filters: dict[str, Any]) -> None:
 
 
 def list_given(control: Control, verb: str, **filters: Any) -> list[dict[str, Any]]:
-    """Views of the listed VMs in a state ``verb`` may be given in."""
+    """Views of the listed VMs in a state ``verb`` may be given in; those of warm pools are left in peace."""
     states = given_in(verb)
-    return [shown for shown in list_vms(control, **filters) if shown["state"] in states]
+    return [shown for shown in list_vms(control, with_warm=False, **filters) if shown["state"] in states]
 
 
 def view(vm: Vm) -> dict[str, Any]:
@@ -86,7 +91,7 @@ def view(vm: Vm) -> dict[str, Any]:
     moments = ("created_at", "started_at", "active_at", "ready_at", "observed_at")
     keys = (
         "home", "server_node", "image_id", "profile", "vcpus", "memory_mib", "disk_bytes", "usb", "disk_key", "mac",
-        "port", "ip", "owner", "tags", "rules", "idle_after_s", "observed_state",
+        "port", "ip", "owner", "tags", "rules", "warm_pool", "idle", "observed_state",
     )  # fmt: skip
     return (
         {"id": vm.id, "name": vm.name, "state": vm.state.value}
@@ -106,16 +111,6 @@ def set_usb(control: Control, name: str, policy: str) -> dict[str, Any]:
     with control.transaction() as tx:
         vm = get_vm(tx.session, name)
         vm.usb = policy
-        return view(vm)
-
-
-def set_idle(control: Control, name: str, after_s: float | None) -> dict[str, Any]:
-    """Stop this VM once nobody used it for ``after_s``; 0 never, None as ``HDCS_IDLE_AFTER_S`` says."""
-    if after_s is not None and not 0 <= after_s <= 366 * 86_400:
-        raise Invalid(f"an idle time of {after_s} s is not between 0 and a year")
-    with control.transaction() as tx:
-        vm = get_vm(tx.session, name)
-        vm.idle_after_s = after_s
         return view(vm)
 
 
@@ -274,11 +269,13 @@ def release_unused(tx: Tx, vm: Vm, step: Step) -> None:
 
 
 def command(
-    control: Control, verb: str, name: str, asked: Asked, *, force: bool = False, timeout_s: float = 60.0
-) -> Operation:
+    control: Control, verb: str, name: str, asked: Asked, *, force: bool = False, timeout_s: float = 60.0,
+    guard: Mapping[str, Any] | None = None,
+) -> Operation:  # fmt: skip
     """suspend, resume, reboot, save or stop a VM on the server node that holds it.
 
-    A forced stop supersedes what is in its way.
+    A forced stop supersedes what is in its way. ``guard``: an idle policy asks; the server node looks by it whether
+    somebody uses the VM right before it acts (monitor/node_idle.py), and nothing is superseded.
     """
     with control.transaction() as tx:
         if (same := tx.same_request(asked)) is not None:
@@ -287,10 +284,12 @@ def command(
         check_given(tx, vm, verb)
         if vm.server_node is not None:
             _check_reachable(tx.session, vm)
-        supersede = verb == "stop" and force
+        supersede = verb == "stop" and force and guard is None
         if supersede and (live := tx.live_operation(vm)) is not None and _same_command(live, "vm.stop"):
             return live
-        request = {"was": vm.state.value, "force": force, "timeout_s": timeout_s}
+        request: dict[str, Any] = {"was": vm.state.value, "force": force, "timeout_s": timeout_s}
+        if guard is not None:
+            request["guard"] = dict(guard)
         return tx.open(f"vm.{verb}", asked=asked, vm=vm, request=request, supersede=supersede)
 
 
@@ -341,7 +340,8 @@ def _begin_command(verb: str, what: Command) -> None:
         if what.to in (VmState.STOPPED, VmState.SAVED):
             released(tx, vm)
         vm.observed_state, vm.observed_at = what.to.value, now()
-        vm.active_at = now()
+        if "guard" not in operation.request:
+            vm.active_at = now()  # somebody asked for it
         leave_via(vm, what.via, what.to)
         if operation.kind == "vm.delete":
             add_delete_step(tx, operation, vm)
@@ -359,10 +359,11 @@ def _begin_command(verb: str, what: Command) -> None:
 
 def command_spec(vm: Vm, operation: Operation) -> dict[str, Any]:
     """What a short command needs to know."""
-    return {
+    spec = {
         "shown": {"vm": vm.name, "node": vm.server_node}, "vm_id": vm.id, "name": vm.name, "mac": vm.mac,
         "force": bool(operation.request.get("force")), "timeout_s": operation.request.get("timeout_s", 60.0),
     }  # fmt: skip
+    return spec | {key: operation.request[key] for key in ("guard",) if key in operation.request}
 
 
 for _verb, _what in COMMANDS.items():

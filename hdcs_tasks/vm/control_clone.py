@@ -23,6 +23,7 @@ from hdcs_tasks.store.models import DomainNode, Image, Operation, Profile, Step,
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import add_start_step, forget, vm_of
 from hdcs_tasks.vm.control_quota import check_quota
+from hdcs_tasks.vm.control_take import take
 from hdcs_tasks.vm.quota_rules import Amounts
 from hdcs_tasks.vm.rules import expand_names
 
@@ -32,7 +33,8 @@ plan_steps("vm.clone", {"vm.clone_on_node": 30, "vm.start_on_node": 70})
 @dataclass(frozen=True)
 class CloneRequest:
     """What to clone: ``count`` VMs of ``profile`` from ``image`` (name or name:version). ``rules``: fields of
-    ``policy.VmPolicy`` that go before the profile's."""
+    ``policy.VmPolicy`` that go before the profile's; ``warm``: take ready ones of a warm pool where there are any (they
+    are started); ``warm_pool``: they are for this pool."""
 
     image: str
     name: str
@@ -43,6 +45,8 @@ class CloneRequest:
     owner: str = ""
     tags: tuple[str, ...] = ()
     rules: Mapping[str, Any] = field(default_factory=dict)
+    warm: bool = False
+    warm_pool: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,19 +99,49 @@ def clone(control: Control, request: CloneRequest, asked: Asked) -> Operation:
         if (same := tx.same_request(asked)) is not None:
             return same
         names, shape, image = _check(tx, request)
-        check_quota(tx, request.owner, shape.amounts(len(names), request.start))
-        rooms = _rooms(tx, request, shape, image)
-        homes, choice = choose_homes(control, rooms, shape, request.tags, len(names))
-        if len(names) == 1:
-            operation = _clone_one(tx, request, names[0], shape, image, homes[0], asked, parent=None)
-            operation.decision = decided(choice)
-            return operation
-        wanted = {"image": image.name, "count": len(names), "profile": shape.profile, "start": request.start}
-        parent = tx.open("vm.clone_many", asked=asked, subject=f"{names[0]} … {names[-1]}", request=wanted)
-        parent.decision = decided(choice)
-        for name, home in zip(names, homes, strict=True):
-            _clone_one(tx, request, name, shape, image, home, asked, parent)
-        return parent
+        if request.warm_pool is None:
+            check_quota(tx, request.owner, shape.amounts(len(names), request.start or request.warm))
+        warm = _take(tx, request, names, shape, image) if request.warm else []
+        cold = names[len(warm) :]
+        homes: list[str] = []
+        choice = None
+        if cold:
+            rooms = _rooms(tx, request, shape, image)
+            homes, choice = choose_homes(control, rooms, shape, request.tags, len(cold))
+        parent = None
+        if len(names) > 1:
+            wanted = {"image": image.name, "count": len(names), "profile": shape.profile, "start": request.start}
+            subject = f"{names[0]} … {names[-1]}"
+            parent = tx.open("vm.clone_many", asked=asked, subject=subject, request=wanted | {"warm": len(warm)})
+        opened = [_open_warm(tx, request, vm, pool, image, asked, parent) for vm, pool in warm]
+        for name, home in zip(cold, homes, strict=True):
+            opened.append(_clone_one(tx, request, name, shape, image, home, asked, parent))
+        for operation, (vm, pool) in zip(opened, warm, strict=False):
+            if vm.state is VmState.RUNNING:
+                # Not before the last child is there: a parent ends with the last of those it has.
+                tx.finish(operation, {"node": vm.server_node, "port": vm.port, "ip": vm.ip, "warm_pool": pool})
+        found = parent or opened[0]
+        found.decision = decided(choice) if choice is not None else found.decision
+        return found
+
+
+def _take(tx: Tx, request: CloneRequest, names: Sequence[str], shape: Shape, image: Image) -> list[tuple[Vm, str]]:
+    return take(
+        tx, names, image=image, profile=shape.profile, domain_node=request.domain_node, owner=request.owner,
+        tags=request.tags, rules=dict(shape.rules), ruled=bool(request.rules),
+    )  # fmt: skip
+
+
+def _open_warm(
+    tx: Tx, request: CloneRequest, vm: Vm, pool: str, image: Image, asked: Asked, parent: Operation | None
+) -> Operation:
+    """The operation of a clone that was taken from a warm pool; saved memory is started, one that runs is done."""
+    wanted = {"image": image.id, "start": True, "profile": vm.profile, "domain_node": request.domain_node,
+              "warm_pool": pool}  # fmt: skip
+    operation = tx.open("vm.clone", asked=asked, vm=vm, parent=parent, request=wanted)
+    if vm.state is VmState.SAVED:
+        add_start_step(tx, operation, vm)
+    return operation
 
 
 def plan_clone(control: Control, request: CloneRequest) -> dict[str, Any]:
@@ -264,7 +298,13 @@ def _clone_one(
     parent: Operation | None,
 ) -> Operation:  # fmt: skip
     vm = new_vm(tx, name, shape, home, image_id=image.id, owner=request.owner, tags=request.tags)
-    wanted = {"image": image.id, "start": request.start, "profile": shape.profile, "domain_node": request.domain_node}
+    vm.warm_pool = request.warm_pool
+    wanted = {
+        "image": image.id,
+        "start": request.start or request.warm,
+        "profile": shape.profile,
+        "domain_node": request.domain_node,
+    }
     operation = tx.open("vm.clone", asked=asked, vm=vm, parent=parent, request=wanted)
     add_clone_step(tx, operation, vm, image)
     return operation

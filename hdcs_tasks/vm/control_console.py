@@ -12,6 +12,7 @@ from hdcs_tasks.operations.control import Asked, Control
 from hdcs_tasks.pool.control import get_server_node
 from hdcs_tasks.routing import quick_queue
 from hdcs_tasks.states import VmState
+from hdcs_tasks.store.models import now
 from hdcs_tasks.vm.control import get_vm
 
 _VIEWER = """[virt-viewer]
@@ -32,6 +33,7 @@ def console(control: Control, name: str, asked: Asked, *, ttl_s: float) -> tuple
         if vm.state is not VmState.RUNNING or vm.server_node is None or vm.port is None:
             raise WrongState(f"VM {vm.name} is {vm.state}: no console", next=f"Start it: hdcs vm start {vm.name}")
         node = get_server_node(tx.session, vm.server_node)
+        vm.active_at = now()  # somebody is about to sit down at it
         operation = tx.open("vm.console", asked=asked, subject=vm.name)
         control.reservations.notes.write(f"ticket:{operation.id}", "password", password, ttl_s=ttl_s)
         spec = {"shown": {"vm": vm.name}, "vm_id": vm.id, "note": f"ticket:{operation.id}", "ttl_s": ttl_s}

@@ -287,8 +287,11 @@ def _arrived_unseen(tx: Tx, operation: Operation) -> None:
 
 @on_failed("vm.migrate_look_on_node", "vm.move_look_on_node")
 def _not_looked(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
-    """The target is lost, or the two ends contradict each other: where the record has it, nothing else is claimed."""
+    """The target is lost: what the source says counts. Lost both, or they contradict each other: an operator looks."""
     lost = error.code == Unreachable.code
+    if lost and step.node != operation.request["source"]:
+        _on(tx, operation, "look", "source", move_spec(operation, vm_of(tx, operation)))
+        return
     leave_via(vm_of(tx, operation), VmState.MIGRATING, state_before(operation) if lost else VmState.FAILED)
     tx.fail(operation, error, needs_operator=True)
 
@@ -325,10 +328,13 @@ def _cleaned(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -
 
 @on_failed("vm.migrate_clean_on_node", "vm.move_clean_on_node")
 def _not_cleaned(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
-    """A lost source frees its claims by itself (pool/tidy.py); its files another server node removes."""
+    """The source is lost: nobody runs there, another server node removes the files. Else an operator must look."""
     if error.code != Unreachable.code:
         operation.error = operation.error or error.to_dict()
-    elif is_between(operation) and control_move.discard(tx, operation, operation.request["home"]):
+        _moved(tx, operation)
+        return
+    control_move.give_back_claim(tx, operation, operation.request["home"], operation.request["source"])
+    if is_between(operation) and control_move.discard(tx, operation, operation.request["home"]):
         return
     _moved(tx, operation)
 
@@ -383,9 +389,10 @@ def _undone(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) ->
 
 @on_failed("vm.migrate_undo_on_node", "vm.move_undo_on_node")
 def _not_undone(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
-    """A lost target frees its claims by itself; the overlay another server node removes. Else an operator must look."""
+    """The target is lost: nothing came there, another server node removes the overlay. Else an operator must look."""
     vm = vm_of(tx, operation)
     if error.code == Unreachable.code:
+        control_move.give_back_claim(tx, operation, target_home(operation), operation.request["target"]["node"])
         if not (is_between(operation) and control_move.discard(tx, operation, target_home(operation))):
             _stays(tx, operation, vm)
         return

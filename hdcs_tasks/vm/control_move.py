@@ -113,6 +113,14 @@ def give_back_target(tx: Tx, operation: Operation, vm: Vm) -> None:
     tx.after(lambda: control.reservations.disks.release(new, vm_id))
 
 
+def give_back_claim(tx: Tx, operation: Operation, home: str, node: str) -> None:
+    """What the VM held on a server node that is lost, and on which its guest is not."""
+    control, vm_id = tx.control, operation.vm_id or ""
+    cooling_s = None if home == vm_of(tx, operation).home else control.settings.port_cooling_s
+    lease_s = control.settings.dhcp_lease_s
+    tx.after(lambda: control.reservations.pool.release(home, vm_id, node, lease_s, cooling_s))
+
+
 def discard(tx: Tx, operation: Operation, home: str) -> Step | None:
     """Let any server node of ``home`` remove the VM's files there: it is not there (any more). None where none is up:
     an event tells what stays there, with its promise of storage."""

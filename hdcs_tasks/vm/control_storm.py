@@ -138,7 +138,7 @@ def _view(control: Control, storm: Storm) -> dict[str, Any]:
 
 
 def _count(control: Control, storm: Storm) -> int:
-    return int(storm.clone["count"]) if storm.clone else len(list_vms(control, **storm.selector))
+    return int(storm.clone["count"]) if storm.clone else len(list_vms(control, with_warm=False, **storm.selector))
 
 
 def _lead_s(control: Control, storm: Storm, count: int) -> float:
@@ -279,7 +279,7 @@ def _open(control: Control, storm: Storm, run: dict[str, Any]) -> None:
     """Open the run's operations; asked again after a crash, the same keys are answered with the same operations."""
     key = f"storm:{storm.name}:{run['began_at']}"
     asked = Asked(by=f"storm {storm.name}", reason=f"ready at {run['slot_at']}", idempotency_key=key)
-    vms = list_vms(control, tag=_tag(storm)) if storm.clone else list_vms(control, **storm.selector)
+    vms = list_vms(control, tag=_tag(storm)) if storm.clone else list_vms(control, with_warm=False, **storm.selector)
     operations: list[Operation] = []
     resting = [vm["id"] for vm in vms if vm["state"] in (VmState.STOPPED, VmState.SAVED)]
     if resting:

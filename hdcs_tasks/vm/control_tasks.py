@@ -11,7 +11,15 @@ from hdcs_tasks.operations.recovery import sweep_once
 from hdcs_tasks.operations.requests import asked_by_task, request_task
 from hdcs_tasks.operations.views import view
 from hdcs_tasks.vm import control as vm_control
-from hdcs_tasks.vm import control_clone, control_drain, control_migrate, control_rebalance, control_shape, control_storm
+from hdcs_tasks.vm import (
+    control_clone,
+    control_drain,
+    control_migrate,
+    control_rebalance,
+    control_shape,
+    control_storm,
+    control_warm,
+)
 from hdcs_tasks.vm import control_replan as control_replan  # registers itself
 from hdcs_tasks.vm.move_rules import MoveOptions
 
@@ -19,9 +27,9 @@ from hdcs_tasks.vm.move_rules import MoveOptions
 @request_task("vm.clone")
 def clone(
     image: str, name: str, count: int = 1, profile: str = "small", domain_node: str | None = None, start: bool = False,
-    owner: str = "", tags: tuple[str, ...] = (), by: str = "celery", reason: str = "",
+    owner: str = "", tags: tuple[str, ...] = (), warm: bool = False, by: str = "celery", reason: str = "",
 ) -> dict[str, Any]:  # fmt: skip
-    request = control_clone.CloneRequest(image, name, count, profile, domain_node, start, owner, tuple(tags))
+    request = control_clone.CloneRequest(image, name, count, profile, domain_node, start, owner, tuple(tags), warm=warm)
     return view(control_clone.clone(control(), request, asked_by_task(by, reason)))
 
 
@@ -138,3 +146,14 @@ def storm_run(storm: str) -> dict[str, Any]:
 @app.task(name="vm.storm_sweep")
 def storm_sweep(period_s: float) -> None:
     sweep_once(control(), "storms", period_s, control_storm.storm_sweep)
+
+
+@app.task(name="vm.warm_sweep")
+def warm_sweep(period_s: float) -> None:
+    sweep_once(control(), "warm", period_s, control_warm.warm_sweep)
+
+
+@app.task(name="vm.top_up_warm")
+def top_up_warm() -> None:
+    # Under the slot of a short sweep: many that take at once make one top-up.
+    sweep_once(control(), "top-up", 1.0, control_warm.warm_sweep)

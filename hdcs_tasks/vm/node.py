@@ -19,6 +19,7 @@ from hdcs_tasks.errors import (
     Cancelled,
     ClaimLost,
     HdcsError,
+    HypervisorRefused,
     NoCapacity,
     NotFound,
     OutcomeUnknown,
@@ -312,11 +313,24 @@ def release(ctx: NodeContext, vm_id: str, mac: str) -> None:
 
 # --- the short commands
 
+last_looks: list[Callable[[Run, dict[str, Any]], None]] = []
+"""What looks at a guest once more before a step that an idle policy asked for; raises Cancelled if somebody uses it."""
+
+
+def _check_again(run: Run, spec: dict[str, Any]) -> None:
+    """The fence, and for an idle policy the last look, right before the side effect."""
+    if "guard" in spec:
+        if not last_looks:
+            raise HypervisorRefused("nobody looks whether this VM is used", next="Load monitor.node_tasks")
+        for look in last_looks:
+            look(run, spec)
+    run.check()
+
 
 def stop(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     ctx = run.ctx
     with lock(ctx, spec["vm_id"]):
-        run.check()
+        _check_again(run, spec)
         ran = guests.stop(ctx.host(), spec["vm_id"], force=spec["force"], timeout_s=spec["timeout_s"])
         if ran:
             _ended_in_order(ctx, spec["vm_id"])
@@ -330,7 +344,7 @@ def _ended_in_order(ctx: NodeContext, vm_id: str) -> None:
 
 def suspend(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     with lock(run.ctx, spec["vm_id"]):
-        run.check()
+        _check_again(run, spec)
         guests.suspend(run.ctx.host(), spec["vm_id"])
     return {"node": run.ctx.server_node}
 
@@ -354,7 +368,7 @@ def save(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     ctx = run.ctx
     target = saved_memory(layout(ctx), spec["vm_id"])
     with lock(ctx, spec["vm_id"]):
-        run.check()
+        _check_again(run, spec)
         guests.save(ctx.host(), spec["vm_id"], target)
         _ended_in_order(ctx, spec["vm_id"])
         release(ctx, spec["vm_id"], spec["mac"])

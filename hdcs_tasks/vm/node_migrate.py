@@ -168,10 +168,24 @@ def renew(run: Run, spec: dict[str, Any]) -> str:
 
 
 def look(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
-    """On the target, after a move whose end nobody knows: who holds the guest."""
+    """On the target, after a move whose end nobody knows: who holds the guest. On the source, if the target is lost."""
+    if run.ctx.server_node == spec["source"]["name"]:
+        return _look_at_source(run, spec)
     with lock(run.ctx, spec["vm_id"]):
         run.check()
         return {"node": run.ctx.server_node, "held_by": _held_by(run, spec)}
+
+
+def _look_at_source(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
+    with lock(run.ctx, spec["vm_id"]):
+        seen = guests.info(run.ctx.host(), spec["vm_id"])
+    if seen is not None and seen.active and seen.state != spec["was"].replace("suspended", "paused"):
+        raise OutcomeUnknown(
+            f"VM {spec['name']} stands still at its source, and its target is lost",
+            next="Bring the target back, or make sure that it is off and resume the guest (virsh resume)",
+        )
+    held = "source" if seen is not None and seen.active else "target"
+    return {"node": run.ctx.server_node, "held_by": held}
 
 
 def _held_by(run: Run, spec: dict[str, Any]) -> str:

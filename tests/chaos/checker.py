@@ -92,8 +92,7 @@ def held(control: Control) -> Held:
             used[node.name] = (int(row[0]), int(row[1]))
             key = link.key("ips", node.name)
             cold = set(link.do("ZRANGE", f"{key}:cooling", 0, -1))
-            pairs = link.pairs(link.do("HGETALL", key))
-            ips |= {(node.name, vm): ip_text(int(ip)) for vm, ip in pairs.items() if vm not in cold}
+            ips |= {(node.name, vm): ip_text(int(ip)) for vm, ip in link.owners(key).items() if vm not in cold}
     claims = [(c.domain_node, c.vm, c.node, c.port, c.ip) for pool in dump.pools.values() for c in pool.claims]
     disks = [(name, vm) for name, pool in dump.pools.items() for vm in pool.disks]
     prefix = link.key("lease", "")

@@ -10,6 +10,7 @@ import pytest
 from hdcs_tasks.config import Settings
 from hdcs_tasks.errors import Conflict, Invalid, NoCapacity, NotFound, RebuildPending, Unreachable
 from hdcs_tasks.reservations import (
+    Addresses,
     Claim,
     ClaimAnswer,
     MixEntry,
@@ -540,3 +541,65 @@ def test_scripts_are_loaded_again_when_redis_forgot_them(reservations: Reservati
     assert reservations.steps.issue_many([("s", 1, ""), ("t", 1, "")]) == [True, True]
     with pytest.raises(Invalid):
         reservations.steps.issue("a b", 1)
+
+
+# ---- port, MAC and IP together
+
+
+def test_addresses_of_many_are_all_three_or_none_and_the_same_when_asked_again(reservations: Reservations) -> None:
+    take_many = reservations.addresses.take_many
+    reservations.ports.set_range("east", 20000, 20199)
+    reservations.pool.put_node("east", PoolNode("n1", 8, 8192, "10.128.0.0/25"))  # 125 addresses for guests
+    vms = [f"vm{i}" for i in range(150)]
+    found = take_many("east", "n1", vms)
+    got = [one for one in found if isinstance(one, Addresses)]
+    assert len(got) == 125
+    for part in ("port", "mac", "ip"):
+        assert len({getattr(one, part) for one in got}) == 125
+    refused = found[125:]
+    assert all(isinstance(one, NoCapacity) and "n1 has no IP" in one.message for one in refused)
+    assert reservations.ports.usage("east") == (125, 0, 75)  # the ports of the refused went back
+    assert take_many("east", "n1", vms[:125][::-1]) == got[::-1]
+    assert reservations.addresses.take("east", "n1", "vm7") == got[7]
+    assert reservations.macs.all() == {vm: one.mac for vm, one in zip(vms, got, strict=False)}
+    assert all(reservations.macs.owner(one.mac) == vm for vm, one in zip(vms, got, strict=False))
+
+
+def test_addresses_that_cool_go_back_to_their_vm_only(reservations: Reservations) -> None:
+    reservations.ports.set_range("east", 20000, 20001)
+    reservations.pool.put_node("east", PoolNode("n1", 8, 8192, "10.128.0.0/29"))
+    take_many = reservations.addresses.take_many
+    a, b = take_many("east", "n1", ["a", "b"])
+    for vm in ("a", "b"):
+        assert not reservations.pool.release("east", vm, "n1", 0, port_cooling_s=0)  # no claim, but port and IP cool
+    time.sleep(0.01)
+    # c is first, and both ports are ripe: a's own is not given away in the very call in which a asks for it back.
+    c, again = take_many("east", "n1", ["c", "a"])
+    assert isinstance(c, Addresses) and isinstance(b, Addresses)
+    assert again == a and c.port == b.port
+    with pytest.raises(NoCapacity, match="no console port for VM b"):
+        reservations.addresses.take("east", "n1", "b")
+    assert reservations.pool.nodes("east")[0].free_ips == 3  # a and c hold one each
+
+
+def test_addresses_where_one_part_is_missing_take_nothing(reservations: Reservations) -> None:
+    reservations.ports.set_range("east", 20000, 20009)
+    reservations.pool.put_node("east", PoolNode("dry", 8, 8192))
+    for _ in range(2):
+        with pytest.raises(NoCapacity, match="dry has no IP"):
+            reservations.addresses.take("east", "dry", "a")
+        with pytest.raises(NoCapacity, match="no console port"):
+            reservations.addresses.take("west", "dry", "a")
+    assert (reservations.ports.usage("east"), reservations.macs.all()) == ((0, 0, 10), {})
+
+
+def test_a_subnet_that_changes_gives_only_its_own_addresses(reservations: Reservations) -> None:
+    pool = reservations.pool
+    reservations.ports.set_range("east", 20000, 20009)
+    pool.put_node("east", PoolNode("n1", 8, 8192, "10.128.0.0/29"))
+    first = pool.place(PlaceRequest("east", "a", "s", 1, 1))
+    pool.remove_node("east", "n1", force=True)
+    pool.put_node("east", PoolNode("n1", 8, 8192, "10.128.0.0/28"))  # wider; a's claim is still there
+    assert pool.nodes("east")[0].free_ips == 12
+    ips = {pool.place(PlaceRequest("east", f"b{i}", "s", 1, 1)).ip for i in range(6)}
+    assert len(ips) == 6 and first.ip not in ips

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from hdcs_tasks.errors import NoCapacity
-from hdcs_tasks.reservations import PlaceRequest, PoolNode, Reservations
+from hdcs_tasks.reservations import Addresses, PlaceRequest, PoolNode, Reservations
 from hdcs_tasks.reservations.link import connect
 from tests.services import RedisServer
 
@@ -17,6 +17,7 @@ pytestmark = pytest.mark.contract
 
 PROCESSES = 8
 NODES = 4
+SHAPES = [(1, 256), (2, 512), (4, 512)]
 
 
 class Found(NamedTuple):
@@ -46,23 +47,37 @@ def work(url: str, number: int, rounds: int, found: multiprocessing.Queue[tuple[
         reservations.pool.release("east", vm, node, 0, port_cooling_s=0)
         reservations.macs.release(vm)
 
+    def take(vm: str, node: str = "") -> tuple[str, Addresses]:
+        """With capacity; every fourth VM without, half of these as one of a batch."""
+        kind = sum(vm.encode()) % 8
+        if kind > 1:
+            placed = reservations.pool.place(PlaceRequest("east", vm, "s", *SHAPES[kind % 3], mac=True))
+            return placed.node, Addresses(placed.port, placed.mac, placed.ip)
+        node = node or f"n{draw.randrange(NODES)}"
+        if kind:
+            return node, reservations.addresses.take("east", node, vm)
+        found = reservations.addresses.take_many("east", node, [vm])[0]
+        if isinstance(found, NoCapacity):
+            raise found
+        return node, found
+
     for n in range(rounds):
         calls += 1
         if held and draw.random() < 0.45:
             give_back(draw.choice(sorted(held)))
             continue
         vm = f"vm-{number}-{n}"
-        request = PlaceRequest("east", vm, "s", *draw.choice([(1, 256), (2, 512), (4, 512)]), mac=True)
         try:
-            placed = reservations.pool.place(request)
+            node, placed = take(vm)
         except NoCapacity:
             refused += 1
+            reservations.macs.release(vm)
             continue
-        if reservations.pool.place(request) != placed:
+        if take(vm, node) != (node, placed):
             twice.append(f"{vm} placed differently when asked again")
         things = [f"port:{placed.port}", f"ip:{placed.ip}", f"mac:{placed.mac}"]
         twice += [f"{vm}: {t} is another's" for t in things if not client.set(f"mark:{t}", vm, nx=True)]
-        held[vm] = (things, placed.node)
+        held[vm] = (things, node)
     for vm in sorted(held):
         give_back(vm)
     found.put((calls, refused, twice))

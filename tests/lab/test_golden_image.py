@@ -102,6 +102,15 @@ def test_it_drops_and_renews_its_address_when_the_link_bounces(machine: Machine)
     _eventually(lambda: "inet 10.0.2." in machine.agent.sh(shown))
 
 
+def test_somebody_can_sit_down_at_it_and_be_told(machine: Machine) -> None:
+    assert machine.agent.call("guest-get-users") == []
+    machine.agent.sh("sit anna >/dev/null 2>&1 &")
+    _eventually(lambda: [user["user"] for user in machine.agent.call("guest-get-users")] == ["anna"])
+    assert "1000" in machine.agent.sh("cat /proc/[0-9]*/status | grep Uid")
+    machine.agent.sh("echo go home | wall")
+    assert machine.agent.sh("cat /run/wall") == "go home\n"
+
+
 def test_a_frozen_disk_thaws(machine: Machine) -> None:
     assert machine.agent.call("guest-fsfreeze-freeze") == 1
     assert machine.agent.call("guest-fsfreeze-status") == "frozen"

@@ -123,13 +123,13 @@ def test_the_backups_and_what_was_restored_from_them(demo: Demo) -> None:
 
 def test_the_idle_desk_was_reclaimed_and_its_port_came_back(demo: Demo) -> None:
     found = evidence(demo, "idle desktop")
-    assert found["why"].startswith(f"VM {found['vm']} was stopped: idle for ")
+    assert found["why"].startswith(f"VM {found['vm']} was stopped: nobody used it for ")
     before, after = (int(number) for number in found["ports_used"].split(" → "))
     assert after == before - 1
     desk = demo.cloud.vms[found["vm"]].show()
     assert (desk["state"], desk["port"], desk["ip"], desk["server_node"]) == ("stopped", None, None, None)
     (operation,) = demo.cloud.operations.list(vm=found["vm"], kind="vm.stop")
-    assert operation["requested_by"] == "idle sweep"
+    assert operation["requested_by"] == "idle policy demo"
 
 
 def test_the_pool_shrank_and_grew(demo: Demo) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
 from deploy.lab.center import Center, wait_for
+from deploy.lab.golden_image import build
+from deploy.lab.lab import SRV
 from hdcs_tasks.hypervisor import agent
 from tests.lab.data_center import at_guest, data_center, picture, wait_idle
 
@@ -25,16 +30,8 @@ WRITER = (
 def moves(lab_possible: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Center]:
     """A data center whose image is in east alone; west has never seen it."""
     with data_center(tmp_path_factory.mktemp("moves") / "moves") as made:
-        golden = add_image_to(made, "east")
-        assert golden == "plain"
+        made.cloud.images.add("plain", str(build().path), domain_nodes=["east"]).result(timeout_s=120)
         yield made
-
-
-def add_image_to(center: Center, domain_node: str) -> str:
-    from deploy.lab.golden_image import build
-
-    center.cloud.images.add("plain", str(build().path), domain_nodes=[domain_node]).result(timeout_s=120)
-    return "plain"
 
 
 class Desk:
@@ -201,4 +198,153 @@ def test_a_running_one_is_carried_with_its_memory(moves: Center, desk: Desk) -> 
     desk.check()
     whole(moves)
     delete(moves, desk.name)
+    whole(moves)
+
+
+# --- what goes wrong on the way: afterwards exactly one good copy runs or can be started, and nothing else is left
+
+
+@pytest.fixture(scope="module")
+def victim(moves: Center) -> Desk:
+    """One desktop that survives all of the following; it is in east at the beginning of each."""
+    return Desk(moves, "desk-2")
+
+
+def under_way(desk: Desk, operation: Any, step: str) -> None:
+    """Wait until the operation's step ``step`` tells of bytes that travel."""
+
+    def look() -> bool:
+        seen = operation.show()
+        assert seen["state"] in ("queued", "running"), seen["error"]
+        return seen["steps"][-1]["name"] == step and str(seen["phase"]).startswith(("disk", "memory"))
+
+    wait_for(f"{step} to be under way", look, LONG_S, every_s=0.05)
+
+
+@contextmanager
+def control_stopped(center: Center, operation: Any, step: str) -> Iterator[None]:
+    """Stop the control worker once ``step`` is in hand: what the server nodes did is settled after the block."""
+
+    def in_hand() -> bool:
+        last = operation.show()["steps"][-1]
+        seen = center.cloud.control.reservations.steps.status(last["id"])
+        return last["name"] == step and seen is not None and (seen.done or seen.holder is not None)
+
+    wait_for(f"{step} to be in hand", in_hand, LONG_S, every_s=0.005)
+    os.kill(center.pids["control"], signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(center.pids["control"], signal.SIGCONT)
+
+
+def finished(center: Center, operation: Any) -> None:
+    """Wait until the executor of the operation's present step has its outcome."""
+    step = operation.show()["steps"][-1]["id"]
+    wait_for("the step's outcome", lambda: center.cloud.control.reservations.steps.status(step).done, 60)
+
+
+def kill_worker(center: Center, node: str) -> None:
+    """kill -9 of the whole node program, which then starts again."""
+    for pid, line in center.lab.space(node).processes():
+        if "workers.server_node" in line:
+            os.kill(pid, signal.SIGKILL)
+    center.start_node(node)
+
+
+def ended(operation: Any) -> dict[str, Any]:
+    *_, seen = operation.watch(timeout_s=LONG_S)
+    return dict(seen)
+
+
+def power_cycle(center: Center, node: str) -> None:
+    center.lab.power_on(node)
+    center.start_node(node)
+    center.wait_for_nodes(center.lab.nodes)
+
+
+def stayed(desk: Desk, before: dict[str, Any]) -> None:
+    after = desk.vm.show()
+    keys = ("state", "home", "server_node", "port", "ip")
+    assert [after[key] for key in keys] == [before[key] for key in keys]
+    desk.check()
+
+
+def test_a_cancel_leaves_it_where_it_was(moves: Center, victim: Desk) -> None:
+    before = victim.vm.show()
+    operation = victim.vm.migrate("west", bandwidth_mib_s=8)
+    under_way(victim, operation, "vm.move_on_node")
+    shown = operation.progress
+    assert 0 < shown["percent"] < 100
+    operation.cancel()
+    assert ended(operation)["state"] == "cancelled"
+    stayed(victim, before)
+    whole(moves)
+
+
+def test_the_disk_of_the_target_is_full(moves: Center, victim: Desk) -> None:
+    before = victim.vm.show()
+    moves.lab.run("node3", ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", f"{SRV}/vms"])
+    try:
+        seen = ended(victim.vm.migrate("node3"))
+    finally:
+        moves.lab.run("node3", ["umount", f"{SRV}/vms"])
+    assert seen["state"] == "failed" and not seen["needs_operator"], seen["error"]
+    stayed(victim, before)
+    whole(moves)
+
+
+@pytest.mark.parametrize("step", ["vm.move_prepare_on_node", "vm.move_on_node"])
+def test_the_target_dies(moves: Center, victim: Desk, step: str) -> None:
+    """After its preparation; in the middle of the copy. The files it left another server node removes."""
+    before = victim.vm.show()
+    operation = victim.vm.migrate("node3", bandwidth_mib_s=8)
+    if step == "vm.move_on_node":
+        under_way(victim, operation, step)
+        moves.lab.power_off("node3")
+    else:
+        with control_stopped(moves, operation, step):
+            finished(moves, operation)
+            moves.lab.power_off("node3")
+    seen = ended(operation)
+    assert seen["state"] == "failed" and not seen["needs_operator"], seen["error"]
+    stayed(victim, before)
+    power_cycle(moves, "node3")
+    whole(moves)
+
+
+def test_the_source_worker_dies_and_the_move_goes_on(moves: Center, victim: Desk) -> None:
+    """Killed in the middle of the copy, which libvirt ends by itself, and once more when that was done."""
+    source = victim.vm.show()["server_node"]
+    operation = victim.vm.migrate("west", bandwidth_mib_s=8)
+    under_way(victim, operation, "vm.move_on_node")
+    kill_worker(moves, source)
+    with control_stopped(moves, operation, "vm.move_finish_on_node"):
+        finished(moves, operation)
+        kill_worker(moves, source)
+    seen = ended(operation)
+    assert seen["state"] == "done", seen["error"]
+    assert seen["result"]["downtime_ms"] >= 0, "the target's libvirt knows what nobody watched"
+    assert victim.vm.show()["home"] == "west"
+    victim.check()
+    whole(moves)
+
+
+def test_the_target_dies_when_the_guest_has_come(moves: Center, victim: Desk) -> None:
+    """It is recorded where it was lost, and starts there again with all it had written to its disk."""
+    operation = victim.vm.migrate("node1")
+    with control_stopped(moves, operation, "vm.move_on_node"):
+        finished(moves, operation)
+        moves.lab.power_off("node1")
+    seen = ended(operation)
+    assert seen["needs_operator"] and "node1 was lost" in seen["error"]["message"]
+    after = victim.vm.show()
+    assert (after["home"], after["server_node"]) == ("east", "node1")
+    power_cycle(moves, "node1")
+    wait_for("the guest to be missed", lambda: victim.vm.show()["state"] == "stopped", LONG_S)
+    whole(moves)
+    victim.vm.start().result(timeout_s=LONG_S)
+    victim.vm.wait_ready(timeout_s=LONG_S)
+    assert victim.sh("md5sum /root/data") == victim.sum
+    delete(moves, victim.name)
     whole(moves)

@@ -157,12 +157,14 @@ def test_harm_in_a_pipe_needs_a_yes(line: str, capsys: pytest.CaptureFixture[str
         main.run([*line.split(), "-y"], lambda: sys.exit("reached"))
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("1.5s", 1.5), ("10m", 600), ("2h", 7200), (5, 5)])
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("1.5s", 1.5), ("10m", 600), ("2h", 7200), ("7d", 604800), (5, 5)]
+)
 def test_durations(text: Any, seconds: float) -> None:
     assert DURATION.convert(text, None, None) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1", "m", "10d", "1e3", "nan"])
+@pytest.mark.parametrize("text", ["", "0", "-1", "m", "10w", "1e3", "nan"])
 def test_no_durations(text: str) -> None:
     with pytest.raises(click.BadParameter):
         DURATION.convert(text, None, None)

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NODE = ("workers.server_node", "workers.node_worker")
-CONTROL = ("workers.control", "hdcs_tasks.cloud")
+CONTROL = ("workers.control", "workers.metrics", "hdcs_tasks.cloud")
 RECORD = ("sqlalchemy", "alembic", "psycopg", "sqlite3", "hdcs_tasks.store", "hdcs_tasks.operations.control")
 WORLD = ("libvirt", "libvirtmod", "hdcs_tasks.hypervisor", "hdcs_tasks.operations.node")
 

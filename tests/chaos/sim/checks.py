@@ -181,8 +181,8 @@ def _numbers(
         used = [claim for claim in held.claims if claim.node == view.name]
         if view.vcpus - view.free_vcpus != sum(c.vcpus for c in used):
             yield "amounts are not the claims'", f"{view.name}"
-        owned = center.redis.run("HGETALL", f"hdcs:ips:{view.name}")
+        owned = {vm for vm in center.redis.run("HGETALL", f"hdcs:ips:{view.name}") if vm[0] != ":"}
         cool = set(center.redis.run("ZRANGE", f"hdcs:ips:{view.name}:cooling", 0, -1))
         holders = {claim.vm for claim in used}
-        for vm_id in owned.keys() - cool - holders - unsure:
+        for vm_id in owned - cool - holders - unsure:
             yield "IP leaked", f"of {names.get(vm_id, vm_id)} on {view.name}"

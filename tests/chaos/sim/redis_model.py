@@ -444,6 +444,10 @@ class ModelClient:
         return answers
 
 
+class _ClosedError(redis.ConnectionError):
+    """The process this connection was opened to is gone."""
+
+
 class ModelConnection:
     """A connection as ``reservations.scripts`` uses one. It ends with the server's process."""
 
@@ -457,10 +461,15 @@ class ModelConnection:
         return self
 
     def call_with_retry(self, do: Callable[[], Any], fail: Callable[[Exception], Any]) -> Any:
-        return do()
+        try:
+            return do()
+        except _ClosedError as error:  # it was kept from before the restart: a client opens it anew
+            fail(error)
+            return do()
 
     def disconnect(self) -> None:
         self._answers.clear()
+        self._run_id = None
 
     def pack_commands(self, commands: Sequence[Words]) -> Sequence[Words]:
         return commands
@@ -469,7 +478,7 @@ class ModelConnection:
         twice = self._client.asked(commands[0])
         server = self._client.server
         if self._run_id not in (None, server.run_id):
-            raise redis.ConnectionError("the server closed the connection")
+            raise _ClosedError("the server closed the connection")
         self._run_id = server.run_id
         for _ in range(2 if twice else 1):
             self._answers.clear()

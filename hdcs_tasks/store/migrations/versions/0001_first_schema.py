@@ -200,7 +200,7 @@ def upgrade() -> None:
         sa.Column("owner", sa.String(length=255), nullable=False),
         sa.Column("tags", sa.JSON(), nullable=False),
         sa.Column("rules", sa.JSON(), nullable=False),
-        sa.Column("idle_after_s", sa.Double(), nullable=True),
+        sa.Column("idle", sa.JSON(), nullable=False),
         sa.Column("warm_pool", sa.String(length=63), nullable=True),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("state_at", sa.DateTime(timezone=True), nullable=False),
@@ -267,6 +267,7 @@ def upgrade() -> None:
         sa.UniqueConstraint("live_vm", name=op.f("uq_operation_live_vm")),
     )
     op.create_index(op.f("ix_operation_created_at"), "operation", ["created_at"], unique=False)
+    op.create_index(op.f("ix_operation_ended_at"), "operation", ["ended_at"], unique=False)
     op.create_index(op.f("ix_operation_kind"), "operation", ["kind"], unique=False)
     op.create_index(op.f("ix_operation_parent_id"), "operation", ["parent_id"], unique=False)
     op.create_index(op.f("ix_operation_state"), "operation", ["state"], unique=False)
@@ -325,6 +326,20 @@ def upgrade() -> None:
     op.create_index(op.f("ix_alarm_kind"), "alarm", ["kind"], unique=False)
     op.create_index(op.f("ix_alarm_state"), "alarm", ["state"], unique=False)
     op.create_index(op.f("ix_alarm_state_at"), "alarm", ["state_at"], unique=False)
+    op.create_table(
+        "idle_policy",
+        sa.Column("name", sa.String(length=63), nullable=False),
+        sa.Column("selector", sa.JSON(), nullable=False),
+        sa.Column("ladder", sa.JSON(), nullable=False),
+        sa.Column("limits", sa.JSON(), nullable=False),
+        sa.Column("rank", sa.Integer(), nullable=False),
+        sa.Column("inside", sa.Boolean(), nullable=False),
+        sa.Column("force", sa.Boolean(), nullable=False),
+        sa.Column("message", sa.Text(), nullable=False),
+        sa.Column("enabled", sa.Boolean(), nullable=False),
+        sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
+        sa.PrimaryKeyConstraint("name", name=op.f("pk_idle_policy")),
+    )
     op.create_table(
         "quota",
         sa.Column("owner", sa.String(length=255), nullable=False),
@@ -391,6 +406,7 @@ def downgrade() -> None:
     op.drop_index(op.f("ix_usage_span_closed_at"), table_name="usage_span")
     op.drop_table("usage_span")
     op.drop_table("quota")
+    op.drop_table("idle_policy")
     op.drop_index(op.f("ix_alarm_state_at"), table_name="alarm")
     op.drop_index(op.f("ix_alarm_state"), table_name="alarm")
     op.drop_index(op.f("ix_alarm_kind"), table_name="alarm")
@@ -403,6 +419,7 @@ def downgrade() -> None:
     op.drop_index(op.f("ix_operation_state"), table_name="operation")
     op.drop_index(op.f("ix_operation_parent_id"), table_name="operation")
     op.drop_index(op.f("ix_operation_kind"), table_name="operation")
+    op.drop_index(op.f("ix_operation_ended_at"), table_name="operation")
     op.drop_index(op.f("ix_operation_created_at"), table_name="operation")
     op.drop_table("operation")
     op.drop_index(

@@ -1,0 +1,96 @@
+"""Looking on a server node whether somebody uses a desktop: when an idle policy asks, and right before it acts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from hdcs_tasks.errors import Cancelled, HdcsError, NotFound
+from hdcs_tasks.hypervisor import agent, guests
+from hdcs_tasks.hypervisor.connection import Host
+from hdcs_tasks.logs import logger
+from hdcs_tasks.monitor.idle_rules import Limits, sample_use, use_inside
+from hdcs_tasks.monitor.node import console_clients
+from hdcs_tasks.operations.node import NodeContext, Run
+from hdcs_tasks.operations.sending import send
+from hdcs_tasks.routing import CONTROL
+from hdcs_tasks.vm import node as vm_node
+
+log = logger(__name__)
+
+AT_ONCE = 8
+AGENT_S = 2
+
+
+def look(host: Host, vm_id: str, *, inside: bool) -> dict[str, Any]:
+    """Who uses a guest right now: ``{vm_id, console_clients, agent, users, processes, says}``.
+
+    ``users``: names of who is logged in, ``processes``: programs of people's accounts; None where the guest agent does
+    not tell, and ``says`` why. ``inside``: whether it is asked at all. Raises NotFound (no such guest), Unreachable.
+    """
+    seen = guests.info(host, vm_id)
+    if seen is None or not seen.active:
+        raise NotFound(f"there is no guest {vm_id} here")
+    found: dict[str, Any] = {
+        "vm_id": vm_id, "console_clients": console_clients().get(seen.console_port or 0, 0), "agent": False,
+        "users": None, "processes": None, "says": "",
+    }  # fmt: skip
+    if seen.state != "running":
+        return found | {"says": "it is suspended"}
+    if not inside:
+        return found | {"says": "its policy does not ask the guest agent"}
+    if not agent.ping(host, vm_id, AGENT_S):
+        return found | {"says": "the guest agent is silent; the rest decides"}
+    found["agent"] = True
+    try:
+        found["users"] = sorted({user.name for user in agent.users(host, vm_id)})
+    except HdcsError as error:
+        found["says"] = f"who is logged in is not known: {error.message}"
+    try:
+        found["processes"] = agent.user_processes(host, vm_id)
+    except HdcsError as error:
+        found["says"] = f"whose processes run is not known: {error.message}"
+    return found
+
+
+def look_and_tell(ctx: NodeContext, wanted: Sequence[Mapping[str, Any]]) -> None:
+    """Look at each of ``[{vm_id, inside, warn}]``; who is not used is shown the text ``warn`` if there is one.
+
+    Control hears of it as ``monitor.looked``: ``{node, at, looks}``, each look with ``told`` where it was to be told.
+    """
+    host = ctx.host()
+    with ThreadPoolExecutor(AT_ONCE, "idle-look") as pool:
+        looks = [found for found in pool.map(lambda one: _look_and_tell(host, one), wanted) if found is not None]
+    report = {"node": ctx.server_node, "at": time.time(), "looks": looks}
+    send(ctx.celery, "monitor.looked", {"report": report}, CONTROL, expires_s=60)
+
+
+def _look_and_tell(host: Host, one: Mapping[str, Any]) -> dict[str, Any] | None:
+    try:
+        found = look(host, one["vm_id"], inside=one["inside"])
+        if one.get("warn") and not use_inside(found):
+            found["told"] = found["agent"] and agent.tell_users(host, one["vm_id"], one["warn"])
+    except HdcsError as error:
+        log.info("not looked at", vm=one["vm_id"], error=str(error))
+        return None
+    return found
+
+
+def check_unused(run: Run, spec: dict[str, Any]) -> None:
+    """The last look before an idle policy's step: raises Cancelled if somebody uses the VM. An absent guest is nobody's
+    (an earlier attempt ended it)."""
+    ctx, guard = run.ctx, spec["guard"]
+    try:
+        used = use_inside(look(ctx.host(), spec["vm_id"], inside=guard["inside"]))
+    except NotFound:
+        return
+    if not used:
+        seen = ctx.reservations.samples.vms([spec["vm_id"]]).get(spec["vm_id"])
+        used = sample_use(Limits(**guard["limits"]), seen) if seen is not None else ""
+    if used:
+        raise Cancelled(f"left alone: {used}", details={"used": used})
+
+
+vm_node.last_looks.append(check_unused)

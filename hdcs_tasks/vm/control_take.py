@@ -1,0 +1,87 @@
+"""Taking a ready desktop out of a warm pool: a compare-and-set in the record.
+
+It gets the taker's name, owner, tags and rules, and its pool makes another. One of an older version of the image is
+never given out, nor one that is worked on. Its guest keeps the name it was started under until its next start: nothing
+goes by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from hdcs_tasks.operations.control import Tx
+from hdcs_tasks.operations.sending import send
+from hdcs_tasks.pool.rules import marks_of
+from hdcs_tasks.routing import CONTROL
+from hdcs_tasks.states import VmState
+from hdcs_tasks.store.models import Image, Operation, Vm, now
+
+
+def busy_of(session: Session, vm_ids: Sequence[str]) -> set[str | None]:
+    return set(session.scalars(select(Operation.live_vm).where(Operation.live_vm.in_(vm_ids))))
+
+
+def top_up_soon(tx: Tx) -> None:
+    """Not only at the next sweep; should this message be lost, the sweep does it."""
+    celery = tx.control.celery
+    tx.after(lambda: send(celery, "vm.top_up_warm", {}, CONTROL, expires_s=60))
+
+
+def take(
+    tx: Tx, names: Sequence[str], *, image: Image, profile: str, domain_node: str | None, owner: str,
+    tags: Sequence[str], rules: dict[str, Any], ruled: bool,
+) -> list[tuple[Vm, str]]:  # fmt: skip
+    """As many ready desktops as there are for ``names``, in that order, each with the pool it came from; now the
+    taker's. Those that run come before those with saved memory. ``ruled``: the request has rules of its own about where
+    they may run, which one that runs already cannot follow."""
+    found: list[tuple[Vm, str]] = []
+    wanted = list(names)
+    for vm in _takeable(tx, image, profile, domain_node):
+        if not wanted:
+            break
+        running = vm.state is VmState.RUNNING
+        if running and (ruled or _is_shunned(tx, vm, tags)):
+            continue
+        pool = vm.warm_pool or ""
+        values = {"warm_pool": None, "name": wanted[0], "owner": owner, "tags": list(tags), "rules": rules,
+                  "active_at": now()}  # fmt: skip
+        claim = update(Vm).where(Vm.id == vm.id, Vm.warm_pool == pool, Vm.state == vm.state)
+        if getattr(tx.session.execute(claim.values(**values)), "rowcount", 0) != 1:
+            continue
+        tx.session.refresh(vm)
+        wanted.pop(0)
+        found.append((vm, pool))
+        if running and tags:
+            _mark(tx, vm, marks_of(tags, ()))
+    if found:
+        top_up_soon(tx)
+    return found
+
+
+def _takeable(tx: Tx, image: Image, profile: str, domain_node: str | None) -> list[Vm]:
+    query = select(Vm).where(
+        Vm.warm_pool.is_not(None), Vm.deleted_at.is_(None), Vm.image_id == image.id, Vm.profile == profile,
+        (Vm.state == VmState.SAVED) | ((Vm.state == VmState.RUNNING) & Vm.ready_at.is_not(None)),
+    ).order_by(Vm.state, Vm.created_at)  # fmt: skip
+    if domain_node is not None:
+        query = query.where(Vm.home == domain_node)
+    rows = tx.session.scalars(query).all()
+    busy = busy_of(tx.session, [vm.id for vm in rows])
+    return [vm for vm in rows if vm.id not in busy]
+
+
+def _is_shunned(tx: Tx, vm: Vm, tags: Sequence[str]) -> bool:
+    """Whether a VM beside it is to be kept apart from one of these tags."""
+    if not tags:
+        return False
+    beside = tx.control.reservations.marks.members(vm.home).get(vm.server_node or "", {})
+    return any(beside.get(f"!{tag}", frozenset()) - {vm.id} for tag in tags)
+
+
+def _mark(tx: Tx, vm: Vm, marks: Sequence[str]) -> None:
+    control, home, vm_id = tx.control, vm.home, vm.id
+    tx.after(lambda: control.reservations.marks.add(home, vm_id, marks))
