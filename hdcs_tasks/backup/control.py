@@ -114,8 +114,8 @@ def _live_steps(tx: Tx, *names: str) -> Iterable[Step]:
 
 
 READERS = (
-    "backup.fetch_on_node", "backup.restore_on_node", "backup.restore_in_place_on_node", "backup.verify_on_node",
-    "backup.delete_on_node",
+    "backup.fetch_on_node", "backup.extract_on_node", "backup.restore_on_node", "backup.restore_in_place_on_node",
+    "backup.verify_on_node", "backup.delete_on_node",
 )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from hdcs_tasks.errors import HdcsError, Invalid, NotFound, Unreachable, WrongSt
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed, plan_steps
 from hdcs_tasks.pool.control import IN_POOL, get_domain_node
+from hdcs_tasks.routing import check_name
 from hdcs_tasks.states import BackupState, ImageState, VmState
 from hdcs_tasks.store.models import Backup, Image, ImageCopy, Operation, ServerNode, Step, Vm, new_id, now
 from hdcs_tasks.store.transitions import move
@@ -96,6 +97,30 @@ def _brought(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -
 def _not_brought(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
     _unsettle_image(tx, operation)
     forget(tx, vm_of(tx, operation))
+
+
+def extract(control: Control, backup_id: str, name: str, asked: Asked, *, domain_node: str | None = None) -> Operation:
+    """A point's disk alone, as the plain file ``import/<name>.qcow2`` of ``domain_node`` (by default where it lies): to
+    be looked into, added as an image, or given to another VM."""
+    check_name("file", name)
+    with control.transaction() as tx:
+        if (same := tx.same_request(asked)) is not None:
+            return same
+        backup = usable(tx, backup_id, BackupState.READY, BackupState.BROKEN)
+        at, fetch = _place(tx, backup, domain_node)
+        if fetch:
+            raise WrongState(
+                f"{at} has no copy of backup {backup.id}", next=f"Make one: hdcs backup copy {backup.id[:8]} --to {at}"
+            )
+        request = {"backup": backup.id, "at": at, "name": name}
+        operation = tx.open("backup.extract", asked=asked, subject=backup.id, request=request)
+        tx.step(operation, "backup.extract_on_node", at, spec_of(backup) | {"name": name})
+        return operation
+
+
+@on_failed("backup.extract_on_node")
+def _not_extracted(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
+    found_broken(tx, operation, error)
 
 
 def _open_in_place(tx: Tx, backup: Backup, asked: Asked, start: bool) -> Operation:

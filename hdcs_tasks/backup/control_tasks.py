@@ -40,6 +40,14 @@ def verify(backup: str, domain_node: str | None = None, by: str = "celery", reas
     return view(backups.verify(control(), backup, asked_by_task(by, reason), domain_node=domain_node))
 
 
+@request_task("backup.extract")
+def extract(
+    backup: str, name: str, domain_node: str | None = None, by: str = "celery", reason: str = ""
+) -> dict[str, Any]:
+    asked = asked_by_task(by, reason)
+    return view(control_restore.extract(control(), backup, name, asked, domain_node=domain_node))
+
+
 @request_task("backup.copy")
 def copy(
     backup: str, to: str, bandwidth_mib_s: int | None = None, by: str = "celery", reason: str = ""

@@ -53,6 +53,28 @@ def restore(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     return _result(run, point, image)
 
 
+def extract(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
+    """A point's disk alone, flattened and in clear, as a file of the storage's import folder; verified before, compared
+    after. Raises Conflict (the name is taken)."""
+    repository, point = found_point(run, spec)
+    target = layout_of(run).path("import", f"{spec['name']}.qcow2")
+    marker = target.with_name(f".{target.name}.{run.step}")
+    _drop_partials(target)
+    if target.exists() and not marker.exists():
+        raise Conflict(f"import/{target.name} exists", next="Choose another name")
+    marker.touch()  # what is there from now on is this step's
+    try:
+        if not target.exists():
+            _write(run, repository, point, target, None, None, whole=True)
+        _check_same(run, repository, point, target, None)
+    except HdcsError:
+        target.unlink(missing_ok=True)
+        raise
+    finally:
+        marker.unlink(missing_ok=True)
+    return {"node": run.ctx.server_node, "path": f"import/{target.name}", "file_bytes": target.stat().st_size}
+
+
 def restore_in_place(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     """Set a stopped VM's disk back to a point. The current disk is kept until the restored one is in place and good.
 
@@ -134,12 +156,15 @@ def _key(run: Run, spec: dict[str, Any]) -> Key | None:
     return KeyRing.of(run.ctx.settings).find(spec.get("disk_key"))
 
 
-def _write(run: Run, repository: Repository, point: Point, target: Path, image: Path | None, key: Key | None) -> None:
+def _write(
+    run: Run, repository: Repository, point: Point, target: Path, image: Path | None, key: Key | None,
+    *, whole: bool = False,
+) -> None:  # fmt: skip
     repository.verify(point, on_progress=part(run, 0, 40), cancelled=run.cancelled)
     run.check()
     repository.restore(
         point, target, image=image, key=key, attempt=str(run.attempt), on_progress=part(run, 40, 90),
-        cancelled=run.cancelled, deadline_s=run.ctx.settings.step_deadline_s,
+        cancelled=run.cancelled, deadline_s=run.ctx.settings.step_deadline_s, bitmap=not whole,
     )  # fmt: skip
 
 

@@ -192,6 +192,27 @@ def verify(
 
 
 @backup.command()
+@click.argument("backup_id")
+@click.argument("name")
+@click.option("--domain-node", default=None, help="From the copy in this one's storage. Default: where it lies.")
+@key_option
+@wait_options
+@pass_face
+def extract(
+    face: Face, backup_id: str, name: str, domain_node: str | None, key: str | None, wait: bool,
+    timeout_s: float | None, form: str,
+) -> None:  # fmt: skip
+    """Restore the disk alone, as the plain file import/NAME.qcow2 of the domain node's storage.
+
+    \b
+    Examples:
+      hdcs backup extract 5be20c1f desk-001-monday
+    """
+    operation = face.cloud.backups.extract(backup_id, name, domain_node=domain_node, idempotency_key=key)
+    waiting.conclude([operation], form=form, wait=wait, timeout_s=timeout_s)
+
+
+@backup.command()
 @click.argument("backup_ids", nargs=-1, required=True, metavar="BACKUP_ID...")
 @click.option("--to", required=True, metavar="DOMAIN_NODE", help="The domain node that gets the copy.")
 @click.option("--bandwidth", "mib_s", type=click.IntRange(1), default=None, help="Copy at most so many MiB/s.")

@@ -32,6 +32,13 @@ class Backups(Part):
             )
         )
 
+    def extract(
+        self, backup_id: str, name: str, *, domain_node: str | None = None, idempotency_key: str | None = None
+    ) -> Operation:
+        """Its disk alone, as the plain file ``import/<name>.qcow2`` of the storage."""
+        asked = self._asked(idempotency_key)
+        return self._op(control_restore.extract(self._control, backup_id, name, asked, domain_node=domain_node))
+
     def copy(
         self, backup_id: str, to: str, *, bandwidth_mib_s: int | None = None, idempotency_key: str | None = None
     ) -> Operation:

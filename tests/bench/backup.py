@@ -1,10 +1,10 @@
 """Increments of a running linked clone, as operations, against virtnbdbackup on the same VM and the same writes.
 
 Each round writes known random data in the guest and suspends it, so that there is a disk of that moment to compare
-with: its clusters that differ from the round before are the bytes really changed. Then both back it up, taking turns in who
-is first. Each has checkpoints of its own, which would be in the other's way: libvirt is made to forget those of the one
-(their bitmaps stay in the disk and record on) before the other begins, and is told of them again before its next turn.
-Neither is in the time that is measured. Every point is restored at the end.
+with: its clusters that differ from the round before are the bytes really changed. Then both back it up, taking turns in
+who is first. Each has checkpoints of its own, which would be in the other's way: libvirt is made to forget those of the
+one (their bitmaps stay in the disk and record on) before the other begins, and is told of them again before its next
+turn. Neither is in the time that is measured. Every point is restored at the end.
 """
 
 from __future__ import annotations

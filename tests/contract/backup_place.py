@@ -181,6 +181,7 @@ QUEUES = ("east", "east@node1.dq2", "east.quick@node1.dq2")
 REAL: dict[str, Handler] = {
     "backup.restore_on_node": node_restore.restore,
     "backup.verify_on_node": node_chains.verify,
+    "backup.extract_on_node": node_restore.extract,
     "backup.delete_on_node": node_chains.delete,
     "backup.prune_on_node": node_chains.prune,
     "backup.scan_on_node": node_chains.scan,
