@@ -12,7 +12,7 @@ from celery import Celery, Task
 from celery.signals import setup_logging
 
 from hdcs_tasks.config import Settings, settings
-from hdcs_tasks.logs import configure_logging
+from hdcs_tasks.logs import bound_contextvars, configure_logging, context_of
 
 
 class HdcsTask(Task):  # type: ignore[type-arg]  # generic only in the type stubs
@@ -24,6 +24,14 @@ class HdcsTask(Task):  # type: ignore[type-arg]  # generic only in the type stub
     abstract = True
     ignore_result = True
     reads: tuple[str, ...] = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it; whatever is logged meanwhile tells what it is about."""
+        request = self.request
+        with bound_contextvars(**context_of(self.name, request.id, kwargs)):
+            if request.called_directly:
+                return super().__call__(*args, **kwargs)
+            return self.run(*args, **kwargs)  # not super: it would hide the request, and with it the task's id
 
     def apply_async(
         self, args: Any = None, kwargs: Any = None, task_id: Any = None, producer: Any = None, link: Any = None,

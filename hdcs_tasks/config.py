@@ -139,6 +139,11 @@ class Settings(BaseSettings):
         90, gt=0, description="How long a boot counts as a start under way if its guest agent does not answer earlier"
     )
 
+    starts_max: int = Field(
+        64, ge=0, description="Starts under way at once on a server node while it is calm (0: any); or: hdcs node set"
+    )
+    starts_min: int = Field(8, ge=0, description="As few as measured load may lower that to (0: it stays)")
+
     # monitoring
     sample_s: float = Field(10, gt=0, description="Period of the monitoring sweep")
     samples_kept: int = Field(

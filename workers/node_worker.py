@@ -25,6 +25,7 @@ from hdcs_tasks.operations.node import resend_spooled
 from hdcs_tasks.operations.node_tasks import node_context
 from hdcs_tasks.pool import node as pool_node
 from hdcs_tasks.pool.identity import joined_file
+from hdcs_tasks.pool.node_admission import Admission
 from hdcs_tasks.routing import direct_queue, quick_queue, quick_worker_name, worker_name
 from workers.server_node import REFUSED
 
@@ -104,19 +105,26 @@ class MembershipStep(bootsteps.StartStopStep):
 
 
 class WatcherStep(bootsteps.StartStopStep):
+    """Watches the guests and the load: events to control, the bound on starts to the pool."""
+
     requires = ("celery.worker.components:Pool",)
 
     def __init__(self, worker: Any, **kwargs: Any) -> None:
         super().__init__(worker, **kwargs)
         self._watcher: Watcher | None = None
+        self._admission: Admission | None = None
 
     def start(self, worker: Any) -> None:
-        self._watcher = Watcher(node_context())
+        self._admission = Admission(node_context())
+        self._watcher = Watcher(node_context(), self._admission.booted)
+        self._admission.start()
         self._watcher.start()
 
     def stop(self, worker: Any) -> None:
         if self._watcher is not None:
             self._watcher.stop()
+        if self._admission is not None:
+            self._admission.stop()
 
 
 class JoinedStep(bootsteps.StartStopStep):

@@ -82,6 +82,7 @@ def create(face: Face, name: str, form: str) -> None:
     help="Even load and fast starts, or room kept for big VMs.",
 )
 @click.option("--max-starts", type=int, default=None, help="Starts under way at once on its storage; 0: any.")
+@click.option("--min-starts", type=int, default=None, help="As few as a slow storage may lower that to; 0: it stays.")
 @click.option("--default", "defaults", multiple=True, metavar="RULE", help="Back to the default (may be repeated).")
 @format_option
 @pass_face

@@ -70,8 +70,9 @@ def show(face: Face, name: str, form: str) -> None:
     "--max-starts",
     type=int,
     default=None,
-    help="Starts under way at once; 0: any.",
+    help="Starts under way at once while it is calm; 0: any.",
 )
+@click.option("--min-starts", type=int, default=None, help="As few as measured load may lower that to; 0: it stays.")
 @click.option("--tag", "tags", multiple=True, help="Its tags, all of them (may be repeated).")
 @click.option("--default", "defaults", multiple=True, metavar="RULE", help="Back to the default (may be repeated).")
 @format_option
@@ -81,7 +82,7 @@ def set_(face: Face, /, name: str, defaults: tuple[str, ...], form: str, **optio
 
     \b
     Examples:
-      hdcs node set node1 --tag gpu --max-starts 4
+      hdcs node set node1 --tag gpu --max-starts 32 --min-starts 4
       hdcs node set node1 --default tags --default max-starts
     """
     output.print_one(face.cloud.server_nodes.set(name, **changes(options, defaults)), form)

@@ -129,8 +129,12 @@ def _take(control: Control, policy: Policy, vm_id: str, due: Next) -> None:
             _delete(control, policy, vm_id, asked)
             return
         with control.store.read() as session:
-            suspended = session.get_one(Vm, vm_id).state is VmState.SUSPENDED
-        guard = {"policy": policy.name, "inside": policy.inside, "limits": asdict(policy.limits), "rung": due.do}
+            vm = session.get_one(Vm, vm_id)
+            suspended, idle_s = vm.state is VmState.SUSPENDED, desktop(vm).idle_s
+        guard = {
+            "policy": policy.name, "inside": policy.inside, "limits": asdict(policy.limits), "rung": due.do,
+            "idle_s": idle_s,
+        }  # fmt: skip
         force = due.do == "stop" and (policy.force or suspended)
         vm_control.command(control, due.do, vm_id, asked, force=force, guard=guard)
     except HdcsError as error:
@@ -166,8 +170,7 @@ def _settle(verb: str, step_name: str) -> None:
             return
         vm = vm_control.vm_of(tx, operation)
         vm.idle = {"did": verb, "at": now().isoformat(), "policy": guard["policy"]}
-        idle_s = (now() - vm.active_at).total_seconds() if vm.active_at else 0.0
-        _tell(tx, vm, verb, guard["policy"], idle_s)
+        _tell(tx, vm, verb, guard["policy"], guard.get("idle_s") or 0.0)
 
     @on_failed(f"vm.{verb}:{step_name}")
     def failed(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:

@@ -101,6 +101,8 @@ def _record_seen(tx: Tx, guests: list[tuple[Any, dict[str, Any]]], at: datetime)
     policies, usual = load(tx.session), Limits()
     used = []
     for vm, guest in guests:
+        if vm.state not in (VmState.RUNNING, VmState.SUSPENDED):
+            continue  # a guest that shuts down is busy with that
         policy = policy_of(policies, desktop(vm)) if policies else None
         if sample_use(policy.limits if policy else usual, guest):
             used.append(vm.id)

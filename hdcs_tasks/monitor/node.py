@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,10 +143,13 @@ def sample(ctx: NodeContext) -> None:
 
 
 class Watcher:
-    """A thread that keeps libvirt's events flowing to control, over lost connections and libvirtd restarts."""
+    """A thread that keeps libvirt's events flowing to control, over lost connections and libvirtd restarts.
 
-    def __init__(self, ctx: NodeContext) -> None:
+    ``booted``: told of each VM whose agent came up, before control is."""
+
+    def __init__(self, ctx: NodeContext, booted: Callable[[str], None]) -> None:
         self._ctx = ctx
+        self._booted = booted
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="guest-events", daemon=True)
 
@@ -176,6 +180,8 @@ class Watcher:
                 self._send("agent_up", guest.vm_id)
 
     def _told(self, event: GuestEvent) -> None:
+        if event.kind == "agent_up":
+            self._booted(event.vm_id)
         self._send(event.kind, event.vm_id)
 
     def _send(self, kind: str, vm_id: str) -> None:

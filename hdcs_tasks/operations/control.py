@@ -268,6 +268,9 @@ class Tx:
         move(operation, state)
         operation.ended_at = now()
         operation.live_vm = None
+        told = (operation.error or {}).get("message")
+        log.info("operation ended", operation=operation.id, kind=operation.kind, vm=operation.subject,
+                 state=state.value, error=told)  # fmt: skip
         self.session.flush()
         self.start_waiting(operation.id)
         if operation.parent_id:

@@ -163,10 +163,15 @@ def execute(
         return str(answer)
     run = Run(ctx, step, attempt, operation, holder, on_progress, monotonic_s() + ctx.settings.step_deadline_s)
     start_thread(run.renew_forever, f"lease-{step[:8]}")
+    began = monotonic_s()
+    log.info("step begins", step_name=name)
+    ended = "without an outcome"
     try:
-        return _work(run, name, handler, spec)
+        ended = _work(run, name, handler, spec)
+        return ended
     finally:
         run.stop_renewing()
+        log.info("step ended", step_name=name, outcome=ended, took_s=round(monotonic_s() - began, 3))
 
 
 def _work(run: Run, name: str, handler: Handler, spec: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from sqlalchemy import select
 
 from hdcs_tasks.clock import monotonic_s, now_s, random_hex
 from hdcs_tasks.errors import Cancelled, HdcsError, NoCapacity, OutcomeUnknown, Unreachable, from_dict
-from hdcs_tasks.logs import logger
+from hdcs_tasks.logs import bound_contextvars, logger
 from hdcs_tasks.operations.control import Control, Tx, advance, request_cancel, settle_done, settle_failed
 from hdcs_tasks.operations.handlers import ON_NO_ROOM
 from hdcs_tasks.operations.rules import (
@@ -48,7 +48,8 @@ def settle(control: Control, report: dict[str, Any]) -> None:
         if step is None:
             log.warning("outcome of an unknown step", step=report["step"])
         else:
-            _settle_known(tx, step, report)
+            with bound_contextvars(operation=step.operation_id, vm=step.operation.subject):
+                _settle_known(tx, step, report)
         tx.after(lambda: control.reservations.steps.ack(report["step"], report["attempt"]))
 
 

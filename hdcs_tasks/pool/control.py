@@ -15,7 +15,7 @@ from hdcs_tasks.clock import now_s
 from hdcs_tasks.errors import Conflict, NotFound, Rejected, WrongState
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.control import Control, Tx
-from hdcs_tasks.pool import policy, rules, waiting
+from hdcs_tasks.pool import admission, policy, rules, waiting
 from hdcs_tasks.pool.proof import JoinRequest, proof_of, token_key
 from hdcs_tasks.reservations import PoolNode
 from hdcs_tasks.routing import check_name
@@ -188,16 +188,18 @@ def _elect_primary(session: Session, domain_node: DomainNode) -> None:
 
 def put_in_pool(control: Control, tx: Tx, node: ServerNode) -> None:
     """Make Redis's pool show this node after the commit."""
-    pool_node, domain_node = pool_node_of(node), node.domain_node
+    pool_node, domain_node = pool_node_of(control, node), node.domain_node
     tx.after(lambda: control.reservations.pool.put_node(domain_node, pool_node))
     tx.after(lambda: waiting.wake_waiting(control, domain_node))
 
 
-def pool_node_of(node: ServerNode) -> PoolNode:
-    ruled = policy.read(policy.NodePolicy, node.rules)
+def pool_node_of(control: Control, node: ServerNode) -> PoolNode:
+    ruled, config = policy.read(policy.NodePolicy, node.rules), control.settings
+    most = config.starts_max if ruled.max_starts is None else ruled.max_starts
+    least = config.starts_min if ruled.min_starts is None else ruled.min_starts
     return PoolNode(
         name=node.name, vcpus=node.vcpus, memory_mib=node.memory_mib, subnet=node.subnet,
-        max_starts=ruled.max_starts,
+        max_starts=most, min_starts=min(least, most),
         schedulable=node.state is ServerNodeState.UP and not node.draining, tags=ruled.tags,
     )  # fmt: skip
 
@@ -333,17 +335,19 @@ def list_server_nodes(control: Control) -> list[dict[str, Any]]:
 
 
 def show_server_node(control: Control, name: str) -> dict[str, Any]:
-    """One server node as ``list_server_nodes`` shows it; NotFound."""
+    """One server node as ``list_server_nodes`` shows it, with its ``starts`` (``admission.node_starts``); NotFound."""
     with control.store.read() as session:
         get_server_node(session, name)
-    return next(view for view in list_server_nodes(control) if view["name"] == name)
+    view = next(view for view in list_server_nodes(control) if view["name"] == name)
+    return view | {"starts": admission.node_starts(control, view["domain_node"], name)}
 
 
 def show_domain_node(control: Control, name: str) -> dict[str, Any]:
     """One domain node as ``list_domain_nodes`` shows it; NotFound."""
     with control.store.read() as session:
         get_domain_node(session, name)
-    return next(view for view in list_domain_nodes(control) if view["name"] == name)
+    view = next(view for view in list_domain_nodes(control) if view["name"] == name)
+    return view | {"starts": admission.storage_starts(control, name)}
 
 
 def list_domain_nodes(control: Control) -> list[dict[str, Any]]:

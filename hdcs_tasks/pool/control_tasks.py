@@ -8,8 +8,8 @@ from hdcs_tasks.app import app
 from hdcs_tasks.operations.control_tasks import control
 from hdcs_tasks.operations.recovery import sweep_once
 from hdcs_tasks.operations.requests import request_task
+from hdcs_tasks.pool import admission, rebuild, tidy, waiting
 from hdcs_tasks.pool import control as pool
-from hdcs_tasks.pool import rebuild, tidy, waiting
 from hdcs_tasks.pool.proof import JoinRequest
 
 
@@ -46,6 +46,7 @@ def dhcp_sweep(period_s: float) -> None:
 @app.task(name="pool.waiting_sweep")
 def waiting_sweep(period_s: float) -> None:
     sweep_once(control(), "waiting", period_s, waiting.waiting_sweep)
+    sweep_once(control(), "storages", period_s, admission.storage_sweep)
 
 
 @app.task(name="pool.tidy_sweep")

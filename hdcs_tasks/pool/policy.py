@@ -21,7 +21,8 @@ _TAG = re.compile(r"[^\s,;|!][^\s,;|]{0,62}")
 @dataclass(frozen=True, slots=True)
 class PoolPolicy:
     """A domain node's. None: as the settings say. ``placement``: spread or pack over its server nodes;
-    ``max_starts``: starts under way at once on its storage (0: no limit)."""
+    ``max_starts``: starts under way at once on its storage (0: no limit); ``min_starts``: as few as a slow storage may
+    lower that to (0: it stays)."""
 
     memory_overcommit: float | None = None
     vcpu_overcommit: float | None = None
@@ -29,17 +30,20 @@ class PoolPolicy:
     host_reserve_mib: int | None = None
     placement: Order | None = None
     max_starts: int = 0
+    min_starts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class NodePolicy:
-    """A server node's. ``max_starts``: starts under way at once (0: no limit); ``tags``: what a profile may ask a
-    server node to have."""
+    """A server node's. ``max_starts``: starts under way at once (0: no limit; None: as the settings say);
+    ``min_starts``: as few as measured load may lower that to (0: it stays); ``tags``: what a profile may ask a server
+    node to have."""
 
     memory_overcommit: float | None = None
     vcpu_overcommit: float | None = None
     host_reserve_mib: int | None = None
-    max_starts: int = 0
+    max_starts: int | None = None
+    min_starts: int | None = None
     tags: tuple[str, ...] = ()
 
 
@@ -93,7 +97,7 @@ def _plain(value: Any) -> Any:
 def _check(key: str, value: Any) -> None:
     if key.endswith("_overcommit") and not (_is_number(value) and 0 < value <= 1000):
         raise Invalid(f"{key} {value!r} is not a ratio above 0", next="As in 1.5: promise half as much again")
-    if key in ("host_reserve_mib", "max_starts") and not (type(value) is int and value >= 0):
+    if key in ("host_reserve_mib", "max_starts", "min_starts") and not (type(value) is int and value >= 0):
         raise Invalid(f"{key} {value!r} is not a whole number from 0")
     if key == "placement" and value not in ("spread", "pack"):
         raise Invalid(f"placement {value!r} is neither spread nor pack")

@@ -141,8 +141,9 @@ def _pool_snapshot(
             need = need_of(vm_shape(vm), control.settings.capacity)
             ip = seen.get("ip") or (vm.ip if vm.server_node == node.name else None) or ""
             claims.append(Claim(row.name, vm_id, node.name, need.vcpus, need.memory_mib, port, ip, ""))
+    pooled = tuple(pool_node_of(control, n) for n in here if n.state in IN_POOL)
     return PoolSnapshot(
-        row.port_first, row.port_last, tuple(pool_node_of(n) for n in here if n.state in IN_POOL), tuple(claims),
+        row.port_first, row.port_last, pooled, tuple(claims),
         {vm: port for vm, port in ports.items() if port}, {vm.id: vm.disk_bytes for vm in homed.values()},
         {vm.id: vm_terms(vm).marks for vm in homed.values() if vm.tags or vm.rules},
         read(PoolPolicy, row.rules).max_starts,

@@ -91,7 +91,7 @@ class Reservations:
     def _dump_pool(self, domain_node: str) -> PoolSnapshot:
         first, last = self.ports.ranges().get(domain_node, (0, 0))
         nodes = tuple(
-            PoolNode(n.name, n.vcpus, n.memory_mib, n.subnet, n.max_starts, n.schedulable, n.tags)
+            PoolNode(n.name, n.vcpus, n.memory_mib, n.subnet, n.starts_ceiling, n.schedulable, n.tags, n.min_starts)
             for n in self.pool.nodes(domain_node)
         )
         claims = tuple(self.pool.claims(domain_node))

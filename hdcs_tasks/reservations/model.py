@@ -40,7 +40,8 @@ class StepStatus(NamedTuple):
 class PoolNode:
     """A server node as its pool counts it: what may be promised to guests (after overcommit and host reserve).
 
-    ``subnet`` in CIDR text, '' for none; ``max_starts`` 0 for no limit; ``tags`` lower-case words.
+    ``subnet`` in CIDR text, '' for none; ``max_starts`` 0 for no limit; ``min_starts``: down to which the node itself
+    may lower it for a while (0: it may not); ``tags`` lower-case words.
     """
 
     name: str
@@ -50,11 +51,13 @@ class PoolNode:
     max_starts: int = 0
     schedulable: bool = True
     tags: tuple[str, ...] = ()
+    min_starts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class PoolNodeView:
-    """A server node with what is claimed on it and what is free. ``starts``: starts under way (0 where unlimited)."""
+    """A server node with what is claimed on it and what is free. ``starts``: starts under way (0 where unlimited);
+    ``max_starts``: the bound in force, between ``min_starts`` and ``starts_ceiling``."""
 
     name: str
     vcpus: int
@@ -67,6 +70,8 @@ class PoolNodeView:
     starts: int
     schedulable: bool
     tags: tuple[str, ...]
+    min_starts: int = 0
+    starts_ceiling: int = 0
 
 
 class MixEntry(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from hdcs_tasks.reservations.scripts import Value
 
 _NODE_FIELDS = (
     "vcpus", "memory_mib", "used_vcpus", "used_memory_mib", "schedulable", "max_starts", "tags", "subnet",
+    "starts_floor", "starts_ceiling",
 )  # fmt: skip
 _NAMED = 5  # server nodes named in a refusal's message; details has them all
 
@@ -77,7 +78,7 @@ def node_fields(domain_node: str, node: PoolNode) -> dict[str, Value]:
     return {
         "domain_node": domain_node, "vcpus": node.vcpus, "memory_mib": node.memory_mib,
         "schedulable": int(node.schedulable), "max_starts": node.max_starts, "tags": _wrapped(node.tags),
-        "subnet": node.subnet,
+        "subnet": node.subnet, "starts_floor": node.min_starts, "starts_ceiling": node.max_starts,
     }  # fmt: skip
 
 
@@ -106,16 +107,19 @@ class Pool:
             "pool_put", keys, domain_node, node.name, f["vcpus"], f["memory_mib"], f["schedulable"], f["max_starts"],
             f["tags"], f["subnet"], *guest_span(node.subnet),
         )  # fmt: skip
+        if answer == "ok":
+            self._link.do("HSET", key("node", node.name), "starts_floor", node.min_starts, "starts_ceiling",
+                          node.max_starts)  # fmt: skip
+            return
         if answer == "subnet":
             raise Conflict(
                 f"server node {node.name} cannot change its subnet to {node.subnet or 'none'}: VMs own addresses of it",
                 next="Drain it first, then change the subnet",
             )
-        if answer != "ok":
-            raise Conflict(
-                f"server node {node.name} belongs to domain node {answer.split()[1]}, not {domain_node}",
-                next="Remove it there first: hdcs node remove",
-            )
+        raise Conflict(
+            f"server node {node.name} belongs to domain node {answer.split()[1]}, not {domain_node}",
+            next="Remove it there first: hdcs node remove",
+        )
 
     def remove_node(self, domain_node: str, name: str, force: bool = False) -> None:
         """Take a server node out. Conflict while VMs hold claims on it; ``force`` leaves those to be released."""
@@ -225,6 +229,36 @@ class Pool:
         """What ``limit_starts`` set; 0: any."""
         return int(self._link.do("HGET", self._link.key("limits", "all"), domain_node) or 0)
 
+    def bounds(self, node: str) -> tuple[int, int] | None:
+        """Floor and ceiling an operator set for a server node's starts; None: it is in no pool, or not to adapt."""
+        floor, ceiling = self._link.do("HMGET", self._link.key("node", node), "starts_floor", "starts_ceiling")
+        return (int(floor), int(ceiling)) if floor and ceiling and int(floor) and int(ceiling) else None
+
+    def bound_starts(self, node: str, starts: int, facts: Mapping[str, str]) -> None:
+        """The bound in force from now on, and what it was measured by (kept as it is, for ``admission``)."""
+        key = self._link.key
+        if not self._link.do("HEXISTS", key("node", node), "vcpus"):
+            return
+        words = [word for pair in facts.items() for word in pair]
+        self._link.commands([
+            ("HSET", key("node", node), "max_starts", starts), ("HSET", key("admission", node), *words),
+        ])  # fmt: skip
+
+    def admission(self, name: str) -> dict[str, str]:
+        """What a bound was last measured by: of a server node, or of a domain node's storage (``storage_facts``)."""
+        return self._link.pairs(self._link.do("HGETALL", self._link.key("admission", name)))
+
+    def storage_facts(self, domain_node: str, facts: Mapping[str, str]) -> None:
+        """What the bound of a domain node's storage was measured by."""
+        words = [word for pair in facts.items() for word in pair]
+        self._link.do("HSET", self._link.key("admission", f"{domain_node}|"), *words)
+
+    def start_began(self, node: str, vm: str, start_s: float) -> float | None:
+        """When (Unix time) the VM's start on this node was placed, if it still counts as under way; ``start_s`` as in
+        its placement."""
+        score = self._link.do("ZSCORE", self._link.key("starts", node), vm)
+        return None if score is None else float(score) / 1000 - start_s
+
     def free_starts(self, domain_node: str) -> int | None:
         """How many more starts may be under way on this domain node's storage; None: any."""
         limit = self.start_limit(domain_node)
@@ -302,13 +336,14 @@ def _pairs(rows: Sequence[Any]) -> list[tuple[Any, Any]]:
 
 def _view(name: str, row: Sequence[Any]) -> PoolNodeView:
     facts, (highest, last), listed, ripe, starts = row
-    vcpus, memory, used_vcpus, used_memory, schedulable, max_starts, tags, subnet = facts
+    vcpus, memory, used_vcpus, used_memory, schedulable, max_starts, tags, subnet, floor, ceiling = facts
     unused = int(last) - int(highest) if subnet and last else 0
     return PoolNodeView(
         name=name, vcpus=int(vcpus), memory_mib=int(memory), free_vcpus=int(vcpus) - int(used_vcpus),
         free_memory_mib=int(memory) - int(used_memory), free_ips=unused + int(listed) + int(ripe),
         subnet=subnet, max_starts=int(max_starts), starts=int(starts), schedulable=schedulable == "1",
-        tags=tuple(t for t in tags.split(",") if t),
+        tags=tuple(t for t in tags.split(",") if t), min_starts=int(floor or 0),
+        starts_ceiling=int(ceiling if ceiling is not None else max_starts),
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from hdcs_tasks.config import CapacitySettings, Settings
 from hdcs_tasks.errors import HdcsError, Invalid, NoCapacity, WrongState
 from hdcs_tasks.operations.recovery import recovery_sweep, settle
 from hdcs_tasks.pool import control as pool_control
+from hdcs_tasks.pool.admission import storage_sweep
 from hdcs_tasks.pool.profiles import ensure_built_in
 from hdcs_tasks.pool.proof import JoinRequest
 from hdcs_tasks.pool.rebuild import reservation_sweep
@@ -392,3 +393,37 @@ def test_dry_runs_explain_every_server_node_and_change_nothing(center: Center) -
         center.cloud.vms["a"].start(dry_run=True)
     move = center.cloud.vms["a"].migrate(dry_run=True).explain()
     assert not move["fits"] and "node1 is excluded, node2 draining, node3 64 MiB free" in move["refusal"]["message"]
+
+
+# --- admission
+
+
+def test_a_node_moves_its_bound_between_the_operators_floor_and_ceiling(center: Center) -> None:
+    center.node("east", "node1", 4096)
+    shown = center.cloud.server_nodes.show("node1")["starts"]
+    assert (shown["floor"], shown["bound"], shown["ceiling"]) == (8, 64, 64)
+    center.cloud.server_nodes.set("node1", max_starts=16, min_starts=2)
+    assert center.pool.bounds("node1") == (2, 16)
+    center.pool.bound_starts("node1", 5, {"why": "CPU pressure 95 %: halved", "cpu_pressure": "95.0", "at": "0"})
+    shown = center.cloud.server_nodes.show("node1")["starts"]
+    assert (shown["floor"], shown["bound"], shown["ceiling"]) == (2, 5, 16)
+    assert (shown["why"], shown["cpu_pressure"]) == ("CPU pressure 95 %: halved", 95.0)
+    # What is rebuilt is what the operator set, not the moment's bound.
+    assert center.control.reservations.dump().pools["east"].nodes[0].max_starts == 16
+    center.cloud.server_nodes.set("node1", max_starts=0)
+    assert center.pool.bounds("node1") is None
+    center.pool.bound_starts("nowhere", 5, {"why": "x"})
+    assert center.pool.admission("nowhere") == {}
+
+
+def test_a_slow_storage_lowers_its_bound(center: Center) -> None:
+    center.node("east", "node1", 4096)
+    center.cloud.domain_nodes.set("east", max_starts=16, min_starts=2)
+    center.pool.bound_starts("node1", 64, {"storage_ms": "900.0", "at": f"{now_s():.0f}"})
+    assert storage_sweep(center.control) == 1
+    assert center.pool.start_limit("east") == 8
+    assert center.cloud.domain_nodes.show("east")["starts"]["why"] == "a synced write takes 900 ms: halved"
+    for _ in range(12):
+        center.pool.bound_starts("node1", 64, {"storage_ms": "3.0", "at": f"{now_s():.0f}"})
+        storage_sweep(center.control)
+    assert center.pool.start_limit("east") == 16

@@ -1,0 +1,140 @@
+"""Idle desktops in a real data center: who is used is never taken, who is not is, and logs tell it without secrets."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.lab.center import Center, wait_for
+from hdcs_tasks.errors import Cancelled
+from hdcs_tasks.hypervisor import agent
+from hdcs_tasks.operations.control import Asked
+from hdcs_tasks.vm import control as vm_control
+from tests.lab.data_center import BOOT_S, add_image, at_guest, data_center
+from tests.services import Missing, require
+
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(600)]
+
+WARN_S, STOP_S = 6.0, 12.0
+SYSTEM_PYTHON = "/usr/bin/python3"
+CLIENT = Path(__file__).with_name("spice_client.py")
+DESKS = ("user", "watched", "busy", "idle", "mute")
+
+
+@pytest.fixture(scope="module")
+def center(lab_possible: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Center]:
+    """One server node, logs as under systemd; what each desktop is for is its name."""
+    root = tmp_path_factory.mktemp("idle") / "idle"
+    with data_center(root, {"HDCS_LOG_FORMAT": "json"}, {"east": ("node1",)}) as made:
+        add_image(made, "mini")
+        made.cloud.vms.clone("mini", name="desk-{}", count=len(DESKS), profile="tiny", start=True).result(
+            timeout_s=BOOT_S
+        )
+        yield made
+
+
+def name_of(what: str) -> str:
+    return f"desk-{DESKS.index(what) + 1}"
+
+
+def in_guest(center: Center, what: str, command: str) -> str:
+    def run(host: Any, vm_id: str) -> str:
+        return agent.exec_(host, vm_id, ["/bin/sh", "-c", command], 60).stdout.decode()
+
+    return str(at_guest(center, name_of(what), run))
+
+
+@contextmanager
+def console_client(center: Center, what: str) -> Iterator[list[str]]:
+    """A SPICE client connected by a console ticket; yields what is secret about it."""
+    if subprocess.run([SYSTEM_PYTHON, "-c", "import gi; gi.require_version('SpiceClientGLib', '2.0')"],
+                      capture_output=True, check=False).returncode:  # fmt: skip
+        require(Missing("gir1.2-spiceclientglib-2.0 or python3-gi is not installed"))
+    ticket = dict(
+        line.split("=", 1) for line in center.cloud.vms[name_of(what)].console(ttl_s=120).splitlines() if "=" in line
+    )
+    argv = ["-u", str(CLIENT), ticket["host"], ticket["port"]]
+    client = subprocess.Popen([SYSTEM_PYTHON, *argv], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert client.stdin is not None and client.stdout is not None
+    try:
+        client.stdin.write(ticket["password"] + "\n")
+        client.stdin.flush()
+        assert client.stdout.readline().strip() == "connected"
+        yield [ticket["password"]]
+    finally:
+        client.stdin.close()
+        client.wait(20)
+
+
+def seen(center: Center, what: str) -> dict[str, Any]:
+    (row,) = center.cloud.idle.preview(names=[name_of(what)])
+    return dict(row)
+
+
+def test_who_is_used_is_never_taken_and_who_is_not_is(center: Center) -> None:
+    cloud = center.cloud
+    for what in DESKS:
+        cloud.vms[name_of(what)].wait_ready(timeout_s=BOOT_S)
+    in_guest(center, "user", "sit anna >/dev/null 2>&1 &")
+    in_guest(center, "busy", "burn 3000 >/dev/null 2>&1 &")
+    in_guest(center, "mute", "(sleep 1; kill -STOP $(pidof qemu-ga)) >/dev/null 2>&1 &")
+    port = cloud.vms[name_of("idle")].show()["port"]
+    with console_client(center, "watched") as secrets:
+        cloud.idle.create("lab", warn=WARN_S, stop=STOP_S)
+        for what in ("idle", "mute"):
+            wait_for(f"{what} to be taken", lambda what=what: _state(center, what) == "stopped", 150)
+        # Both had the whole time, and the others had as long.
+        for what in ("idle", "mute"):
+            (stop,) = cloud.operations.list(vm=name_of(what), kind="vm.stop")
+            assert stop["requested_by"] == "idle policy lab"
+        told = {e["subject"]: e["message"] for e in cloud.events(200) if e["kind"] == "vm.warned"}
+        assert "was warned in the guest" in told[name_of("idle")]
+        assert "the guest agent is silent" in told[name_of("mute")]
+        taken = {e["subject"]: e["data"]["idle_s"] for e in cloud.events(200) if e["kind"] == "vm.reclaimed"}
+        assert set(taken) == {name_of("idle"), name_of("mute")}
+        assert min(taken.values()) >= STOP_S
+        wait_for("two more looks at the user", lambda: seen(center, "user")["signals"]["users"] == ["anna"], 60)
+        for what, why in (("user", "anna"), ("watched", "console"), ("busy", "CPU")):
+            row = seen(center, what)
+            assert row["state"] == "running", what
+            if what != "user":  # its look is older than the moment it was used last, now and then
+                wait_for(f"{what}: {why}", lambda what=what, why=why: why in seen(center, what)["used"], 60)
+    desk = cloud.vms[name_of("idle")].show()
+    assert (desk["server_node"], desk["port"], desk["ip"]) == (None, None, None)
+    wait_for("its port to cool", lambda: cloud.domain_nodes.list()[0]["ports_used"] == 3, 60)
+    assert port not in {cloud.vms[name_of(what)].show()["port"] for what in ("user", "watched", "busy")}
+    _told_in_logs_without_secrets(center, secrets)
+
+
+def _state(center: Center, what: str) -> str:
+    return str(center.cloud.vms[name_of(what)].show()["state"])
+
+
+def test_in_the_last_second_its_server_node_looks_again(center: Center) -> None:
+    """As if the look before had found nobody: the step itself must leave the desktop alone."""
+    control = center.cloud.control
+    for what, word in (("user", "anna"), ("busy", "CPU")):
+        guard = {"policy": "lab", "inside": True, "limits": {"cpu_percent": 20}, "rung": "suspend"}
+        asked = vm_control.command(control, "suspend", name_of(what), Asked(by="idle policy lab"), guard=guard)
+        with pytest.raises(Cancelled, match=word):
+            center.cloud.operations[asked.id].result(timeout_s=60)
+        assert _state(center, what) == "running"
+
+
+def _told_in_logs_without_secrets(center: Center, secrets: list[str]) -> None:
+    """Every log of the run is JSON, says which operation, VM and server node, and holds no secret that was used."""
+    token = center.lab.join_token_file("east").read_text().strip()
+    texts = {log.stem: log.read_text() for log in (center.lab.root / "logs").iterdir()}
+    for name, text in texts.items():
+        for secret in (*secrets, token, center.flower_auth, center.flower_auth.split(":")[1]):
+            assert secret not in text, f"a secret stands in {name}"
+    lines = [json.loads(line) for line in texts["node1-worker"].splitlines() if line.startswith("{")]
+    stops = [line for line in lines if line.get("vm") == name_of("idle") and line.get("task") == "vm.stop_on_node"]
+    (operation,) = center.cloud.operations.list(vm=name_of("idle"), kind="vm.stop")
+    assert stops and all(line["operation"] == operation["id"] and line["server_node"] == "node1" for line in stops)
