@@ -19,7 +19,7 @@ from hdcs_tasks.backup import control as backups
 from hdcs_tasks.backup.control_copy import open_copy
 from hdcs_tasks.backup.control_drill import drill
 from hdcs_tasks.backup.control_prune import add_prune_steps
-from hdcs_tasks.backup.rules import CHAIN_MAX, Keep, Point, choose_drills
+from hdcs_tasks.backup.rules import CHAIN_MAX, Keep, Point, bandwidth_share, choose_drills
 from hdcs_tasks.errors import Conflict, HdcsError, Invalid, NotFound, Unavailable, WrongState
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.control import Asked, Control, Tx, has_live_step
@@ -49,8 +49,8 @@ def create(
     """Record a policy; its first run is at the next moment of ``schedule`` (UTC; words as in ``when.last_due``).
 
     ``selector``: names, tag, owner, home, profile, all of which a VM must match; empty means every VM. ``concurrency``:
-    backups at once on one domain node's storage. ``copy_to``: the domain node that gets a second copy of each point.
-    Raises Invalid, Conflict (the name is taken), NotFound.
+    backups at once on one domain node's storage; ``bandwidth_mib_s``: what they may copy in all. ``copy_to``: the
+    domain node that gets a second copy of each point. Raises Invalid, Conflict (the name is taken), NotFound.
     """
     check_name("policy", name)
     _check(selector, full_every, full_percent, bandwidth_mib_s, concurrency, drill_points)
@@ -132,8 +132,9 @@ def view(policy: BackupPolicy) -> dict[str, Any]:
 
 def terms(policy: BackupPolicy) -> dict[str, Any]:
     """What a backup asked for by this policy carries along."""
-    keys = ("name", "full_every", "full_percent", "keep", "merge", "copy_to", "bandwidth_mib_s")
-    return {key: getattr(policy, key) for key in keys}
+    keys = ("name", "full_every", "full_percent", "keep", "merge", "copy_to")
+    share = bandwidth_share(policy.bandwidth_mib_s, policy.concurrency)
+    return {key: getattr(policy, key) for key in keys} | {"bandwidth_mib_s": share}
 
 
 # --- runs
@@ -216,7 +217,8 @@ def _begin(control: Control, policy: BackupPolicy, vm_id: str) -> int | None:
     key = f"policy:{policy.name}:{policy.slot_at.isoformat()}:{vm_id}"
     asked = Asked(by=f"policy {policy.name}", reason=policy.schedule, idempotency_key=key)
     try:
-        backups.create(control, vm_id, asked, bandwidth_mib_s=policy.bandwidth_mib_s, policy=terms(policy))
+        share = bandwidth_share(policy.bandwidth_mib_s, policy.concurrency)
+        backups.create(control, vm_id, asked, bandwidth_mib_s=share, policy=terms(policy))
     except (Conflict, WrongState, Unavailable):
         return None  # busy, starting, saved: the next sweep asks again, until the next run
     except HdcsError as error:

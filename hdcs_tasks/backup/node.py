@@ -46,6 +46,8 @@ def create(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
         if done is None:
             run.check()
             done = _write(run, spec, layout, repository)
+        # Also when an earlier attempt published it: that one may have died before its checkpoint counted.
+        _keep(run, layout, spec["vm_id"], done)
     return {
         "node": ctx.server_node, "checkpoint": done.checkpoint, "file_bytes": done.file_bytes, "sha256": done.sha256,
         "consistency": done.consistency, "manifest": asdict(done),
@@ -86,7 +88,6 @@ def _write(run: Run, spec: dict[str, Any], layout: storage.StorageLayout, reposi
         delete_checkpoint(run.ctx.host(), spec["vm_id"], checkpoint)
         repository.forget_empty(spec["vm_id"], spec["chain"])
         raise
-    _keep(run, layout, spec["vm_id"], published)
     return published
 
 

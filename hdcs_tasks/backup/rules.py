@@ -212,6 +212,11 @@ def _is_whole(path: Sequence[Point], held: Collection[str]) -> bool:
     return path[-1].id in held or path[-1].parent is None
 
 
+def bandwidth_share(total_mib_s: int | None, concurrency: int) -> int | None:
+    """What each backup of a policy may copy, so that all that run at once on one storage stay below the total."""
+    return None if total_mib_s is None else max(1, total_mib_s // concurrency)
+
+
 # --- what to prove
 
 
