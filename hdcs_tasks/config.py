@@ -113,10 +113,20 @@ class Settings(BaseSettings):
     # server node
     domain_node: str = Field("", description="This server's domain node (server node program)")
     server_node: str = Field("", description="This server's name (server node program)")
+    stop_timeout_s: float = Field(
+        30, gt=0, description="Time running work has when a server node is told to stop, before it is handed back"
+    )
     server_node_ip: str = Field("", description="Address the other nodes reach this server by")
     join_token_file: Path | None = Field(None, description="File that holds the domain node's join token")
     libvirt_uri: str = Field("qemu:///system", description="This server's libvirt")
     storage_root: Path = Field(Path("/srv/hdcs"), description="Mount point of the domain node's shared storage")
+    import_paths: str = Field(
+        "", description="Folders of this server, beside the storage's import/, that images may come from; ':' between"
+    )
+    export_paths: str = Field(
+        "", description="Folders of this server, beside the storage's export/, that images may go to; ':' between"
+    )
+    image_max_gib: int = Field(4096, ge=1, description="The largest virtual disk an imported image may have")
     state_dir: Path = Field(Path("/var/lib/hdcs"), description="Local: outcome spool, locks")
     virt_type: Literal["auto", "kvm", "qemu"] = Field("auto", description="auto probes KVM by booting on it")
     console_listen: str = Field("0.0.0.0", description="Address the guests' consoles listen on")
@@ -172,6 +182,11 @@ class Settings(BaseSettings):
     alarm: AlarmSettings = Field(default_factory=AlarmSettings)
     rates: RateSettings = Field(default_factory=RateSettings)
     metrics: MetricsSettings = Field(default_factory=MetricsSettings)
+
+    @property
+    def stopping_file(self) -> Path:
+        """Is there while this server node wants its work handed back: made and removed by its supervisor."""
+        return self.state_dir / "stopping"
 
 
 @lru_cache(maxsize=1)

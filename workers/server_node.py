@@ -29,6 +29,8 @@ log = logger(__name__)
 
 ROLES = ("long", "quick")
 RESTART_AFTER_S = 1.0
+HAND_BACK_S = 20.0
+"""How long handing back may take: a libvirt job is aborted, a child process ended, what is half made removed."""
 REFUSED = 78
 """Exit code of a worker that was refused: EX_CONFIG of sysexits.h. Restarting it would not help."""
 
@@ -69,13 +71,15 @@ class Supervisor:
 
     def __init__(self) -> None:
         self._joined = joined_file(settings())
+        self._hand_back = settings().stopping_file
         self._children: dict[str, subprocess.Popen[bytes]] = {}
-        self._stopping = False
+        self._stop_began: float | None = None
 
     def run(self) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop())
         self._joined.unlink(missing_ok=True)
+        self._hand_back.unlink(missing_ok=True)
         for role in ROLES:
             self._start(role)
         while True:
@@ -99,16 +103,33 @@ class Supervisor:
                 self._stop()
                 self._wait()
                 return REFUSED
-            if not self._stopping:
+            if self._stop_began is None:
                 log.error("worker ended; starting it again", role=role, code=code)
                 time.sleep(RESTART_AFTER_S)
                 self._start(role)
-        return 0 if self._stopping and not self._children else None
+        if self._stop_began is None:
+            return None
+        self._press(time.monotonic() - self._stop_began)
+        return None if self._children else 0
 
     def _stop(self) -> None:
-        self._stopping = True
-        for child in self._children.values():
-            child.terminate()
+        """Both take no more work; what runs has ``stop_timeout_s`` to end by itself."""
+        if self._stop_began is None:
+            self._stop_began = time.monotonic()
+            for child in self._children.values():
+                child.terminate()
+
+    def _press(self, waited_s: float) -> None:
+        """What still runs after its time is handed back; what does not even do that dies, and its lease runs out."""
+        patience_s = settings().stop_timeout_s
+        if waited_s > patience_s and self._children and not self._hand_back.exists():
+            log.warning("work is handed back", after_s=patience_s, workers=sorted(self._children))
+            self._hand_back.parent.mkdir(parents=True, exist_ok=True)
+            self._hand_back.touch()
+        if waited_s > patience_s + HAND_BACK_S:
+            for role, child in self._children.items():
+                log.error("worker does not end; killing it", role=role)
+                child.kill()
 
     def _wait(self) -> None:
         for child in self._children.values():

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from hdcs_tasks.backup.node import LOCK_WAIT_S, layout_of, part, repository_of
 from hdcs_tasks.errors import BackupBroken, Conflict, HdcsError, NotFound
-from hdcs_tasks.hypervisor import agent, disks, guests, merging, storage
-from hdcs_tasks.hypervisor.bases import storage_errors
-from hdcs_tasks.hypervisor.bitmaps import bitmaps
-from hdcs_tasks.hypervisor.checkpoints import SEED
+from hdcs_tasks.hypervisor import agent, disks, merging, storage
 from hdcs_tasks.hypervisor.keys import Key, KeyRing
 from hdcs_tasks.hypervisor.locks import vm_lock
 from hdcs_tasks.hypervisor.manifests import Point
 from hdcs_tasks.hypervisor.repository import Repository
 from hdcs_tasks.operations.node import Run
-from hdcs_tasks.vm.node import CHECKPOINTS, OPEN, image_path
+from hdcs_tasks.vm import node_swap
+from hdcs_tasks.vm.node import image_path
 
 
 def found_point(run: Run, spec: dict[str, Any]) -> tuple[Repository, Point]:
@@ -87,13 +84,13 @@ def restore_in_place(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     disk = layout.disk(spec["vm_id"])
     fresh, old = (disk.with_name(f"{what}-{run.step}.qcow2") for what in ("restored", "replaced"))
     with vm_lock(ctx.settings.state_dir, spec["vm_id"], LOCK_WAIT_S):
-        _check_stopped(run, spec["vm_id"], disk)
+        node_swap.check_stopped(run, spec["vm_id"], disk)
         _drop_partials(fresh)
         image = _image(run, spec, layout, repository, point)
         if not old.exists():
             _prepare(run, repository, point, disk, fresh, old, image, _key(run, spec))
         run.check()
-        _swap(disk, fresh, old)
+        node_swap.swap(disk, fresh, old)
     return _result(run, point, image)
 
 
@@ -104,14 +101,6 @@ def _drop_partials(disk: Path) -> None:
             shutil.rmtree(left)
         else:
             left.unlink(missing_ok=True)
-
-
-def _check_stopped(run: Run, vm_id: str, disk: Path) -> None:
-    seen = guests.info(run.ctx.host(), vm_id)
-    if seen is not None and seen.active:
-        raise Conflict(f"guest {vm_id} runs on {run.ctx.server_node}", next="Stop the VM first")
-    if disk.exists():
-        bitmaps(disk)  # refused by QEMU's own lock while any server node has the disk open
 
 
 def _prepare(
@@ -126,29 +115,7 @@ def _prepare(
     except HdcsError:
         fresh.unlink(missing_ok=True)
         raise
-    with storage_errors("setting the current disk aside"):
-        # From here on the next backup is a full one: the kept checkpoints are of the current disk.
-        (disk.parent / CHECKPOINTS).unlink(missing_ok=True)
-        if disk.exists():
-            os.link(disk, old)
-            disks.sync(disk.parent)
-
-
-def _swap(disk: Path, fresh: Path, old: Path) -> None:
-    with storage_errors("swapping the disks"):
-        if fresh.exists():
-            os.replace(fresh, disk)
-            disks.sync(disk.parent)
-        try:
-            if not bitmaps(disk).get(SEED):
-                raise BackupBroken("the restored disk lacks its seed bitmap", next="Restore it as a new VM instead")
-        except HdcsError:
-            if old.exists():
-                os.replace(old, disk)
-                disks.sync(disk.parent)
-            raise
-        old.unlink(missing_ok=True)
-        (disk.parent / OPEN).unlink(missing_ok=True)
+    node_swap.set_aside(disk, old)
 
 
 def _key(run: Run, spec: dict[str, Any]) -> Key | None:

@@ -94,6 +94,23 @@ def wait_options(command: F) -> F:
     return format_option(command)
 
 
+def export_options(command: F) -> F:
+    """How an image or a VM leaves."""
+    options = (
+        click.option("--as", "format", default=None, metavar="FORMAT",
+                     help="raw, qcow2, vmdk, vdi, vhdx, vhd or ova. Default: as the name ends, else qcow2."),
+        click.option("--compress", is_flag=True, help="Compress a qcow2."),
+        click.option("--force", is_flag=True, help="Replace the file, or what the device holds."),
+        click.option("--node", default=None, metavar="SERVER_NODE",
+                     help="The server node that writes it; a device needs one."),
+        click.option("--dry-run", is_flag=True, help="Print what would be written over; change nothing."),
+        yes_option,
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def selector_options(command: F) -> F:
     """VMs by name, or by what they have in common."""
     options = (
@@ -131,6 +148,8 @@ def vm_rule_options(command: F) -> F:
                      help="On the server node of a running VM with this tag, where there is one (repeatable)."),
         click.option("--apart", multiple=True, metavar="TAG",
                      help="Never on the server node of a VM with this tag (repeatable)."),
+        click.option("--disposable", is_flag=True, default=None,
+                     help="Their disks may be thrown away: a refresh does not ask."),
         click.option("--memory-overcommit", type=float, default=None, help="Claim only 1/RATIO of the memory."),
         click.option("--vcpu-overcommit", type=float, default=None, help="Claim only 1/RATIO of the vCPUs."),
     )  # fmt: skip
@@ -141,7 +160,7 @@ def vm_rule_options(command: F) -> F:
 
 def vm_rules(options: dict[str, Any]) -> dict[str, Any]:
     """Take the options of ``vm_rule_options`` that were given out of ``options``."""
-    keys = ("node_tags", "together", "apart", "memory_overcommit", "vcpu_overcommit")
+    keys = ("node_tags", "together", "apart", "disposable", "memory_overcommit", "vcpu_overcommit")
     taken = {key: options.pop(key) for key in keys}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in taken.items() if value}
 
@@ -185,6 +204,12 @@ def confirm(question: str, yes: bool) -> None:
         raise click.UsageError(f"{question} There is no terminal to ask on: nothing was done. Add -y to do it.")
     if not click.confirm(question, err=True):
         raise Declined("nothing was done")
+
+
+def confirm_device(target: str, node: str | None, yes: bool) -> None:
+    """Ask before a whole device is overwritten."""
+    if node is not None and target.startswith("/dev/"):
+        confirm(f"Overwrite device {target} of server node {node}?", yes)
 
 
 def named(names: Sequence[str], noun: str = "VM") -> str:

@@ -30,6 +30,17 @@ def conclude(plan: dict[str, Any], form: str) -> None:
         raise from_dict(plan["refusal"])
 
 
+def conclude_look(plan: dict[str, Any], form: str) -> None:
+    """Print what a server node's look found; raise its refusal, so that the exit code tells."""
+    if form == "json":
+        output.print_json(plan)
+    elif plan["fits"]:
+        rest = {key: value for key, value in plan.items() if key not in ("fits", "found", "refusal", "domain_nodes")}
+        output.print_one(rest | plan["found"], form)
+    if not plan["fits"]:
+        raise from_dict(plan["refusal"])
+
+
 def _brief(vm: dict[str, Any]) -> dict[str, Any]:
     return {key: vm[key] for key in ("name", "domain_node", "server_node")}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from hdcs_tasks.cli import output, plans, vm_commands, waiting
+from hdcs_tasks.cli import output, plans, vm_commands, vm_disks, waiting
 from hdcs_tasks.cli.options import (
     DURATION,
     Face,
@@ -35,7 +35,7 @@ def vm() -> None:
     """VMs: the desktops."""
 
 
-for _command in vm_commands.COMMANDS:
+for _command in (*vm_commands.COMMANDS, *vm_disks.COMMANDS):
     vm.add_command(_command)
 
 

@@ -7,10 +7,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hdcs_tasks.errors import WaitTimedOut
+from hdcs_tasks.handles.images import look
 from hdcs_tasks.handles.operation import Operation, Part, Plan, View
+from hdcs_tasks.image.control_export import ExportRequest
 from hdcs_tasks.operations.control import Control
 from hdcs_tasks.vm import control as vm_control
-from hdcs_tasks.vm import control_clone, control_console, control_migrate, control_plan, control_shape
+from hdcs_tasks.vm import (
+    control_clone,
+    control_console,
+    control_export,
+    control_migrate,
+    control_plan,
+    control_refresh,
+    control_shape,
+)
 from hdcs_tasks.vm.move_rules import MoveOptions
 
 
@@ -82,6 +92,27 @@ class Vm(Part):
             return Plan(control_plan.plan_migrate(self._control, self.name, to=to, options=options))
         asked = self._asked(idempotency_key, reason)
         return self._op(control_migrate.migrate(self._control, self.name, asked, to=to, options=options))
+
+    def refresh(
+        self, *, discard: bool = False, dry_run: bool = False, idempotency_key: str | None = None, reason: str = ""
+    ) -> Any:
+        """Give the stopped VM an empty disk on the published version of its image; an Operation, or with ``dry_run`` a
+        Plan. ``discard``: also where it is not disposable: what it has written is gone."""
+        if dry_run:
+            return Plan(control_refresh.plan(self._control, self.name))
+        asked = self._asked(idempotency_key, reason)
+        return self._op(control_refresh.refresh(self._control, self.name, asked, discard=discard))
+
+    def export(
+        self, path: str, *, format: str | None = None, compress: bool = False, force: bool = False,
+        node: str | None = None, dry_run: bool = False, idempotency_key: str | None = None, reason: str = "",
+    ) -> Any:  # fmt: skip
+        """Its disk, flattened, to a file or a block device of ``node``; an Operation whose result is the manifest, or
+        with ``dry_run`` a Plan. A running VM goes on: the disk of one moment leaves."""
+        request = ExportRequest(path, format, compress, force, node=node)
+        asked = self._asked(None if dry_run else idempotency_key, reason)
+        operation = self._op(control_export.export(self._control, self.name, request, asked, dry_run=dry_run))
+        return Plan({"vm": self.name, "path": path} | look(operation)) if dry_run else operation
 
     def set_usb(self, policy: str) -> View:
         """``on``, ``off`` or a SPICE filter; takes effect at the next start."""

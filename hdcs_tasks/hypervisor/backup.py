@@ -150,7 +150,7 @@ def backup_stopped(
     return BackupResult(result.kind, result.bytes, result.seconds, "filesystem", result.checkpoint_xml)
 
 
-def discard_left_behind(host: Host, vm_id: str, target: Path, checkpoint: str) -> None:
+def discard_left_behind(host: Host, vm_id: str, target: Path, checkpoint: str | None) -> None:
     """Undo what an attempt that died left: its job, frozen file systems, partial ``target`` and ``checkpoint``.
 
     Raises OutcomeUnknown if its job does not end.
@@ -162,6 +162,29 @@ def discard_left_behind(host: Host, vm_id: str, target: Path, checkpoint: str) -
         if job is not None and job.kind == "backup" and not abort(guest):
             raise OutcomeUnknown(f"the backup of guest {vm_id} does not end", next="Look again")
     _discard(host, vm_id, target, checkpoint)
+
+
+def copy_running(
+    host: Host, vm_id: str, target: Path, *, key: Key | None = None, on_progress: OnProgress | None = None,
+    cancelled: IsCancelled | None = None, deadline_s: float = 3600,
+) -> str:  # fmt: skip
+    """Write the whole disk of a running or paused guest, as of now and flattened, to the new qcow2 ``target``; returns
+    its consistency. The guest goes on and its backup chain is left alone. ``key``: the file is encrypted with it.
+    Raises as ``backup_running``."""
+    job = _Push(
+        host, vm_id, host.guest(vm_id), DISK_TARGET, on_progress, cancelled, time.monotonic() + deadline_s, None, key
+    )
+    try:
+        if key is not None:
+            job.make_encrypted(target, None)
+        consistency = job.push(target, None, None, freeze=True)
+        _fsync(target)
+    except OutcomeUnknown:
+        raise
+    except BaseException:
+        job.undo(target, None)
+        raise
+    return consistency
 
 
 class _Push:
@@ -191,7 +214,7 @@ class _Push:
         self.what = f"backup of guest {vm_id}"
         self.begun = False
 
-    def undo(self, target: Path, checkpoint: str) -> None:
+    def undo(self, target: Path, checkpoint: str | None) -> None:
         """Leave nothing of this attempt, and touch nothing of another's whose job or checkpoint was in the way."""
         if self.begun and not abort(self.guest):
             raise OutcomeUnknown(f"{self.what} was aborted but does not end", next="Look again")
@@ -210,14 +233,15 @@ class _Push:
         create_layer(target, backing, size_bytes, self.key)
         keys.give_to_libvirt(self.host, self.key)
 
-    def push(self, target: Path, checkpoint: str, since: str | None, freeze: bool) -> str:
-        """Run the job to its end; returns the consistency of the moment it was begun."""
+    def push(self, target: Path, checkpoint: str | None, since: str | None, freeze: bool) -> str:
+        """Run the job to its end; returns the consistency of the moment it was begun. ``checkpoint`` None: it leaves no
+        mark, and the backup chain does not hear of it."""
         others = [name for name in self._disks() if name != self.disk_target]
         self._refuse_unknown(since)
         with completed_job(self.host, self.guest) as wait_stats:
             consistency = self._begin(
                 _backup_xml(target, since, self.disk_target, others, self.key),
-                checkpoint_xml(checkpoint, self.disk_target, others=others),
+                checkpoint_xml(checkpoint, self.disk_target, others=others) if checkpoint else None,
                 freeze,
             )
             self._watch()
@@ -246,7 +270,7 @@ class _Push:
                 f"guest {self.vm_id} has no checkpoint {since}", next="The next backup of this VM is a full one"
             )
 
-    def _begin(self, backup_xml: str, point_xml: str, freeze: bool) -> str:
+    def _begin(self, backup_xml: str, point_xml: str | None, freeze: bool) -> str:
         reason = stop_reason(self.what, self.cancelled, self.deadline)
         if reason is not None:
             raise reason

@@ -20,6 +20,7 @@ from typing import Any
 
 from hdcs_tasks.errors import Cancelled, Conflict, HypervisorRefused, Invalid, NotFound
 from hdcs_tasks.hypervisor import keys, processes
+from hdcs_tasks.hypervisor.headers import Read, read_header, reader
 from hdcs_tasks.hypervisor.keys import Key
 from hdcs_tasks.hypervisor.processes import Cancel, Percent
 
@@ -33,7 +34,6 @@ _LONG_S = 6 * 3600.0
 _PROBE_MEMORY_MIB = 1024
 _PROBE_CPU_S = 10
 _HASH_BYTES = 4 << 20
-_QCOW2_DATA_FILE = 1 << 2  # incompatible feature bit: the clusters are in another file
 
 
 @dataclass(frozen=True)
@@ -73,33 +73,19 @@ def sniff(path: Path) -> str:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise _refuse(path, "not a regular file")
-            head = file.read(512)
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 512))
-            tail = file.read(512)
-            if head.startswith(b"QFI\xfb"):
-                _check_qcow2(path, head)
+            size = os.fstat(file.fileno()).st_size
+            return _format(path, reader(file.fileno(), size), size)
     except FileNotFoundError:
         raise NotFound(f"no disk at {path}", next="Check the storage's mount and the name") from None
     except OSError as error:
         raise _refuse(path, str(error)) from error
-    if head.startswith(b"QFI\xfb"):
-        return "qcow2"
-    if head.startswith((b"KDMV", b"# Disk DescriptorFile")):
-        return "vmdk"
-    if head.startswith(b"vhdxfile"):
-        return "vhdx"
-    if head[0x40:0x44] == b"\x7f\x10\xda\xbe":
-        return "vdi"
-    return "vpc" if head.startswith(b"conectix") or tail.startswith(b"conectix") else "raw"
 
 
-def _check_qcow2(path: Path, head: bytes) -> None:
-    """Refuse an external data file before qemu-img opens it: its name is chosen by whoever made the image."""
-    version = int.from_bytes(head[4:8], "big")
-    if version not in (2, 3):
-        raise _refuse(path, f"qcow2 version {version}")
-    if version == 3 and int.from_bytes(head[72:80], "big") & _QCOW2_DATA_FILE:
-        raise _refuse(path, "its data lies in another file", "Convert it to a self-contained qcow2 first")
+def _format(path: Path, read: Read, size_bytes: int) -> str:
+    try:
+        return read_header(read, size_bytes).format
+    except Invalid as error:
+        raise _refuse(path, error.message, error.next) from error
 
 
 def _image(*arguments: str | Path, timeout_s: float = _QUICK_S, **options: Any) -> processes.Finished:

@@ -72,6 +72,8 @@ def run(
     cancelled: Cancel | None = None,
     memory_mib: int | None = None,
     cpu_s: int | None = None,
+    file_bytes: int | None = None,
+    files_max: int | None = None,
     ok: Sequence[int] = (0,),
     pass_fds: Sequence[int] = (),
 ) -> Finished:
@@ -81,10 +83,12 @@ def run(
     ``on_percent`` gets 0 to 100 from the progress lines of ``qemu-img -p``. ``cancelled`` is asked ten times a
     second; True ends the child with SIGTERM, after 2 s with SIGKILL, and raises Cancelled. Raises Unavailable
     (longer than ``timeout_s``) and HypervisorRefused (exit code, no such program, too much output), naming ``argv``.
+    Limits: ``memory_mib``, ``cpu_s``, ``file_bytes`` (the largest file it may write), ``files_max`` (open at once).
     """
     begun = time.monotonic()
     output = _Output(on_percent)
-    child = _spawn(argv, memory_mib, cpu_s, pass_fds)
+    limits = _limits(memory_mib, cpu_s, file_bytes, files_max)
+    child = _spawn(argv, limits, pass_fds)
     try:
         _attend(child, output, argv, begun + timeout_s, cancelled)
     except BaseException:
@@ -109,15 +113,19 @@ def _ending(code: int) -> str:
     return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
 
 
-def _spawn(
-    argv: Sequence[str], memory_mib: int | None, cpu_s: int | None, pass_fds: Sequence[int]
-) -> subprocess.Popen[bytes]:
+def _limits(memory_mib: int | None, cpu_s: int | None, file_bytes: int | None, files_max: int | None) -> list[str]:
+    wanted = (
+        ("as", None if memory_mib is None else memory_mib << 20), ("cpu", cpu_s), ("fsize", file_bytes),
+        ("nofile", files_max),
+    )  # fmt: skip
+    return [f"--{name}={value}" for name, value in wanted if value is not None]
+
+
+def _spawn(argv: Sequence[str], limits: Sequence[str], pass_fds: Sequence[int]) -> subprocess.Popen[bytes]:
     """Start ``argv`` behind setpriv and prlimit: both end in exec, so the child's pid is the program's own."""
     guard = ["setpriv", "--pdeathsig", "KILL"]
-    limits = [f"--as={memory_mib << 20}"] if memory_mib else []
-    limits += [f"--cpu={cpu_s}"] if cpu_s else []
     if limits:
-        guard += ["prlimit", *limits, "--"]
+        guard += ["prlimit", *limits, "--core=0", "--"]
     environment = {**os.environ, "LC_ALL": "C"}
     try:
         return subprocess.Popen(

@@ -3,7 +3,7 @@
     <root>/.hdcs-domain-node      marker: the name of the domain node the storage belongs to
     <root>/images/                disks to clone from
     <root>/vms/<vm_id>/disk0.qcow2
-    <root>/backups/  state/  agent/  import/
+    <root>/backups/  state/  agent/  import/  export/
 
 A server node whose mount lacks the marker, or carries another's, does not join: an unmounted mount point looks like
 an empty storage otherwise.
@@ -23,7 +23,7 @@ from hdcs_tasks.hypervisor.connection import Host
 from hdcs_tasks.hypervisor.errors import libvirt_errors
 from hdcs_tasks.routing import check_name
 
-KINDS = ("images", "vms", "backups", "state", "agent", "import")
+KINDS = ("images", "vms", "backups", "state", "agent", "import", "export")
 MARKER = ".hdcs-domain-node"
 POOLS = {"images": "hdcs-images", "vms": "hdcs-vms"}
 _NAME_MAX_BYTES = 200

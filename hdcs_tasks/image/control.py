@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
+from sqlalchemy import delete as sql_delete
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from hdcs_tasks.errors import Conflict, HdcsError, Invalid, NotFound, WrongState
+from hdcs_tasks.image.control_use import uses
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed
 from hdcs_tasks.pool.control import get_domain_node
 from hdcs_tasks.routing import check_name
 from hdcs_tasks.states import ImageState
-from hdcs_tasks.store.models import DomainNode, Image, ImageCopy, Operation, Step, Vm, new_id, now
+from hdcs_tasks.store.models import DomainNode, Image, ImageCopy, ImagePublished, Operation, Step, new_id, now
 from hdcs_tasks.store.transitions import move
 
 
@@ -125,20 +127,19 @@ def _not_added(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> No
         image.deleted_at = now()
 
 
-def delete(control: Control, name: str, asked: Asked) -> Operation:
-    """Delete an image version that no VM is derived from."""
+def delete(control: Control, name: str, asked: Asked, *, force: bool = False) -> Operation:
+    """Delete an image version that nobody uses; WrongState says by whom it is used.
+
+    ``force``: also one that only backups refer to (they keep their own copy of it) or that is published.
+    """
     with control.transaction() as tx:
         if (same := tx.same_request(asked)) is not None:
             return same
         image = get_image(tx.session, name)
-        users = tx.session.scalars(select(Vm.name).where(Vm.image_id == image.id, Vm.deleted_at.is_(None))).all()
-        if users:
-            raise WrongState(
-                f"image {image.name}:{image.version} is the base of {len(users)} VMs: {', '.join(users[:5])}",
-                next="Delete them first; their disks are worthless without it",
-            )
+        _refuse_used(tx, image, force)
         parent = tx.open("image.delete", asked=asked, subject=f"{image.name}:{image.version}")
         image.deleted_at = now()
+        tx.session.execute(sql_delete(ImagePublished).where(ImagePublished.image_id == image.id))
         ready = [copy for copy in image.copies if copy.state is ImageState.READY]
         for copy in ready:
             move(copy, ImageState.DELETING)
@@ -149,6 +150,20 @@ def delete(control: Control, name: str, asked: Asked) -> Operation:
         if not ready:
             tx.finish(parent)
         return parent
+
+
+def _refuse_used(tx: Tx, image: Image, force: bool) -> None:
+    used = uses(tx.session, image)
+    if used.hard:
+        raise WrongState(
+            f"image {image.name}:{image.version} is used by {'; '.join(used.hard + used.soft)}",
+            next="Delete or refresh these VMs first: their disks are worthless without it",
+        )
+    if used.soft and not force:
+        raise WrongState(
+            f"image {image.name}:{image.version} is used by {'; '.join(used.soft)}",
+            next="Publish another version, delete the backups; or add --force (backups keep a copy of their base)",
+        )
 
 
 @on_done("image.delete_on_node")
@@ -164,12 +179,16 @@ def _not_deleted(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> 
 def list_images(control: Control) -> list[dict[str, Any]]:
     with control.store.read() as session:
         images = session.scalars(select(Image).where(Image.deleted_at.is_(None)).order_by(Image.name, Image.version))
-        return [view(image) for image in images]
+        published: dict[str, list[str]] = {}
+        for row in session.scalars(select(ImagePublished).order_by(ImagePublished.domain_node)):
+            published.setdefault(row.image_id, []).append(row.domain_node)
+        return [view(image, published.get(image.id, ())) for image in images]
 
 
-def view(image: Image) -> dict[str, Any]:
+def view(image: Image, published: Sequence[str] = ()) -> dict[str, Any]:
+    """The image as callers see it; ``published``: domain nodes where clones of its name take this version."""
     return {
         "id": image.id, "name": image.name, "version": image.version, "virtual_size_bytes": image.virtual_size_bytes,
         "sha256": image.sha256, "copies": {c.domain_node: c.state.value for c in image.copies},
-        "created_at": image.created_at.isoformat(),
+        "published": list(published), "shape": image.shape, "created_at": image.created_at.isoformat(),
     }  # fmt: skip

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from hdcs_tasks.errors import Invalid
 from hdcs_tasks.monitor.control import list_events
+from hdcs_tasks.monitor.control_alarms import list_alarms
 from hdcs_tasks.monitor.control_idle_policy import idle_s
 from hdcs_tasks.operations.control import Control
 from hdcs_tasks.operations.pages import check_page
@@ -82,7 +83,7 @@ def _row(vm: Vm, backups: Sequence[Backup], live: Operation | None) -> dict[str,
 def data_center(control: Control, profile: str | None = None) -> dict[str, Any]:
     """The sheet: ``counts`` (of desktops by state, operations, server nodes), ``domain_nodes``, ``server_nodes`` (with
     desktops running there and the name of their Celery worker), ``capacity`` for a ``profile`` (the smallest unless
-    named) and the newest ``events``. Raises NotFound for a profile there is not."""
+    named) the ``alarms`` that stand and the newest ``events``. Raises NotFound for a profile there is not."""
     shapes = [shape["name"] for shape in profiles.list_profiles(control)]
     chosen = profile or (shapes[0] if shapes else None)
     with control.store.read() as session:
@@ -106,6 +107,7 @@ def data_center(control: Control, profile: str | None = None) -> dict[str, Any]:
         "counts": {"desktops": states, "operations": operations, "server_nodes": {"up": up, "all": len(nodes)}},
         "domain_nodes": list_domain_nodes(control), "server_nodes": nodes,
         "capacity": pool_capacity.capacity(control, chosen) if chosen else None, "events": list_events(control, 12),
+        "alarms": list_alarms(control),
     }  # fmt: skip
 
 

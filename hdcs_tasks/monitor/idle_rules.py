@@ -170,7 +170,8 @@ def use_inside(look: Mapping[str, Any]) -> str:
         return f"logged in: {', '.join(users)}"
     if processes := look.get("processes"):
         return f"processes of users run: {', '.join(processes[:3])}"
-    return ""
+    # It answers, but not in time: somebody may well be there.
+    return str(look.get("says") or "not known") if look.get("unsure") else ""
 
 
 def next_rung(ladder: Sequence[Rung], vm: Desktop) -> Next | None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from hdcs_tasks.errors import Cancelled, HdcsError, NotFound
+from hdcs_tasks.errors import Cancelled, HdcsError, NotFound, Unavailable
 from hdcs_tasks.hypervisor import agent, guests
 from hdcs_tasks.hypervisor.connection import Host
 from hdcs_tasks.logs import logger
@@ -21,14 +21,17 @@ from hdcs_tasks.vm import node as vm_node
 log = logger(__name__)
 
 AT_ONCE = 8
-AGENT_S = 2
+AGENT_S = 5
+LAST_AGENT_S = 10
+"""How long an agent may take to answer before it counts as silent: on a busy server node it takes seconds."""
 
 
-def look(host: Host, vm_id: str, *, inside: bool) -> dict[str, Any]:
+def look(host: Host, vm_id: str, *, inside: bool, agent_s: int = AGENT_S) -> dict[str, Any]:
     """Who uses a guest right now: ``{vm_id, console_clients, agent, users, processes, says}``.
 
     ``users``: names of who is logged in, ``processes``: programs of people's accounts; None where the guest agent does
-    not tell, and ``says`` why. ``inside``: whether it is asked at all. Raises NotFound (no such guest), Unreachable.
+    not tell, and ``says`` why; ``unsure``: it answers, but not to this in time. ``inside``: whether it is asked at all.
+    Raises NotFound (no such guest), Unreachable.
     """
     seen = guests.info(host, vm_id)
     if seen is None or not seen.active:
@@ -41,18 +44,21 @@ def look(host: Host, vm_id: str, *, inside: bool) -> dict[str, Any]:
         return found | {"says": "it is suspended"}
     if not inside:
         return found | {"says": "its policy does not ask the guest agent"}
-    if not agent.ping(host, vm_id, AGENT_S):
+    if not agent.ping(host, vm_id, agent_s):
         return found | {"says": "the guest agent is silent; the rest decides"}
     found["agent"] = True
-    try:
-        found["users"] = sorted({user.name for user in agent.users(host, vm_id)})
-    except HdcsError as error:
-        found["says"] = f"who is logged in is not known: {error.message}"
-    try:
-        found["processes"] = agent.user_processes(host, vm_id)
-    except HdcsError as error:
-        found["says"] = f"whose processes run is not known: {error.message}"
+    found["users"] = _asked(found, "who is logged in", lambda: sorted({u.name for u in agent.users(host, vm_id)}))
+    found["processes"] = _asked(found, "whose processes run", lambda: agent.user_processes(host, vm_id))
     return found
+
+
+def _asked(found: dict[str, Any], what: str, ask: Callable[[], list[str]]) -> list[str] | None:
+    try:
+        return ask()
+    except HdcsError as error:
+        found["says"] = f"{what} is not known: {error.message}"
+        found["unsure"] = found.get("unsure") or isinstance(error, Unavailable)
+        return None
 
 
 def look_and_tell(ctx: NodeContext, wanted: Sequence[Mapping[str, Any]]) -> None:
@@ -83,7 +89,7 @@ def check_unused(run: Run, spec: dict[str, Any]) -> None:
     (an earlier attempt ended it)."""
     ctx, guard = run.ctx, spec["guard"]
     try:
-        used = use_inside(look(ctx.host(), spec["vm_id"], inside=guard["inside"]))
+        used = use_inside(look(ctx.host(), spec["vm_id"], inside=guard["inside"], agent_s=LAST_AGENT_S))
     except NotFound:
         return
     if not used:

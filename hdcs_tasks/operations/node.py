@@ -71,6 +71,10 @@ class NodeContext:
         """The process's living connection to libvirt."""
         return self.hosts.get()
 
+    def is_stopping(self) -> bool:
+        """Whether this server node's worker was told to stop, and the time its work had to end in is over."""
+        return self.settings.stopping_file.exists()
+
 
 @dataclass
 class Run:
@@ -83,9 +87,12 @@ class Run:
     holder: str
     on_progress: Callable[[str], None]
     deadline: float
+    queue: str
+    """Where its message came from, and goes when this worker stops."""
     _stopped: threading.Event = field(default_factory=threading.Event)
     _lost: bool = False
     _cancel: bool = False
+    _hand_back: bool = False
     _sent: tuple[float, float, str] = (0.0, -1.0, "")
 
     def check(self) -> None:
@@ -100,14 +107,16 @@ class Run:
         if answer != "ok" or monotonic_s() > self.deadline:
             self._lost = True
             raise ClaimLost(f"step {self.step} attempt {self.attempt} is no longer ours")
+        if self._hand_back:
+            raise Cancelled("handed back: this worker stops")
 
     def cancelled(self) -> bool:
-        """Whether long work should stop: cancelled, or the claim was lost. For callbacks; cheap."""
-        return self._cancel or self._lost
+        """Whether long work should stop: cancelled, to be handed back, or the claim was lost. For callbacks; cheap."""
+        return self._cancel or self._hand_back or self._lost
 
     def is_cancelled(self) -> bool:
-        """Whether the step is to be undone: somebody asked for that, and the claim is still ours."""
-        return self._cancel and not self._lost
+        """Whether the step is to be undone: it is cancelled or handed back, and the claim is still ours."""
+        return (self._cancel or self._hand_back) and not self._lost
 
     def progress(self, percent: float, phase: str, eta_s: float | None = None) -> None:
         """Tell how far the step is; at most about twice a second reaches Redis and Flower."""
@@ -126,6 +135,7 @@ class Run:
         ttl = self.ctx.settings.lease_ttl_s
         last = monotonic_s()
         while not wait(self._stopped, min(1.0, ttl / 6)) and monotonic_s() < self.deadline:
+            self._hand_back = self._hand_back or self.ctx.is_stopping()
             try:
                 if monotonic_s() - last > ttl / 3:
                     self._lost = not self.ctx.reservations.steps.renew(self.step, self.attempt, self.holder, ttl)
@@ -148,9 +158,12 @@ class Run:
 
 def execute(
     ctx: NodeContext, name: str, handler: Handler, on_progress: Callable[[str], None],
-    *, step: str, attempt: int, operation: str, spec: dict[str, Any],
+    *, step: str, attempt: int, operation: str, spec: dict[str, Any], queue: str,
 ) -> str:  # fmt: skip
-    """Run one message. Returns what became of it, for the log: claimed work ends as done, failed, handed or lost."""
+    """Run one message that came by ``queue``.
+
+    Returns what became of it, for the log: claimed work ends as done, failed, handed or lost.
+    """
     holder = f"{ctx.server_node}:{os.getpid()}:{random_hex(4)}"
     ttl = ctx.settings.lease_ttl_s
     answer = ctx.reservations.steps.claim(step, attempt, holder, ctx.server_node, ttl)
@@ -161,7 +174,7 @@ def execute(
     if answer is not ClaimAnswer.CLAIMED:
         log.info("message without a claim: nothing to do", step=step, attempt=attempt, answer=str(answer))
         return str(answer)
-    run = Run(ctx, step, attempt, operation, holder, on_progress, monotonic_s() + ctx.settings.step_deadline_s)
+    run = Run(ctx, step, attempt, operation, holder, on_progress, monotonic_s() + ctx.settings.step_deadline_s, queue)
     start_thread(run.renew_forever, f"lease-{step[:8]}")
     began = monotonic_s()
     log.info("step begins", step_name=name)
@@ -189,8 +202,10 @@ def _work(run: Run, name: str, handler: Handler, spec: dict[str, Any]) -> str:
         if run._lost:
             return "lost"
         # What a cancelled step fails with is its cancelling, unless nobody knows what it left behind.
-        cancelled = run._cancel and not isinstance(error, OutcomeUnknown)
-        report["error"] = (Cancelled("cancelled by request") if cancelled else error).to_dict()
+        stopped = not isinstance(error, OutcomeUnknown) and run.is_cancelled()
+        if stopped and not run._cancel:
+            return _hand_back(run, name, spec)
+        report["error"] = (Cancelled("cancelled by request") if stopped else error).to_dict()
         log.info("step failed", step=run.step, name=name, error=str(error))
     except Exception as error:  # the last line: an unforeseen error must end the step visibly
         log.exception("step failed unexpectedly", step=run.step, name=name)
@@ -223,16 +238,25 @@ def deliver(ctx: NodeContext, report: dict[str, Any], holder: str | None = None)
 
 
 def _hand_over(run: Run, name: str, to: HandOver) -> str:
-    ctx = run.ctx
-    if not ctx.reservations.steps.hand_over(run.step, run.attempt, run.holder):
+    return _pass_on(run, name, to.spec, direct_queue(run.ctx.domain_node, to.server_node), to.server_node)
+
+
+def _hand_back(run: Run, name: str, spec: dict[str, Any]) -> str:
+    """This worker stops, and what was half made is undone: who listens to the step's queue next goes on with it."""
+    log.info("work handed back", step=run.step, name=name, queue=run.queue)
+    return _pass_on(run, name, spec, run.queue, run.queue)
+
+
+def _pass_on(run: Run, name: str, spec: dict[str, Any], queue: str, to: str) -> str:
+    """Give the attempt up unworked, for whoever claims it next."""
+    if not run.ctx.reservations.steps.hand_over(run.step, run.attempt, run.holder):
         return "lost"
-    message = {"step": run.step, "attempt": run.attempt, "operation": run.operation, "spec": to.spec}
-    queue = direct_queue(ctx.domain_node, to.server_node)
+    message = {"step": run.step, "attempt": run.attempt, "operation": run.operation, "spec": spec}
     try:
-        send(ctx.celery, name, message, queue, task_id=f"{run.step}.{run.attempt}")
+        send(run.ctx.celery, name, message, queue, task_id=f"{run.step}.{run.attempt}")
     except Exception as error:  # noqa: BLE001 - as above; control sends the unclaimed attempt once more
-        log.warning("hand-over not sent", step=run.step, to=to.server_node, error=str(error))
-    return f"handed to {to.server_node}"
+        log.warning("not passed on", step=run.step, to=to, error=str(error))
+    return f"handed to {to}"
 
 
 def resend_spooled(ctx: NodeContext) -> int:

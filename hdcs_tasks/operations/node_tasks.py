@@ -29,7 +29,11 @@ def step_task(name: str, handler: Handler) -> Task[..., None]:
         def on_progress(text: str) -> None:
             self.send_event("task-progress", result=text)
 
-        execute(node_context(), name, handler, on_progress, step=step, attempt=attempt, operation=operation, spec=spec)
+        queue = str((self.request.delivery_info or {})["routing_key"])
+        execute(
+            node_context(), name, handler, on_progress, step=step, attempt=attempt, operation=operation, spec=spec,
+            queue=queue,
+        )  # fmt: skip
 
     run.__name__ = name.replace(".", "_")
     task: Task[..., None] = app.task(name=name, bind=True)(run)

@@ -53,7 +53,7 @@ class VmPolicy:
 
     ``memory_overcommit``, ``vcpu_overcommit``: of its shape only this part is claimed (2.0: half). ``node_tags``: a
     server node must have them all. ``together``: on the server node of a running VM with this tag, where there is one;
-    ``apart``: never on one. ``pin``: this server node or none.
+    ``apart``: never on one. ``pin``: this server node or none. ``disposable``: its disk may be thrown away (a refresh).
     """
 
     memory_overcommit: float = 1.0
@@ -62,6 +62,7 @@ class VmPolicy:
     together: tuple[str, ...] = ()
     apart: tuple[str, ...] = ()
     pin: str | None = None
+    disposable: bool = False
 
 
 P = TypeVar("P", PoolPolicy, NodePolicy, VmPolicy)
@@ -101,6 +102,8 @@ def _check(key: str, value: Any) -> None:
         raise Invalid(f"{key} {value!r} is not a whole number from 0")
     if key == "placement" and value not in ("spread", "pack"):
         raise Invalid(f"placement {value!r} is neither spread nor pack")
+    if key == "disposable" and not isinstance(value, bool):
+        raise Invalid(f"disposable {value!r} is neither true nor false")
     if key in ("tags", "node_tags", "together", "apart"):
         check_tags(value)
 

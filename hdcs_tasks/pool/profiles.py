@@ -21,6 +21,9 @@ BUILT_IN = (
 )
 
 
+MEMORY_MIN_MIB = 32
+
+
 def ensure_built_in(control: Control) -> None:
     """Create the built-in profiles on a data center that has none."""
     with control.transaction() as tx:
@@ -41,7 +44,7 @@ def create(
         check_name("key", disk_key)
     if not 1 <= vcpus <= 512:
         raise Invalid(f"{vcpus} vCPUs are not between 1 and 512")
-    if not 32 <= memory_mib <= 16 * 1024 * 1024:
+    if not MEMORY_MIN_MIB <= memory_mib <= 16 * 1024 * 1024:
         raise Invalid(f"{memory_mib} MiB of memory are not between 32 MiB and 16 TiB")
     if disk_bytes is not None and disk_bytes < 1024 * 1024:
         raise Invalid(f"a disk of {disk_bytes} bytes is smaller than 1 MiB")

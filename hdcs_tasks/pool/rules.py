@@ -352,7 +352,11 @@ def judge_pool(candidate: Candidate, request: HomeRequest, settings: CapacitySet
 def choose_domain_node(candidates: Sequence[Candidate], request: HomeRequest, settings: CapacitySettings) -> Choice:
     """The home of a new VM: of the pools that really fit (all ``count`` where any does), one that has the image, then
     by balance: the least loaded (``spread``; from ``FULL`` on one after the other) or the most (``pack``)."""
-    verdicts = [judge_pool(candidate, request, settings) for candidate in candidates]
+    return choose_among([judge_pool(candidate, request, settings) for candidate in candidates], request)
+
+
+def choose_among(verdicts: Sequence[PoolVerdict], request: HomeRequest) -> Choice:
+    """``choose_domain_node`` for who keeps the verdicts of pools nothing was placed in since."""
 
     def balance(load: float) -> float:
         return load if request.order == "spread" and load < FULL else 2 - load
@@ -360,9 +364,9 @@ def choose_domain_node(candidates: Sequence[Candidate], request: HomeRequest, se
     def rank(v: PoolVerdict) -> tuple[bool, bool, bool, float, str]:
         return bool(v.why), v.vms < request.count, not v.has_image, balance(v.load), v.domain_node
 
-    verdicts.sort(key=rank)
-    chosen = verdicts[0].domain_node if verdicts and not verdicts[0].why else None
-    return Choice(chosen, tuple(verdicts))
+    ranked = sorted(verdicts, key=rank)
+    chosen = ranked[0].domain_node if ranked and not ranked[0].why else None
+    return Choice(chosen, tuple(ranked))
 
 
 def split_over_pools(

@@ -1,7 +1,8 @@
 """Console port, MAC and IP of VMs on one server node, together in one call and without capacity.
 
 A start takes them with its capacity (``pool.place``). This is for whoever has settled by other means where a VM goes,
-and for many VMs at once: one script call takes those of a whole batch.
+and for many VMs at once: one script call takes those of a whole batch. A rebuild learns of IPs from claims: where
+none follows, an IP taken here is forgotten when Redis is lost.
 """
 
 from __future__ import annotations

@@ -128,11 +128,33 @@ end
 
 local mix = {}
 for v, m, w in string.gmatch(ARGV[2], '(%d+),(%d+),([%d.]+)') do
-  mix[#mix + 1] = {tonumber(v), tonumber(m), tonumber(w)}
+  mix[#mix + 1] = {tonumber(v), tonumber(m), tonumber(w), 0.1}
+end
+
+-- How many nodes to look at before the best is taken, and what a whole VM less of each profile weighs (fourth value).
+-- A pool is full for whom finds no room first, and that is mostly the largest: its last places go one by one to smaller
+-- VMs that fitted elsewhere. So while few nodes still take the largest every node is looked at, up to `careful`, and a
+-- place weighs the more, the fewer nodes have one for that profile (by memory: what a count in the pool's order can
+-- tell). While many take it there is nothing to be careful about.
+local careful = 20
+local function look_at()
+  local largest, few
+  if #mix == 0 then return 2 end  -- the order alone decides; one more, should the first be full of CPU
+  for i = 1, #mix do
+    if not largest or mix[i][2] > largest[2] then largest = mix[i] end
+  end
+  few = redis.call('ZCOUNT', pool_key, largest[2] * 65536 + largest[1], '+inf')
+  if few > careful then return 5 end
+  for i = 1, #mix do
+    local p = mix[i]
+    local nodes = p == largest and few or redis.call('ZCOUNT', pool_key, p[2] * 65536 + p[1], '+inf')
+    p[4] = 60 / math.max(1, nodes) ^ 2
+  end
+  return careful
 end
 
 -- Future VMs (weighted by the mix) that no longer fit on a node once this VM is on it. Counted in fractions, so that it
--- shows on an empty node too what wastes the scarcer resource, and a little in whole VMs, which decides near the end.
+-- shows on an empty node too what wastes the scarcer resource, and in whole VMs, which decides near the end.
 local function lost(free_vcpus, free_memory)
   local sum, vcpus_after, memory_after = 0, free_vcpus - vcpus, free_memory - memory
   for i = 1, #mix do
@@ -142,7 +164,7 @@ local function lost(free_vcpus, free_memory)
     local before_m, after_m = free_memory / m, memory_after / m
     if before_m < before then before = before_m end
     if after_m < after then after = after_m end
-    sum = sum + (before - after + 0.1 * (floor(before) - floor(after))) * p[3]
+    sum = sum + (before - after + p[4] * (floor(before) - floor(after))) * p[3]
   end
   return sum
 end
@@ -184,7 +206,7 @@ local function pick()
     if not why then return pin, facts, ip end
     return nil
   end
-  local least, offset, size = memory * 65536 + vcpus, 0, #mix > 0 and 10 or 8
+  local least, offset, size = memory * 65536 + vcpus, 0, look_at()
   while true do
     local page = order == 'spread'
       and redis.call('ZREVRANGEBYSCORE', pool_key, '+inf', least, 'WITHSCORES', 'LIMIT', offset, size)
@@ -198,7 +220,7 @@ local function pick()
       name = best_of(names, losses)
     end
     if #page < 2 * size then return nil end
-    offset = offset + size
+    offset, size = offset + size, math.max(size, 8)
   end
 end
 

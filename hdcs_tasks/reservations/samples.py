@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hdcs_tasks.reservations.link import Link
@@ -37,23 +37,15 @@ class Samples:
         self._link = link
 
     def write(self, sample: Mapping[str, Any], *, kept: int, ttl_s: float) -> None:
-        """One server node's sample, in one pipeline: ``{node, at, host, storage, guests: [{vm_id, **FIELDS}]}``."""
-        self._link.commands(self._commands(sample, kept, round(ttl_s * 1000)))
-
-    def _commands(self, sample: Mapping[str, Any], kept: int, ttl_ms: int) -> Iterator[Sequence[Value]]:
+        """One server node's sample, in one round trip: ``{node, at, host, storage, guests: [{vm_id, **FIELDS}]}``."""
         node, at = str(sample["node"]), sample["at"]
-        yield "SET", self._link.key("sample", "node", node), _encode(sample), "PX", ttl_ms
-        yield from self._push(self._link.key("sample", "host", node), {"at": at, **sample["host"]}, kept, ttl_ms)
+        keys = [self._link.key("sample", "node", node), self._link.key("sample", "host", node)]
+        rows: list[Value] = [_encode(sample), _encode({"at": at, **sample["host"]})]
         for guest in sample["guests"]:
             known = {**guest, "at": at, "node": node}
-            row = [known.get(field) for field in FIELDS]
-            yield from self._push(self._link.key("sample", "vm", guest["vm_id"]), row, kept, ttl_ms)
-
-    @staticmethod
-    def _push(key: str, value: Any, kept: int, ttl_ms: int) -> Iterator[Sequence[Value]]:
-        yield "LPUSH", key, _encode(value)
-        yield "LTRIM", key, 0, kept - 1
-        yield "PEXPIRE", key, ttl_ms
+            keys.append(self._link.key("sample", "vm", guest["vm_id"]))
+            rows.append(_encode([known.get(field) for field in FIELDS]))
+        self._link.call("sample_write", keys, kept, round(ttl_s * 1000), *rows)
 
     def node(self, name: str) -> dict[str, Any] | None:
         """The newest sample of a server node; None: none that is fresh enough."""

@@ -138,7 +138,7 @@ class Profile(Base):
 
 
 class Image(Base):
-    """One version of a disk to clone from."""
+    """One version of a disk to clone from. ``shape``: of the machine it was imported from (image/node_import.py)."""
 
     __tablename__ = "image"
     __table_args__ = (
@@ -151,6 +151,7 @@ class Image(Base):
     version: Mapped[int]
     virtual_size_bytes: Mapped[Bytes | None]
     sha256: Mapped[str | None] = mapped_column(String(64))
+    shape: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     created_at: Mapped[datetime] = mapped_column(default=now)
     deleted_at: Mapped[datetime | None]
     copies: Mapped[list[ImageCopy]] = relationship(back_populates="image", cascade="all, delete-orphan")
@@ -166,6 +167,17 @@ class ImageCopy(Base):
     state: Mapped[ImageState] = mapped_column(StateColumn(ImageState))
     file_bytes: Mapped[Bytes | None]
     image: Mapped[Image] = relationship(back_populates="copies")
+
+
+class ImagePublished(Base):
+    """The version of an image that clones of its name take in a domain node; without a row: the newest."""
+
+    __tablename__ = "image_published"
+
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    domain_node: Mapped[str] = mapped_column(ForeignKey("domain_node.name"), primary_key=True)
+    image_id: Mapped[str] = mapped_column(ForeignKey("image.id"), index=True)
+    published_at: Mapped[datetime] = mapped_column(default=now)
 
 
 class Vm(Base):

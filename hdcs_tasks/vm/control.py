@@ -22,7 +22,7 @@ from hdcs_tasks.operations.control import Asked, Control, Tx, busy
 from hdcs_tasks.operations.handlers import on_done, on_failed, on_start, plan_steps
 from hdcs_tasks.pool import rules as pool_rules
 from hdcs_tasks.pool.control import IN_POOL, get_domain_node, get_server_node
-from hdcs_tasks.pool.rooms import order_of, vm_shape, vm_terms
+from hdcs_tasks.pool.rooms import expected_mix, order_of, vm_shape, vm_terms
 from hdcs_tasks.pool.waiting import wake_waiting
 from hdcs_tasks.routing import direct_queue, quick_queue
 from hdcs_tasks.states import VM_RESTS, VmState
@@ -125,14 +125,17 @@ def guest_fields(vm: Vm) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def placing_fields(tx: Tx, vm: Vm, terms: pool_rules.Terms) -> dict[str, Any]:
+def placing_fields(tx: Tx, vm: Vm, terms: pool_rules.Terms, home: str | None = None) -> dict[str, Any]:
     """What layer two needs to know to place this VM: its claim (vCPUs, MiB with overhead), the terms it may run under,
-    the order of its domain node, and what to call it in a refusal."""
+    the order of its domain node (``home``: of the one it moves to) with the mix packing goes by, and what to call it
+    in a refusal."""
+    home = home or vm.home
+    order = order_of(tx.control, get_domain_node(tx.session, home))
     need = pool_rules.need_of(vm_shape(vm), tx.control.settings.capacity)
     return {
         "need": need._asdict(), "pin": terms.pin, "exclude": list(terms.exclude), "node_tags": list(terms.node_tags),
         "marks": list(terms.marks), "shuns": list(terms.shuns), "seeks": list(terms.together),
-        "order": order_of(tx.control, get_domain_node(tx.session, vm.home)),
+        "order": order, "mix": expected_mix(tx.control, tx.session, home) if order == "pack" else [],
         "label": label_of(vm), "hint": f"See: hdcs pool capacity {vm.profile}",
     }  # fmt: skip
 
@@ -283,7 +286,7 @@ def command(
         vm = get_vm(tx.session, name)
         check_given(tx, vm, verb)
         if vm.server_node is not None:
-            _check_reachable(tx.session, vm)
+            check_reachable(tx.session, vm)
         supersede = verb == "stop" and force and guard is None
         if supersede and (live := tx.live_operation(vm)) is not None and _same_command(live, "vm.stop"):
             return live
@@ -311,7 +314,8 @@ def check_given(tx: Tx, vm: Vm, verb: str, said: str = "") -> None:
     raise WrongState(f"VM {vm.name} is {vm.state}: it cannot {said or verb}", next=wrong_state_hint(verb, vm.state))
 
 
-def _check_reachable(session: Session, vm: Vm) -> None:
+def check_reachable(session: Session, vm: Vm) -> None:
+    """Unreachable unless the server node that holds the VM's guest is in its pool."""
     node = get_server_node(session, vm.server_node or "")
     if node.state not in IN_POOL:
         raise Unreachable(
@@ -393,7 +397,7 @@ def delete(control: Control, name: str, asked: Asked) -> Operation:
             return same
         vm = get_vm(tx.session, name)
         if vm.server_node is not None:
-            _check_reachable(tx.session, vm)
+            check_reachable(tx.session, vm)
         if (live := tx.live_operation(vm)) is not None and _same_command(live, "vm.delete"):
             return live
         request = {"was": vm.state.value, "force": True}

@@ -10,7 +10,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from hdcs_tasks.errors import HdcsError, Invalid, NoCapacity, NotFound
-from hdcs_tasks.image.control import get_image
+from hdcs_tasks.image.control_publish import versions
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed, plan_steps
 from hdcs_tasks.pool import planning
@@ -18,7 +18,7 @@ from hdcs_tasks.pool import rules as pool_rules
 from hdcs_tasks.pool.control import get_domain_node, get_server_node
 from hdcs_tasks.pool.policy import VmPolicy, changed, check_tags, read
 from hdcs_tasks.pool.rooms import candidate, disk_limit_bytes
-from hdcs_tasks.states import ImageState, VmState
+from hdcs_tasks.states import VmState
 from hdcs_tasks.store.models import DomainNode, Image, Operation, Profile, Step, Vm, new_id
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import add_start_step, forget, vm_of
@@ -98,24 +98,24 @@ def clone(control: Control, request: CloneRequest, asked: Asked) -> Operation:
     with control.transaction() as tx:
         if (same := tx.same_request(asked)) is not None:
             return same
-        names, shape, image = _check(tx, request)
+        names, shape, images = _check(tx, request)
         if request.warm_pool is None:
             check_quota(tx, request.owner, shape.amounts(len(names), request.start or request.warm))
-        warm = _take(tx, request, names, shape, image) if request.warm else []
+        warm = _take(tx, request, names, shape, images) if request.warm else []
         cold = names[len(warm) :]
         homes: list[str] = []
         choice = None
         if cold:
-            rooms = _rooms(tx, request, shape, image)
+            rooms = _rooms(tx, request, shape, images)
             homes, choice = choose_homes(control, rooms, shape, request.tags, len(cold))
         parent = None
         if len(names) > 1:
-            wanted = {"image": image.name, "count": len(names), "profile": shape.profile, "start": request.start}
+            wanted = {"image": request.image, "count": len(names), "profile": shape.profile, "start": request.start}
             subject = f"{names[0]} … {names[-1]}"
             parent = tx.open("vm.clone_many", asked=asked, subject=subject, request=wanted | {"warm": len(warm)})
-        opened = [_open_warm(tx, request, vm, pool, image, asked, parent) for vm, pool in warm]
+        opened = [_open_warm(tx, request, vm, pool, asked, parent) for vm, pool in warm]
         for name, home in zip(cold, homes, strict=True):
-            opened.append(_clone_one(tx, request, name, shape, image, home, asked, parent))
+            opened.append(_clone_one(tx, request, name, shape, images[home], home, asked, parent))
         for operation, (vm, pool) in zip(opened, warm, strict=False):
             if vm.state is VmState.RUNNING:
                 # Not before the last child is there: a parent ends with the last of those it has.
@@ -125,18 +125,18 @@ def clone(control: Control, request: CloneRequest, asked: Asked) -> Operation:
         return found
 
 
-def _take(tx: Tx, request: CloneRequest, names: Sequence[str], shape: Shape, image: Image) -> list[tuple[Vm, str]]:
+def _take(
+    tx: Tx, request: CloneRequest, names: Sequence[str], shape: Shape, images: Mapping[str, Image]
+) -> list[tuple[Vm, str]]:
     return take(
-        tx, names, image=image, profile=shape.profile, domain_node=request.domain_node, owner=request.owner,
+        tx, names, images=images, profile=shape.profile, domain_node=request.domain_node, owner=request.owner,
         tags=request.tags, rules=dict(shape.rules), ruled=bool(request.rules),
     )  # fmt: skip
 
 
-def _open_warm(
-    tx: Tx, request: CloneRequest, vm: Vm, pool: str, image: Image, asked: Asked, parent: Operation | None
-) -> Operation:
+def _open_warm(tx: Tx, request: CloneRequest, vm: Vm, pool: str, asked: Asked, parent: Operation | None) -> Operation:
     """The operation of a clone that was taken from a warm pool; saved memory is started, one that runs is done."""
-    wanted = {"image": image.id, "start": True, "profile": vm.profile, "domain_node": request.domain_node,
+    wanted = {"image": vm.image_id, "start": True, "profile": vm.profile, "domain_node": request.domain_node,
               "warm_pool": pool}  # fmt: skip
     operation = tx.open("vm.clone", asked=asked, vm=vm, parent=parent, request=wanted)
     if vm.state is VmState.SAVED:
@@ -152,8 +152,8 @@ def plan_clone(control: Control, request: CloneRequest) -> dict[str, Any]:
     """
     with control.store.read() as session:
         tx = Tx(session, control, [])
-        names, shape, image = _check(tx, request)
-        rooms = _rooms(tx, request, shape, image)
+        names, shape, images = _check(tx, request)
+        rooms = _rooms(tx, request, shape, images)
     choice = _choose(control, rooms, shape, request.tags, len(names))
     shown: dict[str, Any] = {
         "message": pool_rules.explain(choice, shape.wanted, shape.profile),
@@ -202,22 +202,23 @@ def _server_nodes(
     return found
 
 
-def _check(tx: Tx, request: CloneRequest) -> tuple[list[str], Shape, Image]:
+def _check(tx: Tx, request: CloneRequest) -> tuple[list[str], Shape, dict[str, Image]]:
+    """Names, shape, and which version of the image each domain node has for them."""
     if not isinstance(request.count, int):
         raise Invalid(f"count {request.count!r} is not a number", next="Ask for 1 VM or more")
     taken = set(tx.session.scalars(select(Vm.name).where(Vm.deleted_at.is_(None))))
     names = expand_names(request.name, request.count, taken)
     profile = get_profile(tx.session, request.profile)
-    image = get_image(tx.session, request.image)
+    images = versions(tx.session, request.image)
     if request.domain_node is not None:
         get_domain_node(tx.session, request.domain_node)
-    disk = max(profile.disk_bytes or 0, image.virtual_size_bytes or 0)
+    disk = max(profile.disk_bytes or 0, *(image.virtual_size_bytes or 0 for image in images.values()), 0)
     check_tags(request.tags)
     ruled = changed(VmPolicy, profile.rules, request.rules)
     if (pin := ruled.get("pin")) is not None:
         _check_pin(tx, request, pin)
     shape = Shape(profile.name, profile.vcpus, profile.memory_mib, disk, profile.usb, ruled, profile.disk_key)
-    return names, shape, image
+    return names, shape, images
 
 
 def _check_pin(tx: Tx, request: CloneRequest, pin: str) -> None:
@@ -229,16 +230,15 @@ def _check_pin(tx: Tx, request: CloneRequest, pin: str) -> None:
         )
 
 
-def _rooms(tx: Tx, request: CloneRequest, shape: Shape, image: Image) -> list[pool_rules.Candidate]:
+def _rooms(tx: Tx, request: CloneRequest, shape: Shape, ready: Mapping[str, Image]) -> list[pool_rules.Candidate]:
     """The domain nodes this clone may go to, as they are now."""
-    ready = {copy.domain_node for copy in image.copies if copy.state is ImageState.READY}
     wanted = [request.domain_node] if request.domain_node else sorted(ready)
     missing = [name for name in wanted if name not in ready]
     if missing or not wanted:
-        where = ", ".join(sorted(ready)) or "no domain node"
+        where, name = ", ".join(sorted(ready)) or "no domain node", request.image
         raise NotFound(
-            f"image {image.name} is not ready on {', '.join(missing) or 'any domain node'} (it is on {where})",
-            next=f"Bring it there: hdcs image add {image.name} FILE --domain-node {(missing or ['…'])[0]}",
+            f"image {name} is not ready on {', '.join(missing) or 'any domain node'} (it is on {where})",
+            next=f"Bring it there: hdcs image copy {name} {(missing or ['…'])[0]}",
         )
     return rooms_of(tx, tx.session.scalars(select(DomainNode).where(DomainNode.name.in_(wanted))).all())
 

@@ -15,8 +15,8 @@ from sqlalchemy import select
 from hdcs_tasks.errors import NotFound, WrongState
 from hdcs_tasks.image.control_copy import bring
 from hdcs_tasks.operations.control import Tx
-from hdcs_tasks.pool.control import IN_POOL, get_domain_node
-from hdcs_tasks.pool.rooms import order_of, vm_terms
+from hdcs_tasks.pool.control import IN_POOL
+from hdcs_tasks.pool.rooms import vm_terms
 from hdcs_tasks.states import VmState
 from hdcs_tasks.store.models import Image, Operation, ServerNode, Step, Vm
 from hdcs_tasks.store.transitions import move
@@ -78,8 +78,7 @@ def prepare(tx: Tx, operation: Operation, vm: Vm) -> None:
     image = image_of(tx, vm)
     home, pin = target_home(operation), operation.request["pin"]
     terms = vm_terms(vm, pin=pin, pinned=False, start=False)
-    order = order_of(tx.control, get_domain_node(tx.session, home))
-    spec = move_spec(operation, vm) | placing_fields(tx, vm, terms) | {"order": order}
+    spec = move_spec(operation, vm) | placing_fields(tx, vm, terms, home)
     spec["image"] = {"name": image.name, "version": image.version} if image is not None else None
     spec["shown"] = {"vm": vm.name, "from": operation.request["source"], "to": pin or home}
     tx.step(operation, "vm.move_prepare_on_node", home, spec, patience_s=PATIENCE_S)

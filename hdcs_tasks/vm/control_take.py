@@ -7,7 +7,7 @@ goes by it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import select, update
@@ -32,15 +32,16 @@ def top_up_soon(tx: Tx) -> None:
 
 
 def take(
-    tx: Tx, names: Sequence[str], *, image: Image, profile: str, domain_node: str | None, owner: str,
+    tx: Tx, names: Sequence[str], *, images: Mapping[str, Image], profile: str, domain_node: str | None, owner: str,
     tags: Sequence[str], rules: dict[str, Any], ruled: bool,
 ) -> list[tuple[Vm, str]]:  # fmt: skip
     """As many ready desktops as there are for ``names``, in that order, each with the pool it came from; now the
-    taker's. Those that run come before those with saved memory. ``ruled``: the request has rules of its own about where
-    they may run, which one that runs already cannot follow."""
+    taker's. ``images``: the version clones take in each domain node. Those that run come before those with saved
+    memory. ``ruled``: the request has rules of its own about where they may run, which one that runs already cannot
+    follow."""
     found: list[tuple[Vm, str]] = []
     wanted = list(names)
-    for vm in _takeable(tx, image, profile, domain_node):
+    for vm in _takeable(tx, images, profile, domain_node):
         if not wanted:
             break
         running = vm.state is VmState.RUNNING
@@ -62,14 +63,15 @@ def take(
     return found
 
 
-def _takeable(tx: Tx, image: Image, profile: str, domain_node: str | None) -> list[Vm]:
+def _takeable(tx: Tx, images: Mapping[str, Image], profile: str, domain_node: str | None) -> list[Vm]:
+    versions = {image.id for image in images.values()}
     query = select(Vm).where(
-        Vm.warm_pool.is_not(None), Vm.deleted_at.is_(None), Vm.image_id == image.id, Vm.profile == profile,
+        Vm.warm_pool.is_not(None), Vm.deleted_at.is_(None), Vm.image_id.in_(versions), Vm.profile == profile,
         (Vm.state == VmState.SAVED) | ((Vm.state == VmState.RUNNING) & Vm.ready_at.is_not(None)),
     ).order_by(Vm.state, Vm.created_at)  # fmt: skip
     if domain_node is not None:
         query = query.where(Vm.home == domain_node)
-    rows = tx.session.scalars(query).all()
+    rows = [vm for vm in tx.session.scalars(query) if vm.home in images and images[vm.home].id == vm.image_id]
     busy = busy_of(tx.session, [vm.id for vm in rows])
     return [vm for vm in rows if vm.id not in busy]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hdcs_tasks.app import app
+from hdcs_tasks.image.control_export import ExportRequest
 from hdcs_tasks.operations.control import Asked
 from hdcs_tasks.operations.control_tasks import control
 from hdcs_tasks.operations.recovery import sweep_once
@@ -14,8 +15,10 @@ from hdcs_tasks.vm import control as vm_control
 from hdcs_tasks.vm import (
     control_clone,
     control_drain,
+    control_export,
     control_migrate,
     control_rebalance,
+    control_refresh,
     control_shape,
     control_storm,
     control_warm,
@@ -157,3 +160,17 @@ def warm_sweep(period_s: float) -> None:
 def top_up_warm() -> None:
     # Under the slot of a short sweep: many that take at once make one top-up.
     sweep_once(control(), "top-up", 1.0, control_warm.warm_sweep)
+
+
+@request_task("vm.refresh")
+def refresh(vm: str, discard: bool = False, by: str = "celery", reason: str = "") -> dict[str, Any]:
+    return view(control_refresh.refresh(control(), vm, asked_by_task(by, reason), discard=discard))
+
+
+@request_task("vm.export")
+def export(
+    vm: str, path: str, format: str | None = None, compress: bool = False, force: bool = False,
+    node: str | None = None, by: str = "celery", reason: str = "",
+) -> dict[str, Any]:  # fmt: skip
+    request = ExportRequest(path, format, compress, force, node=node)
+    return view(control_export.export(control(), vm, request, asked_by_task(by, reason)))

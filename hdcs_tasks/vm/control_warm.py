@@ -1,7 +1,8 @@
 """Warm pools: desktops of an image and profile that are kept ready, so that who asks for one gets it at once.
 
 A sweep tops them up (pure plan: warm_rules.py) with ordinary clones, starts, saves and deletes. How one is taken:
-control_take.py. The image's newest version is followed: desktops of an older one are deleted and made anew.
+control_take.py. The version that clones take (published, else newest) is followed: desktops of another one are deleted
+and made anew.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from sqlalchemy.orm import Session
 from hdcs_tasks.clock import random_hex
 from hdcs_tasks.errors import Conflict, HdcsError, Invalid, NotFound
 from hdcs_tasks.image.control import get_image
+from hdcs_tasks.image.control_publish import versions
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.control import Asked, Control
 from hdcs_tasks.pool.control import get_domain_node
 from hdcs_tasks.routing import check_name
 from hdcs_tasks.states import VmState
-from hdcs_tasks.store.models import Image, Profile, Vm, WarmPool
+from hdcs_tasks.store.models import Profile, Vm, WarmPool
 from hdcs_tasks.vm import control as vms
 from hdcs_tasks.vm.control_clone import CloneRequest, clone
 from hdcs_tasks.vm.control_take import busy_of, top_up_soon
@@ -117,17 +119,22 @@ def _view(session: Session, pool: WarmPool) -> dict[str, Any]:
 
 
 def _members(session: Session, pool: WarmPool) -> list[tuple[Member, Vm]]:
-    newest = session.scalar(
-        select(Image.id).where(Image.name == pool.image, Image.deleted_at.is_(None)).order_by(Image.version.desc())
-        .limit(1)
-    )  # fmt: skip
+    current = _current(session, pool.image)
     rows = session.scalars(select(Vm).where(Vm.warm_pool == pool.name, Vm.deleted_at.is_(None)).order_by(Vm.name)).all()
     busy = busy_of(session, [vm.id for vm in rows])
     return [
-        (Member(vm.name, vm.image_id == newest and vm.profile == pool.profile, vm.state, vm.ready_at is not None,
-                vm.id in busy), vm)
+        (Member(vm.name, vm.image_id == current.get(vm.home) and vm.profile == pool.profile, vm.state,
+                vm.ready_at is not None, vm.id in busy), vm)
         for vm in rows
     ]  # fmt: skip
+
+
+def _current(session: Session, image: str) -> dict[str, str]:
+    """Domain node → id of the version that clones take there; empty where the image is no more."""
+    try:
+        return {home: found.id for home, found in versions(session, image).items()}
+    except NotFound:
+        return {}
 
 
 # --- topping up

@@ -36,7 +36,7 @@ from hdcs_tasks.hypervisor.spec import GuestSpec
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.node import HandOver, NodeContext, Run
 from hdcs_tasks.pool.identity import virt_type
-from hdcs_tasks.reservations import Placed, PlaceRequest
+from hdcs_tasks.reservations import MixEntry, Placed, PlaceRequest
 
 log = logger(__name__)
 
@@ -194,6 +194,7 @@ def place_request(run: Run, spec: dict[str, Any], vm_id: str, *, start_s: float)
     return PlaceRequest(
         run.ctx.domain_node, vm_id, run.step, spec["need"]["vcpus"], spec["need"]["memory_mib"], pin=spec["pin"],
         exclude=tuple(spec["exclude"]), order=spec["order"], tags=tuple(spec["node_tags"]), start_s=start_s,
+        mix=tuple(MixEntry(*entry) for entry in spec["mix"]),
         marks=tuple(spec["marks"]), shuns=tuple(spec["shuns"]), seeks=tuple(spec["seeks"]), label=spec["label"],
         hint=spec["hint"],
     )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hdcs_tasks.operations.node_tasks import step_task
-from hdcs_tasks.vm import node, node_migrate, node_move, node_shape
+from hdcs_tasks.vm import node, node_export, node_migrate, node_move, node_refresh, node_shape
 
 clone = step_task("vm.clone_on_node", node.clone)
 start = step_task("vm.start_on_node", node.start)
@@ -22,6 +22,9 @@ migrate_finish = step_task("vm.migrate_finish_on_node", node_migrate.finish)
 migrate_clean = step_task("vm.migrate_clean_on_node", node_migrate.clean)
 migrate_look = step_task("vm.migrate_look_on_node", node_migrate.look)
 migrate_undo = step_task("vm.migrate_undo_on_node", node_migrate.undo)
+refresh = step_task("vm.refresh_on_node", node_refresh.refresh)
+check_export = step_task("vm.check_export_on_node", node_export.check)
+export = step_task("vm.export_on_node", node_export.export)
 move_prepare = step_task("vm.move_prepare_on_node", node_move.prepare)
 move = step_task("vm.move_on_node", node_move.perform)
 move_finish = step_task("vm.move_finish_on_node", node_move.finish)

@@ -79,6 +79,8 @@ _OTHERS = {
     "migrate": MOVABLE,
     "grow": frozenset({_S.RUNNING, _S.SUSPENDED, _S.STOPPED}),
     "backup": frozenset({_S.RUNNING, _S.SUSPENDED, _S.STOPPED}),
+    "export": frozenset({_S.RUNNING, _S.SUSPENDED, _S.STOPPED}),
+    "refresh": frozenset({_S.STOPPED}),
     "delete": frozenset(_S) - {_S.DELETED, _S.DELETING},
 }
 
@@ -94,6 +96,8 @@ def given_in(verb: str) -> frozenset[VmState]:
 def wrong_state_hint(verb: str, state: VmState) -> str:
     """What to do instead, for a command given in the wrong state."""
     hints = {
+        ("refresh", _S.RUNNING): "Stop it first: hdcs vm stop",
+        ("export", _S.SAVED): "Bring it back first: hdcs vm restore",
         ("stop", _S.STOPPED): "There is nothing to stop",
         ("stop", _S.SAVED): "It does not run: start it from its saved memory (hdcs vm restore) or delete it",
         ("start", _S.RUNNING): "There is nothing to start",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.bench.report import report
 
-NAMES = ("backup", "boot_storm", "dispatch", "placement", "rebalance", "reservations")
+NAMES = ("backup", "boot_storm", "dispatch", "migrate", "placement", "rebalance", "reservations", "sweep")
 
 
 def main() -> int:

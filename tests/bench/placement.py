@@ -14,19 +14,28 @@ The sum-of-resources bound: how many of the stream fit if all nodes were one. It
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import perf_counter
-from typing import Any
 
 from hdcs_tasks.config import CapacitySettings
 from hdcs_tasks.errors import NoCapacity
-from hdcs_tasks.pool.rules import Candidate, Free, HomeRequest, NodeRoom, Shape, choose_domain_node, n_plus_one
+from hdcs_tasks.pool.rules import (
+    Candidate,
+    Free,
+    HomeRequest,
+    NodeRoom,
+    PoolVerdict,
+    Shape,
+    choose_among,
+    judge_pool,
+    n_plus_one,
+)
 from hdcs_tasks.reservations import MixEntry, PlaceRequest, PoolNode, Reservations
 from hdcs_tasks.reservations.link import connect
+from tests.bench.placement_files import BadFileError, Server, Vm, read_files
 from tests.bench.report import Figure, judged, rates, say
 from tests.services import redis_server
 
@@ -36,7 +45,6 @@ SERVERS = [(32, 65536), (64, 65536), (48, 131072), (96, 131072)]
 NO_OVERHEAD = CapacitySettings.model_validate(
     {"overhead_mib": 0, "overhead_per_vcpu_mib": 0, "overhead_graphics_mib": 0, "overhead_ratio": 0}
 )
-Vm = tuple[int, int]  # vCPU, MiB
 
 # The bare script: best fit on a sorted set in pages of 8, claim keyed by request. What any placement in Redis costs.
 BARE = """
@@ -58,14 +66,6 @@ end
 """
 
 
-@dataclass(frozen=True)
-class Server:
-    name: str
-    group: str
-    vcpus: int
-    memory_mib: int
-
-
 class Mix:
     """The mix of VMs seen so far in the stream: what control knows from its record, no look ahead."""
 
@@ -85,26 +85,31 @@ class Mix:
 
 
 class LayerOne:
-    """The control plane's picture of all pools, kept from placements, and ``choose_domain_node`` on it."""
+    """The control plane's picture of all pools, kept from placements, and layer one's choice on it. A pool in which
+    nothing was placed since is not judged again."""
 
     def __init__(self, servers: Sequence[Server]) -> None:
         self._rooms: dict[str, dict[str, NodeRoom]] = {}
         for s in servers:
             free = Free(s.vcpus, s.memory_mib)
             self._rooms.setdefault(s.group, {})[s.name] = NodeRoom(s.name, free, max(1, s.vcpus), max(1, s.memory_mib))
-        self._candidates = {g: Candidate(g, tuple(rooms.values())) for g, rooms in self._rooms.items()}
+        self._verdicts: dict[str, dict[Vm, PoolVerdict]] = {g: {} for g in self._rooms}
 
     def choose(self, vm: Vm) -> str | None:
         if len(self._rooms) == 1:
             return next(iter(self._rooms))
-        return choose_domain_node(list(self._candidates.values()), HomeRequest(Shape(*vm)), NO_OVERHEAD).domain_node
+        request = HomeRequest(Shape(*vm))
+        for group, known in self._verdicts.items():
+            if vm not in known:
+                candidate = Candidate(group, tuple(self._rooms[group].values()))
+                known[vm] = judge_pool(candidate, request, NO_OVERHEAD)
+        return choose_among([known[vm] for known in self._verdicts.values()], request).domain_node
 
     def placed(self, group: str, name: str, vm: Vm) -> None:
         rooms = self._rooms[group]
         free = rooms[name].free
         rooms[name] = replace(rooms[name], free=Free(free.vcpus - vm[0], free.memory_mib - vm[1]))
-        if len(self._rooms) > 1:
-            self._candidates[group] = Candidate(group, tuple(rooms.values()))
+        self._verdicts[group].clear()
 
 
 def fresh(reservations: Reservations, servers: Sequence[Server]) -> None:
@@ -242,39 +247,32 @@ def two_layers(reservations: Reservations, first_seed: int, seeds: int) -> Figur
     return Figure("two_layer_loss", round(loss, 3), "points", flat_percent, None, "value <= 0.5", loss <= 0.5)
 
 
-def read_files(options: argparse.Namespace) -> tuple[list[Server], list[Vm]]:
-    nodes: list[dict[str, Any]] = json.loads(options.cluster.read_text())["nodes"]
-    requests: list[dict[str, Any]] = json.loads(options.requests.read_text())["requests"]
-    groups: dict[str, str] = {}
-    servers = []
-    for i, n in enumerate(nodes):  # names of our own: a file may use any characters
-        group = groups.setdefault(str(n.get("group") or ""), f"pool{len(groups)}")
-        # Overcommitted already is full, not a debt of the others.
-        vcpus = max(0, int(n["vcpus"]) - int(n.get("used_vcpus", 0)))
-        memory = max(0, int(n["memory_mib"]) - int(n.get("used_memory_mib", 0)))
-        servers.append(Server(f"n{i}", group, vcpus, memory))
-    return servers, [(int(r["vcpus"]), int(r["memory_mib"])) for r in requests]
-
-
 def unseen(reservations: Reservations, servers: Sequence[Server], vms: Sequence[Vm]) -> list[Figure]:
     placed, seconds = stream(reservations, servers, vms)
     plain, _ = stream(reservations, servers, vms, aware=False)
     most = bound(servers, vms)
+    asked = min(len(vms), placed + 1)
     return [
         Figure("vms_placed", placed, "VMs", most, round(placed / most, 4) if most else None),
         Figure("bound", most, "VMs"),
         Figure("best_fit_placed", plain, "VMs", most, round(plain / most, 4) if most else None),
-        Figure("decisions_per_s", round((placed + 1) / seconds, 1), "per s"),
+        Figure("decisions_per_s", round(asked / seconds, 1) if asked else 0.0, "per s"),
     ]
 
 
 def run(options: argparse.Namespace) -> list[Figure]:
+    given: tuple[list[Server], list[Vm]] = ([], [])
+    if options.cluster or options.requests:
+        if not (options.cluster and options.requests):
+            raise SystemExit("placement: give both --cluster and --requests")
+        try:
+            given = read_files(options.cluster, options.requests)
+        except BadFileError as error:
+            raise SystemExit(f"placement: {error}") from None
     with redis_server() as server:
         reservations = Reservations(connect(server.url))
         if options.cluster or options.requests:
-            if not (options.cluster and options.requests):
-                raise SystemExit("placement: give both --cluster and --requests")
-            return unseen(reservations, *read_files(options))
+            return unseen(reservations, *given)
         rounds, seeds = (15, 10) if options.quick else (60, 10)
         figures = [f for nodes in (10, 100, 1000) for f in rate(reservations, nodes, rounds)]
         say("rates done")

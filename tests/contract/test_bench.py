@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.bench.dispatch import NOBODY, Dispatch
+from tests.bench.placement_files import BadFileError, read_files
 from tests.bench.report import judged, rates
 from tests.services import RedisServer
 
@@ -34,6 +36,11 @@ CLUSTERS: dict[str, tuple[list[dict[str, Any]], tuple[int, int], int, int]] = {
     "huge and tiny": ([node("a", 512, 8388608), node("b", 1, 64)], (1, 64), 1000, 513),
     "all fit": ([node("a", 8, 8192)], (2, 512), 3, 3),
     "no node": ([], (1, 1), 3, 0),
+    "nothing asked": ([node("a", 8, 8192)], (1, 1), 0, 0),
+    "no memory": ([node("a", 8, 0), node("b", 0, 8192)], (1, 1), 3, 0),
+    "many groups": ([node(f"n{i}", 2, 2048, group=f"g{i}") for i in range(120)], (1, 1024), 300, 240),
+    "wide": ([node("a", 100_000, 2**30)], (70_000, 1024), 3, 0),
+    "a thousand": ([node(f"n{i}", 1 + i % 3, 4096, group=f"g{i % 4}") for i in range(1000)], (3, 1024), 400, 333),
 }  # fmt: skip
 
 
@@ -54,7 +61,37 @@ def test_a_cluster_from_a_file(kind: str, tmp_path: Path) -> None:
     assert found["bench"] == "placement"
     assert figures["vms_placed"]["value"] == fit
     assert figures["bound"]["value"] >= fit
-    assert figures["decisions_per_s"]["value"] > 0
+    assert figures["decisions_per_s"]["value"] > 0 or not asked
+
+
+BAD = {
+    "not JSON": ("{", "is not JSON"),
+    "no list": ('{"servers": []}', 'has no list "nodes"'),
+    "a list": ("[1]", 'has no list "nodes"'),
+    "not an object": ('{"nodes": [3]}', "nodes[0] is 3"),
+    "no memory": ('{"nodes": [{"vcpus": 1}]}', "nodes[0] has no memory_mib"),
+    "text": ('{"nodes": [{"vcpus": "2", "memory_mib": 3}]}', "vcpus is '2'"),
+    "less than nothing": ('{"nodes": [{"vcpus": 1, "memory_mib": 3, "used_vcpus": -1}]}', "used_vcpus is -1"),
+    "half": ('{"nodes": [{"vcpus": 1.5, "memory_mib": 3}]}', "vcpus is 1.5"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_file_is_told_as_such(kind: str, tmp_path: Path) -> None:
+    text, says = BAD[kind]
+    (tmp_path / "cluster.json").write_text(text)
+    (tmp_path / "requests.json").write_text('{"requests": []}')
+    with pytest.raises(BadFileError, match=re.escape(says)):
+        read_files(tmp_path / "cluster.json", tmp_path / "requests.json")
+
+
+def test_bad_requests_and_a_missing_file_are_told_as_such(tmp_path: Path) -> None:
+    (tmp_path / "cluster.json").write_text('{"nodes": []}')
+    with pytest.raises(BadFileError, match="No such file"):
+        read_files(tmp_path / "cluster.json", tmp_path / "requests.json")
+    (tmp_path / "requests.json").write_text('{"requests": [{"vcpus": 0, "memory_mib": 1}]}')
+    with pytest.raises(BadFileError, match=re.escape("requests[0]: vcpus is 0, not a whole number of at least 1")):
+        read_files(tmp_path / "cluster.json", tmp_path / "requests.json")
 
 
 def test_a_fan_out_is_complete(redis_service: RedisServer, tmp_path: Path) -> None:

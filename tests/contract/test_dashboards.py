@@ -20,8 +20,10 @@ from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 
 from hdcs_tasks.operations.control import Asked
-from hdcs_tasks.states import BackupState, VmState
-from hdcs_tasks.store.models import Backup, Profile, Vm, now
+from hdcs_tasks.reservations import PoolNode
+from hdcs_tasks.states import AlarmState, BackupState, VmState
+from hdcs_tasks.store.models import Backup, DomainNode, Profile, ServerNode, Vm, now
+from hdcs_tasks.store.models_watch import Alarm
 from tests.browser import chromium, picture
 from tests.contract.test_operations_workers import Center, center, eventually  # noqa: F401 - center is a fixture
 from tests.contract.test_store import vm_row
@@ -103,7 +105,18 @@ def flower(center: Center) -> Iterator[Flower]:  # noqa: F811
 
 
 def add_desktops(center: Center, count: int = 20) -> None:  # noqa: F811
+    pool = center.control.reservations.pool
+    pool.put_node("east", PoolNode("node1", 64, 96 * 1024, "10.0.0.0/22"))
+    center.control.reservations.ports.set_range("east", 20000, 20999)
     with center.control.store.session() as session:
+        east = session.get_one(DomainNode, "east")
+        east.storage_total_bytes, east.storage_free_bytes = 4 << 40, 3 << 40
+        session.get_one(ServerNode, "node1").vcpus, session.get_one(ServerNode, "node1").memory_mib = 96, 128 * 1024
+        session.get_one(ServerNode, "node1").observed_at = now()
+        session.add(Alarm(
+            kind="backup.overdue", subject="desk-007", severity="warning", state=AlarmState.RAISED,
+            message=f"no backup of desk-007 by {EVIL} for 3 d", next="hdcs backup create desk-007", raised_at=now(),
+        ))  # fmt: skip
         session.add(Profile(name="small", vcpus=1, memory_mib=2048))
         for number in range(1, count + 1):
             runs = number % 3 != 0
@@ -151,6 +164,7 @@ def test_flower_refuses_strangers_and_shows_the_record_to_those_who_log_in(
     flower.open("/data-center")
     picture(flower.browser, "data-center")
     assert "east" in flower.text() and "node1" in flower.text() and "Desktops running" in flower.text()
+    assert f"no backup of desk-007 by {EVIL} for 3 d" in flower.text() and flower.browser.title != "taken"
     flower.follow("Desktops")
     assert flower.browser.current_url.endswith("/desktops") and flower.browser.find_elements(By.ID, "hdcs-table")
 

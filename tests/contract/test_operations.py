@@ -107,7 +107,7 @@ class Desk:
                 simple.close()
 
     def work(self, message: dict[str, Any], handler: Handler, node: str = "node1") -> str:
-        return execute(self.nodes[node], "test.work", handler, lambda _: None, **message)
+        return execute(self.nodes[node], "test.work", handler, lambda _: None, queue="east", **message)
 
     def settle_all(self) -> int:
         reports = [message["report"] for message in self.messages("control")]

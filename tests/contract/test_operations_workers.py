@@ -206,3 +206,29 @@ def test_a_message_from_before_the_wipe_does_nothing(center: Center) -> None:
     operation = center.ask(wait=False)
     eventually(lambda: center.done(operation), 20, "done")
     assert [n["step"] for n in center.notes("begin")] == [center.step_of(operation).id]
+
+
+def test_a_worker_that_stops_hands_its_work_back(center: Center) -> None:
+    """What does not end in its time is undone and goes to whoever comes next, as the same attempt."""
+    operation = center.ask(wait=True)
+    eventually(lambda: len(center.notes("begin")) == 1, 20, "begun")
+    with center.worker("node", "east@node2", "east2", "prefork") as leaving:
+        with center.control.transaction() as tx:
+            other = tx.open("test.one", asked=Asked())
+            tx.step(other, "test.work", "east2", {"log": str(center.log), "until": str(center.go)})
+        eventually(lambda: len(center.notes("begin", other.id)) == 1, 20, "begun on the second worker")
+        leaving.terminate()
+        time.sleep(1.0)
+        assert leaving.poll() is None, "running work may go on for its time"
+        center.settings.state_dir.mkdir(parents=True, exist_ok=True)
+        center.settings.stopping_file.touch()
+        leaving.wait(20)
+    center.settings.stopping_file.unlink()
+    assert len(center.notes("end", other.id)) == 1
+    assert center.notes("effect", other.id) == []
+    center.go.touch()
+    with center.worker("node", "east@node2", "east2", "prefork"):
+        eventually(lambda: center.done(other.id), 30, "done by whoever came next")
+    assert center.step_of(other.id).attempt == 1
+    assert len(center.notes("effect", other.id)) == 1
+    center.sweep_until(lambda: center.done(operation), 60, "the other worker's is done, too")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -603,3 +604,14 @@ def test_a_subnet_that_changes_gives_only_its_own_addresses(reservations: Reserv
     assert pool.nodes("east")[0].free_ips == 12
     ips = {pool.place(PlaceRequest("east", f"b{i}", "s", 1, 1)).ip for i in range(6)}
     assert len(ips) == 6 and first.ip not in ips
+
+
+def test_packing_keeps_the_last_places_of_the_largest(reservations: Reservations) -> None:
+    """Both nodes take the small VM; on the tighter one it would cost a large one its last place but one."""
+    mix = (MixEntry(1, 1000, 0.9), MixEntry(2, 4000, 0.1))
+    reservations.pool.put_node("east", PoolNode("tight", 8, 4100))
+    reservations.pool.put_node("east", PoolNode("odd", 8, 7900))  # one large and 3,900 that no large one can use
+    asked = PlaceRequest("east", "a", "s", 1, 1000, console_port=False, ip=False)
+    assert reservations.pool.place(asked).node == "tight"
+    reservations.pool.release("east", "a", "tight", 0)
+    assert reservations.pool.place(replace(asked, mix=mix)).node == "odd"

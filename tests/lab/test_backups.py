@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,8 @@ def kill_worker(center: Center, node: str) -> None:
     center.pids.pop(node)
     for pid, line in center.lab.space(node).processes():
         if "workers." in line or "hdcs-node" in line or "celery" in line:
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it ended with the one before
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_a_full_disk_in_mid_backup_leaves_nothing(desk: Desk) -> None:

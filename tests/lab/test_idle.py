@@ -22,6 +22,8 @@ from tests.services import Missing, require
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(600)]
 
 WARN_S, STOP_S = 6.0, 12.0
+CPU_PERCENT = 5.0
+"""Far above an idle guest, and what a busy machine leaves to a busy one is no more."""
 SYSTEM_PYTHON = "/usr/bin/python3"
 CLIENT = Path(__file__).with_name("spice_client.py")
 DESKS = ("user", "watched", "busy", "idle", "mute")
@@ -86,7 +88,7 @@ def test_who_is_used_is_never_taken_and_who_is_not_is(center: Center) -> None:
     in_guest(center, "mute", "(sleep 1; kill -STOP $(pidof qemu-ga)) >/dev/null 2>&1 &")
     port = cloud.vms[name_of("idle")].show()["port"]
     with console_client(center, "watched") as secrets:
-        cloud.idle.create("lab", warn=WARN_S, stop=STOP_S)
+        cloud.idle.create("lab", warn=WARN_S, stop=STOP_S, cpu_percent=CPU_PERCENT)
         for what in ("idle", "mute"):
             wait_for(f"{what} to be taken", lambda what=what: _state(center, what) == "stopped", 150)
         # Both had the whole time, and the others had as long.
@@ -120,7 +122,7 @@ def test_in_the_last_second_its_server_node_looks_again(center: Center) -> None:
     """As if the look before had found nobody: the step itself must leave the desktop alone."""
     control = center.cloud.control
     for what, word in (("user", "anna"), ("busy", "CPU")):
-        guard = {"policy": "lab", "inside": True, "limits": {"cpu_percent": 20}, "rung": "suspend"}
+        guard = {"policy": "lab", "inside": True, "limits": {"cpu_percent": CPU_PERCENT}, "rung": "suspend"}
         asked = vm_control.command(control, "suspend", name_of(what), Asked(by="idle policy lab"), guard=guard)
         with pytest.raises(Cancelled, match=word):
             center.cloud.operations[asked.id].result(timeout_s=60)

@@ -134,6 +134,20 @@ def test_live_inside_a_domain_node(moves: Center, desk: Desk) -> None:
     whole(moves)
 
 
+def test_by_post_copy_and_back_suspended(moves: Center, desk: Desk) -> None:
+    done = desk.vm.migrate(postcopy=True).result(timeout_s=LONG_S)
+    assert done["to"] == desk.vm.show()["server_node"]
+    desk.check()
+    desk.vm.suspend().result(timeout_s=LONG_S)
+    count = desk.count
+    back = desk.vm.migrate(to=done["from"]).result(timeout_s=LONG_S)
+    assert (back["to"], desk.vm.show()["state"]) == (done["from"], "suspended")
+    desk.vm.resume().result(timeout_s=LONG_S)
+    desk.check()
+    assert desk.count >= count
+    whole(moves)
+
+
 def test_saved_inside_a_domain_node(moves: Center, desk: Desk) -> None:
     before = desk.vm.show()
     done = desk.vm.migrate(live=False).result(timeout_s=LONG_S)

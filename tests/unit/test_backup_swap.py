@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from hdcs_tasks.backup.node_restore import _swap
-from hdcs_tasks.errors import BackupBroken, HypervisorRefused
+from hdcs_tasks.errors import HypervisorRefused
 from hdcs_tasks.hypervisor.bitmaps import ensure_seed
+from hdcs_tasks.vm.node_swap import swap
 
 
 class Folder:
@@ -43,7 +43,7 @@ def folder(tmp_path: Path) -> Folder:
 
 
 def test_the_restored_disk_takes_the_name(folder: Folder) -> None:
-    _swap(folder.disk, folder.fresh, folder.old)
+    swap(folder.disk, folder.fresh, folder.old)
     assert folder.shows(2)
     assert folder.names() == ["disk0.qcow2"]
 
@@ -51,12 +51,12 @@ def test_the_restored_disk_takes_the_name(folder: Folder) -> None:
 def test_a_swap_that_died_before_or_after_the_rename_is_ended(folder: Folder) -> None:
     assert folder.shows(1), "before: the current disk is whole, under both its names"
     os.replace(folder.fresh, folder.disk)  # the worker dies right after this
-    _swap(folder.disk, folder.fresh, folder.old)
+    swap(folder.disk, folder.fresh, folder.old)
     assert folder.shows(2)
     assert folder.names() == ["disk0.qcow2"]
 
 
-@pytest.mark.parametrize(("damage", "error"), [("no seed", BackupBroken), ("no image", HypervisorRefused)])
+@pytest.mark.parametrize(("damage", "error"), [("no seed", HypervisorRefused), ("no image", HypervisorRefused)])
 def test_a_restored_disk_that_is_not_good_is_put_away_again(
     folder: Folder, damage: str, error: type[Exception]
 ) -> None:
@@ -65,6 +65,6 @@ def test_a_restored_disk_that_is_not_good_is_put_away_again(
     else:
         folder.fresh.write_bytes(b"garbage")
     with pytest.raises(error):
-        _swap(folder.disk, folder.fresh, folder.old)
+        swap(folder.disk, folder.fresh, folder.old)
     assert folder.shows(1), "the current disk is back"
     assert folder.names() == ["disk0.qcow2"]

@@ -128,7 +128,7 @@ def test_what_counts_as_use(more: dict[str, Any], word: str) -> None:
 @pytest.mark.parametrize(("look", "word"), [
     ({"users": [], "processes": []}, ""), ({"users": None, "processes": None, "says": "silent"}, ""),
     ({"users": ["anna"]}, "logged in: anna"), ({"users": [], "processes": ["firefox"]}, "firefox"),
-    ({"console_clients": 1}, "console"),
+    ({"console_clients": 1}, "console"), ({"users": None, "unsure": True, "says": "not known: slow"}, "slow"),
 ])  # fmt: skip
 def test_what_is_seen_inside(look: dict[str, Any], word: str) -> None:
     used = use_inside(look)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import libvirt
 import pytest
 
+from hdcs_tasks.config import Settings
 from hdcs_tasks.errors import Invalid
+from hdcs_tasks.hypervisor.connection import peer_uri
+from hdcs_tasks.hypervisor.migration import _flags
 from hdcs_tasks.hypervisor.whereabouts import Presence, Whereabouts
 from hdcs_tasks.states import VmState
+from hdcs_tasks.vm import node_migrate
 from hdcs_tasks.vm.move_rules import MoveOptions, Shelf, Way, choose_shelf, may_begin, way_of
 
 A, R, P, S, U = Presence.ABSENT, Presence.RUNNING, Presence.PAUSED, Presence.SHUTOFF, Presence.UNKNOWN
@@ -61,3 +69,15 @@ def test_how_many_moves_begin() -> None:
 )  # fmt: skip
 def test_who_holds_the_guest(source: Presence, target: Presence, held_by: str) -> None:
     assert Whereabouts(source, target).held_by == held_by
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_where_tls_is_set_up_everything_goes_by_it(tls: bool) -> None:
+    run: Any = SimpleNamespace(
+        ctx=SimpleNamespace(settings=Settings(migrate_tls=tls)), progress=None, cancelled=None
+    )  # fmt: skip
+    spec = {"target": {"address": "fd00::7"}, "options": MoveOptions(bandwidth_mib_s=9).to_dict()}
+    told = node_migrate.terms(run, spec)
+    assert told["target_uri"] == f"qemu+{'tls' if tls else 'tcp'}://[fd00::7]/system" == peer_uri("fd00::7", tls=tls)
+    assert (told["tls"], told["bandwidth_mib_s"], told["auto_converge"]) == (tls, 9, True)
+    assert bool(_flags(True, False, told["tls"]) & libvirt.VIR_MIGRATE_TLS) is tls

@@ -392,6 +392,15 @@
         });
     }
 
+    function alarms(seen) {
+        return seen.alarms.map(function (alarm) {
+            var known = alarm.acknowledged_by ? sub('acknowledged by ' + alarm.acknowledged_by +
+                (alarm.note ? ': ' + alarm.note : '')) : '';
+            return [ago(alarm.raised_at), badge(alarm.severity), [alarm.kind, sub(alarm.subject)],
+                [alarm.message, alarm.next ? sub(alarm.next) : '', known]];
+        });
+    }
+
     function events(seen) {
         return seen.events.map(function (event) {
             return [ago(event.at), event.kind, event.subject, event.message];
@@ -410,7 +419,7 @@
             metric('More desktops fit', room ? room.vms : '—', room ? 'of profile ' + room.profile + '; with a server ' +
                 'node kept free: ' + room.n_plus_one : 'no profile', ''),
             metric('Operations at work', counts.operations.live, counts.operations.operator ?
-                counts.operations.operator + ' need an operator' : 'none needs an operator',
+                counts.operations.operator + ' failed and need an operator' : 'none needs an operator',
                 counts.operations.operator ? 'danger' : 'active')
         ]);
     }
@@ -421,6 +430,8 @@
         }, function (seen, look) {
             return [
                 summary(seen),
+                card('Alarms', rows([['Since'], ['Severity'], ['What'], ['Message and what next']], alarms(seen),
+                    'No alarm stands.')),
                 card(['Domain nodes and server nodes; what fits of profile', profiles(seen, look)], rows(
                     [['Node'], ['State'], ['Desktops', 'hdcs-number'], ['vCPUs'], ['Memory'], ['More fit', 'hdcs-number'],
                         ['Seen']], nodeRows(seen), 'There is no domain node yet. Make one: hdcs domain create NAME')),

@@ -192,7 +192,7 @@ class Node:
     def _handle(self, process: Process, name: str, message: dict[str, Any]) -> None:
         ctx, kernel = self.context(process), self.center.kernel
         if name in STEPS:
-            became = execute(ctx, name, STEPS[name], lambda text: None, **message)
+            became = execute(ctx, name, STEPS[name], lambda text: None, queue=ctx.domain_node, **message)
             kernel.tell(f"{ctx.server_node}: {name} attempt {message['attempt']}: {became}")
         elif name == "pool.report_on_node":
             pool_node.report(ctx, **message)

@@ -421,7 +421,7 @@ def rooms(world: World) -> Iterator[None]:
     from hdcs_tasks.vm import node as vm_node
     from hdcs_tasks.vm import node_migrate
 
-    nothing = lambda *_: None  # noqa: E731
+    nothing = lambda *_, **__: None  # noqa: E731
     with ExitStack() as stack:
         for room in (vm_node, node_migrate, pool_node, monitor_node):
             for name, stand_in in (

@@ -49,6 +49,7 @@ def upgrade() -> None:
         sa.Column("version", sa.Integer(), nullable=False),
         sa.Column("virtual_size_bytes", sa.BigInteger(), nullable=True),
         sa.Column("sha256", sa.String(length=64), nullable=True),
+        sa.Column("shape", sa.JSON(), nullable=True),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("deleted_at", sa.DateTime(timezone=True), nullable=True),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_image")),
@@ -160,6 +161,17 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["image_id"], ["image.id"], name=op.f("fk_image_copy_image_id")),
         sa.PrimaryKeyConstraint("image_id", "domain_node", name=op.f("pk_image_copy")),
     )
+    op.create_table(
+        "image_published",
+        sa.Column("name", sa.String(length=63), nullable=False),
+        sa.Column("domain_node", sa.String(length=63), nullable=False),
+        sa.Column("image_id", sa.String(length=36), nullable=False),
+        sa.Column("published_at", sa.DateTime(timezone=True), nullable=False),
+        sa.ForeignKeyConstraint(["domain_node"], ["domain_node.name"], name=op.f("fk_image_published_domain_node")),
+        sa.ForeignKeyConstraint(["image_id"], ["image.id"], name=op.f("fk_image_published_image_id")),
+        sa.PrimaryKeyConstraint("name", "domain_node", name=op.f("pk_image_published")),
+    )
+    op.create_index(op.f("ix_image_published_image_id"), "image_published", ["image_id"], unique=False)
     op.create_table(
         "server_node",
         sa.Column("name", sa.String(length=63), nullable=False),
@@ -442,6 +454,8 @@ def downgrade() -> None:
     op.drop_table("vm")
     op.drop_index(op.f("ix_server_node_domain_node"), table_name="server_node")
     op.drop_table("server_node")
+    op.drop_index(op.f("ix_image_published_image_id"), table_name="image_published")
+    op.drop_table("image_published")
     op.drop_table("image_copy")
     op.drop_table("warm_pool")
     op.drop_table("storm")

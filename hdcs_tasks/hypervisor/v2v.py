@@ -1,0 +1,49 @@
+"""virt-v2v: gives a guest of another hypervisor the drivers it needs here (virtio disk and network, SPICE).
+
+It boots a small appliance to look into the disk, so it is slow, large, and not everywhere installed.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from hdcs_tasks.errors import HypervisorRefused, Invalid
+from hdcs_tasks.hypervisor.conversion import Watch
+from hdcs_tasks.hypervisor.processes import run
+
+_STEP = re.compile(r"[^a-z0-9-]")
+
+
+def require(server_node: str) -> str:
+    """The program's path. Raises Invalid in clear words where it is not installed."""
+    found = shutil.which("virt-v2v")
+    if found is None:
+        raise Invalid(
+            f"virt-v2v is not installed on {server_node}: drivers cannot be converted",
+            next="Install it there (apt install virt-v2v; for Windows also virtio-win's drivers in "
+            "/usr/share/virtio-win), or import without --drivers and install virtio drivers before",
+        )
+    return found
+
+
+def arguments(program: str, disk: Path, folder: Path, name: str) -> list[str]:
+    """The call: ``disk`` is a qcow2 of ours, so that virt-v2v has no format to guess and no file to follow."""
+    return [
+        program, "-i", "disk", "-if", "qcow2", str(disk), "-o", "local", "-os", str(folder), "-of", "qcow2",
+        "-on", _STEP.sub("-", name.lower()), "--quiet",
+    ]  # fmt: skip
+
+
+def convert(server_node: str, disk: Path, folder: Path, name: str, watch: Watch) -> Path:
+    """Convert ``disk`` (qcow2, left alone) into a new qcow2 in ``folder`` (empty); returns it. Raises
+    HypervisorRefused (it could not: what virt-v2v says), Invalid (not installed), Cancelled, Unavailable."""
+    argv = arguments(require(server_node), disk, folder, name)
+    run(argv, timeout_s=watch.timeout_s, cancelled=watch.stop)
+    made = [path for path in sorted(folder.iterdir()) if path.suffix != ".xml"]
+    if len(made) != 1:
+        raise HypervisorRefused(
+            f"virt-v2v made {len(made)} disks out of one", next="Import without --drivers, and look at its log"
+        )
+    return made[0]
