@@ -31,6 +31,10 @@ LEAST_APART_S = 0.5
 """Rates between samples closer together would be noise."""
 
 
+looked_at: dict[str, float] = {}
+"""When idle reclamation last looked into a guest, by this process: the guest worked for that, not for a user."""
+
+
 @dataclass(frozen=True)
 class _Seen:
     """A guest as the sample before saw it."""
@@ -65,6 +69,8 @@ class Sampler:
         with self._lock:
             guests_seen = [self._guest(guest, at, port, clients.get(port, 0)) for guest, port in ports]
             self._seen = {guest.vm_id: _seen(guest, at) for guest, _ in ports}
+            for gone in looked_at.keys() - self._seen.keys():
+                looked_at.pop(gone, None)
             return {"node": node, "at": at, "host": self._host_facts(at), "guests": guests_seen}
 
     def _console_ports(self, host: Host, found: list[GuestSample]) -> list[tuple[GuestSample, int]]:
@@ -93,6 +99,7 @@ class Sampler:
             "vm_id": guest.vm_id, "state": guest.state, "cpu_percent": cpu, "console_clients": clients,
             "memory_mib": guest.memory_mib, "unused_mib": guest.unused_mib, "rss_mib": guest.rss_mib,
             "disk_bytes_s": disk, "net_bytes_s": net, "partial": guest.partial, "console_port": port,
+            "looked": before is not None and looked_at.get(guest.vm_id, 0.0) >= before.at,
         }  # fmt: skip
 
     def _host_facts(self, at: float) -> dict[str, Any]:
