@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ LEAST_APART_S = 0.5
 """Rates between samples closer together would be noise."""
 
 
+looked_at: dict[str, float] = {}
+"""When idle reclamation last looked into a guest, by this process: the guest worked for that, not for a user."""
+
+
 @dataclass(frozen=True)
 class _Seen:
     """A guest as the sample before saw it."""
@@ -50,17 +55,22 @@ class Sampler:
         self._ports: dict[tuple[str, int], int | None] = {}
         self._host: tuple[float, int, int] | None = None
         self.clock_skew_s: float | None = None
+        # The kernel takes some 15 ms for its tables of connections: meanwhile QEMU answers.
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="console-clients")
 
     def sample(self, host: Host, node: str) -> dict[str, Any]:
         """What runs here and how busy the host is: ``{node, at, host, guests}``, guests as ``Samples.FIELDS`` and
         ``{vm_id, console_port}``. Asks libvirt one question for all guests."""
+        clients_seen = self._beside.submit(console_clients)
         found = [guest for guest in stats.sample(host) if guest.state in ("running", "paused")]
         ports = self._console_ports(host, found)
-        clients = console_clients()
+        clients = clients_seen.result()
         at = time.time()
         with self._lock:
             guests_seen = [self._guest(guest, at, port, clients.get(port, 0)) for guest, port in ports]
             self._seen = {guest.vm_id: _seen(guest, at) for guest, _ in ports}
+            for gone in looked_at.keys() - self._seen.keys():
+                looked_at.pop(gone, None)
             return {"node": node, "at": at, "host": self._host_facts(at), "guests": guests_seen}
 
     def _console_ports(self, host: Host, found: list[GuestSample]) -> list[tuple[GuestSample, int]]:
@@ -89,6 +99,7 @@ class Sampler:
             "vm_id": guest.vm_id, "state": guest.state, "cpu_percent": cpu, "console_clients": clients,
             "memory_mib": guest.memory_mib, "unused_mib": guest.unused_mib, "rss_mib": guest.rss_mib,
             "disk_bytes_s": disk, "net_bytes_s": net, "partial": guest.partial, "console_port": port,
+            "looked": before is not None and looked_at.get(guest.vm_id, 0.0) >= before.at,
         }  # fmt: skip
 
     def _host_facts(self, at: float) -> dict[str, Any]:

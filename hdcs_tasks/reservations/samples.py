@@ -21,11 +21,11 @@ from hdcs_tasks.reservations.scripts import Value
 
 FIELDS = (
     "at", "node", "state", "cpu_percent", "console_clients", "memory_mib", "unused_mib", "rss_mib", "disk_bytes_s",
-    "net_bytes_s", "partial",
+    "net_bytes_s", "partial", "looked",
 )  # fmt: skip
 """Of one VM: Unix time, server node, running | paused, CPU in percent of one vCPU, console clients, guest memory and
 what of it is free, host memory of its QEMU, bytes per second read and written, received and sent; rates are null where
-there was no sample before. New fields go to the end."""
+there was no sample before; ``looked``: idle reclamation looked into the guest meanwhile. New fields go to the end."""
 
 _encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 
