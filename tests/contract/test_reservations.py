@@ -615,3 +615,14 @@ def test_packing_keeps_the_last_places_of_the_largest(reservations: Reservations
     assert reservations.pool.place(asked).node == "tight"
     reservations.pool.release("east", "a", "tight", 0)
     assert reservations.pool.place(replace(asked, mix=mix)).node == "odd"
+
+
+def test_a_server_node_gives_more_than_a_thousand_addresses(reservations: Reservations) -> None:
+    """The default subnet is a /22: all but network, gateway and broadcast."""
+    subnet = reservations.subnets.take("n1", Settings().supernet, Settings().subnet_prefix)
+    reservations.ports.set_range("east", 20000, 23999)
+    reservations.pool.put_node("east", PoolNode("n1", 8, 8192, subnet))
+    found = reservations.addresses.take_many("east", "n1", [f"vm{i}" for i in range(1100)])
+    ips = {one.ip for one in found if isinstance(one, Addresses)}
+    assert len(ips) == 1021
+    assert all(ipaddress.IPv4Address(ip) in ipaddress.IPv4Network(subnet) for ip in ips)
