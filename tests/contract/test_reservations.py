@@ -583,6 +583,20 @@ def test_addresses_that_cool_go_back_to_their_vm_only(reservations: Reservations
     assert reservations.pool.nodes("east")[0].free_ips == 3  # a and c hold one each
 
 
+def test_addresses_draw_a_mac_again_that_is_taken_or_drawn_twice(
+    reservations: Reservations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reservations.ports.set_range("east", 20000, 20009)
+    reservations.pool.put_node("east", PoolNode("n1", 8, 8192, "10.128.0.0/24"))
+    draws = iter(["aabbcc" * 3, "aabbcc010101", "020202", "020202", "030303"])
+    monkeypatch.setattr("hdcs_tasks.reservations.addresses.random_hex", lambda _size: next(draws))
+    found = reservations.addresses.take_many("east", "n1", ["a", "b", "c"])
+    one = reservations.addresses.take("east", "n1", "d")
+    macs = [got.mac[9:] for got in [*found, one] if isinstance(got, Addresses)]
+    assert macs == ["aa:bb:cc", "02:02:02", "01:01:01", "03:03:03"]
+    assert reservations.ports.usage("east") == (4, 0, 6)
+
+
 def test_addresses_where_one_part_is_missing_take_nothing(reservations: Reservations) -> None:
     reservations.ports.set_range("east", 20000, 20009)
     reservations.pool.put_node("east", PoolNode("dry", 8, 8192))
