@@ -31,7 +31,7 @@ from hdcs_tasks.handles.storms import Storms, WarmPools
 from hdcs_tasks.handles.vms import Vm as Vm
 from hdcs_tasks.handles.vms import Vms
 from hdcs_tasks.monitor import control as monitor_control
-from hdcs_tasks.monitor import control_usage
+from hdcs_tasks.monitor import control_doctor, control_usage
 from hdcs_tasks.operations.control import Asked, Control
 from hdcs_tasks.operations.line import line
 from hdcs_tasks.pool import capacity as pool_capacity
@@ -107,6 +107,7 @@ class Cloud:
         month ("2026-11"), by ("vm", "owner", "tag"). Default: every VM, this month until now."""
         return control_usage.usage(self.control, **filters)
 
-    def doctor(self) -> list[View]:
-        """Checks of the control plane, each ``{check, ok, message, next}``."""
-        return monitor_control.doctor(self.control)
+    def doctor(self, repair: bool = False) -> list[View]:
+        """Checks of the control plane, each ``{check, ok, message, next, repaired}``; with ``repair`` what can be
+        mended is mended, and ``repaired`` says how."""
+        return control_doctor.doctor(self.control, repair=repair)

@@ -7,21 +7,26 @@ import click
 from hdcs_tasks.cli import output
 from hdcs_tasks.cli.options import Face, format_option, pass_face
 
-CHECKS = output.columns("check", "ok", "message", "next")
+CHECKS = output.columns("check", "ok", "message", "next", "repaired")
 
 
 @click.command()
+@click.option("--repair", is_flag=True, help="Mend what can be mended, and look once more.")
 @format_option
 @click.pass_context
-def doctor(ctx: click.Context, form: str) -> None:
-    """Check database, Redis, server nodes and reservations. Exit code 1 if a check fails.
+def doctor(ctx: click.Context, repair: bool, form: str) -> None:
+    """Check database, Redis, sweeps, server nodes, operations, VMs and reservations. Exit code 1 if a check fails.
+
+    --repair does at once what sweeps do in time, and settles VMs that failed by what their server nodes see of them:
+    running, suspended, or stopped where all have looked and none has a guest. Where one could not, nothing is done.
 
     \b
     Examples:
       hdcs doctor
+      hdcs doctor --repair
       hdcs doctor -f json
     """
-    checks = ctx.ensure_object(Face).cloud.doctor()
+    checks = ctx.ensure_object(Face).cloud.doctor(repair=repair)
     output.print_rows(checks, CHECKS, form)
     if not all(check["ok"] for check in checks):
         ctx.exit(1)

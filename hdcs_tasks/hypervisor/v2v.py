@@ -22,7 +22,7 @@ def require(server_node: str) -> str:
     if found is None:
         raise Invalid(
             f"virt-v2v is not installed on {server_node}: drivers cannot be converted",
-            next="Install it there (apt install virt-v2v; for Windows also virtio-win's drivers in "
+            next="Install it there (apt install virt-v2v nbdkit; for Windows also virtio-win's drivers in "
             "/usr/share/virtio-win), or import without --drivers and install virtio drivers before",
         )
     return found

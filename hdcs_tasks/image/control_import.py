@@ -236,6 +236,9 @@ def _elsewhere(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> bo
     if image is None:
         return False
     image.deleted_at = None
+    row = _row(tx, step)
+    if row is not None:
+        tx.session.delete(row)  # nothing of it is there, nor was it asked for there
     _to_home(tx, operation, image, rest, operation.request["copies_to"])
     return True
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from sqlalchemy import select
 
+from hdcs_tasks.clock import random_hex
 from hdcs_tasks.errors import HdcsError
 from hdcs_tasks.logs import logger
 from hdcs_tasks.monitor.control_idle_policy import COLUMNS, MESSAGE, desktop, load
@@ -41,7 +42,10 @@ from hdcs_tasks.vm.rules import COMMANDS
 log = logger(__name__)
 
 LOOK_TASK = "monitor.look_on_node"
-LOOKS_PER_MESSAGE = 50
+LOOKS_AT_ONCE = 16
+LOOK_MAX_S = 60.0
+"""A server node looks into so many guests at once, and once at a time: silent agents must not keep its quick worker
+from stopping and sampling."""
 LOOK_KEPT_S = 3600.0
 RESTS = (VmState.RUNNING, VmState.SUSPENDED, VmState.STOPPED, VmState.SAVED)
 DONE = {"warn": "warned", "suspend": "suspended", "save": "saved", "stop": "stopped", "delete": "deleted"}
@@ -55,6 +59,7 @@ def idle_sweep(control: Control) -> list[str]:
             return []
         since = now() - timedelta(seconds=shortest_s(policies))
         resting = select(*COLUMNS).where(Vm.state.in_(RESTS), Vm.deleted_at.is_(None), Vm.active_at <= since)
+        resting = resting.order_by(Vm.active_at)
         rows = session.execute(resting).all()
         nodes = {n.name: n for n in session.scalars(select(ServerNode).where(ServerNode.state.in_(IN_POOL)))}
     found: list[str] = []
@@ -82,14 +87,18 @@ def _due(policy: Policy | None, vm: Desktop) -> Next | None:
 
 
 def _ask_looks(control: Control, node: ServerNode, wanted: Sequence[dict[str, Any]]) -> None:
-    queue = quick_queue(node.domain_node, node.name)
-    for first in range(0, len(wanted), LOOKS_PER_MESSAGE):
-        message = {"wanted": list(wanted[first : first + LOOKS_PER_MESSAGE])}
-        send(control.celery, LOOK_TASK, message, queue, expires_s=max(5.0, control.settings.sample_s))
+    """Ask a server node to look into the guests that are idle longest, unless it is at it; the rest has its turn."""
+    asked = random_hex(8)
+    if control.reservations.leases.grant("look", node.name, asked, LOOK_MAX_S):
+        message = {"wanted": list(wanted[:LOOKS_AT_ONCE]), "asked": asked}
+        queue = quick_queue(node.domain_node, node.name)
+        send(control.celery, LOOK_TASK, message, queue, expires_s=LOOK_MAX_S)
 
 
 def take_looks(control: Control, report: dict[str, Any]) -> None:
-    """What a server node saw in its guests: ``{node, at, looks}``. Who is used begins anew, who is not goes on."""
+    """What a server node saw in its guests: ``{node, at, looks, asked}``. Who is used begins anew, who is not goes
+    on."""
+    control.reservations.leases.drop("look", report["node"], report["asked"])
     at = datetime.fromtimestamp(report["at"], UTC)
     looks = {look["vm_id"]: look for look in report["looks"]}
     control.reservations.samples.write_looks(report["looks"], at=report["at"], ttl_s=LOOK_KEPT_S)

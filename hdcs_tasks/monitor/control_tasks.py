@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from hdcs_tasks.app import app
-from hdcs_tasks.monitor import control_alarms, control_idle, control_notices, control_samples
+from hdcs_tasks.monitor import (
+    control_alarms,
+    control_idle,
+    control_notices,
+    control_samples,
+    control_usage,
+    usage_rules,
+)
 from hdcs_tasks.operations.control_tasks import control
 from hdcs_tasks.operations.recovery import sweep_once
 from hdcs_tasks.operations.requests import request_task
@@ -59,3 +66,11 @@ def acknowledge(alarm: str, by: str = "", note: str = "") -> dict[str, Any]:
 @request_task("monitor.alarms")
 def alarms() -> dict[str, Any]:
     return {"alarms": control_alarms.list_alarms(control())}
+
+
+@request_task("monitor.usage")
+def usage(
+    owner: str | None = None, tag: str | None = None, vm: str | None = None, month: str | None = None,
+    by: usage_rules.By = "vm",
+) -> dict[str, Any]:  # fmt: skip
+    return control_usage.usage(control(), owner=owner, tag=tag, vm=vm, month=month, by=by)

@@ -156,7 +156,10 @@ def use_seen(
 
 
 def sample_use(limits: Limits, sample: Mapping[str, Any]) -> str:
-    """``use_seen`` of a sample as monitoring keeps it."""
+    """``use_seen`` of a sample as monitoring keeps it. Rates of a time in which the guest was looked into say nothing:
+    answering is work."""
+    if sample.get("looked"):
+        return "a console client is connected" if sample["console_clients"] > 0 else ""
     rates = {key: sample.get(key) for key in ("cpu_percent", "disk_bytes_s", "net_bytes_s")}
     return use_seen(limits, state=sample["state"], console_clients=sample["console_clients"], **rates)
 

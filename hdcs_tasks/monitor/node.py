@@ -30,6 +30,10 @@ LEAST_APART_S = 0.5
 """Rates between samples closer together would be noise."""
 
 
+looked_at: dict[str, float] = {}
+"""When idle reclamation last looked into a guest, by this process: the guest worked for that, not for a user."""
+
+
 @dataclass(frozen=True)
 class _Seen:
     """A guest as the sample before saw it."""
@@ -49,6 +53,7 @@ class Sampler:
         self._seen: dict[str, _Seen] = {}
         self._ports: dict[tuple[str, int], int | None] = {}
         self._host: tuple[float, int, int] | None = None
+        self.clock_skew_s: float | None = None
 
     def sample(self, host: Host, node: str) -> dict[str, Any]:
         """What runs here and how busy the host is: ``{node, at, host, guests}``, guests as ``Samples.FIELDS`` and
@@ -60,6 +65,8 @@ class Sampler:
         with self._lock:
             guests_seen = [self._guest(guest, at, port, clients.get(port, 0)) for guest, port in ports]
             self._seen = {guest.vm_id: _seen(guest, at) for guest, _ in ports}
+            for gone in looked_at.keys() - self._seen.keys():
+                looked_at.pop(gone, None)
             return {"node": node, "at": at, "host": self._host_facts(at), "guests": guests_seen}
 
     def _console_ports(self, host: Host, found: list[GuestSample]) -> list[tuple[GuestSample, int]]:
@@ -88,6 +95,7 @@ class Sampler:
             "vm_id": guest.vm_id, "state": guest.state, "cpu_percent": cpu, "console_clients": clients,
             "memory_mib": guest.memory_mib, "unused_mib": guest.unused_mib, "rss_mib": guest.rss_mib,
             "disk_bytes_s": disk, "net_bytes_s": net, "partial": guest.partial, "console_port": port,
+            "looked": before is not None and looked_at.get(guest.vm_id, 0.0) >= before.at,
         }  # fmt: skip
 
     def _host_facts(self, at: float) -> dict[str, Any]:
@@ -136,8 +144,11 @@ def sample(ctx: NodeContext) -> None:
     """Sample every guest of this node into Redis, in one pipeline, and tell control that it is there."""
     config = ctx.settings
     found = _sampler.sample(ctx.host(), ctx.server_node) | {"storage": storage_facts(ctx)}
-    found["host"]["clock_skew_s"] = round(ctx.reservations.samples.clock_skew_s(), 3)
-    ctx.reservations.samples.write(found, kept=config.samples_kept, ttl_s=config.samples_kept * config.sample_s)
+    found["host"]["clock_skew_s"] = _sampler.clock_skew_s  # of the sample before: asking by itself is a round trip
+    skew_s = ctx.reservations.samples.write(
+        found, kept=config.samples_kept, ttl_s=config.samples_kept * config.sample_s
+    )
+    _sampler.clock_skew_s = round(skew_s, 3)
     message = {"node": ctx.server_node, "at": found["at"]}
     send(ctx.celery, "monitor.sampled", {"sample": message}, CONTROL, expires_s=60)
 

@@ -12,7 +12,7 @@ from hdcs_tasks.hypervisor import agent, guests
 from hdcs_tasks.hypervisor.connection import Host
 from hdcs_tasks.logs import logger
 from hdcs_tasks.monitor.idle_rules import Limits, sample_use, use_inside
-from hdcs_tasks.monitor.node import console_clients
+from hdcs_tasks.monitor.node import console_clients, looked_at
 from hdcs_tasks.operations.node import NodeContext, Run
 from hdcs_tasks.operations.sending import send
 from hdcs_tasks.routing import CONTROL
@@ -47,8 +47,12 @@ def look(host: Host, vm_id: str, *, inside: bool, agent_s: int = AGENT_S) -> dic
     if not agent.ping(host, vm_id, agent_s):
         return found | {"says": "the guest agent is silent; the rest decides"}
     found["agent"] = True
-    found["users"] = _asked(found, "who is logged in", lambda: sorted({u.name for u in agent.users(host, vm_id)}))
-    found["processes"] = _asked(found, "whose processes run", lambda: agent.user_processes(host, vm_id))
+    looked_at[vm_id] = float("inf")  # until it is over
+    try:
+        found["users"] = _asked(found, "who is logged in", lambda: sorted({u.name for u in agent.users(host, vm_id)}))
+        found["processes"] = _asked(found, "whose processes run", lambda: agent.user_processes(host, vm_id))
+    finally:
+        looked_at[vm_id] = time.time()
     return found
 
 
@@ -61,15 +65,15 @@ def _asked(found: dict[str, Any], what: str, ask: Callable[[], list[str]]) -> li
         return None
 
 
-def look_and_tell(ctx: NodeContext, wanted: Sequence[Mapping[str, Any]]) -> None:
+def look_and_tell(ctx: NodeContext, wanted: Sequence[Mapping[str, Any]], asked: str) -> None:
     """Look at each of ``[{vm_id, inside, warn}]``; who is not used is shown the text ``warn`` if there is one.
 
-    Control hears of it as ``monitor.looked``: ``{node, at, looks}``, each look with ``told`` where it was to be told.
+    Control hears of it as ``monitor.looked``: ``{node, at, looks, asked}``, with ``told`` where it was to be told.
     """
     host = ctx.host()
     with ThreadPoolExecutor(AT_ONCE, "idle-look") as pool:
         looks = [found for found in pool.map(lambda one: _look_and_tell(host, one), wanted) if found is not None]
-    report = {"node": ctx.server_node, "at": time.time(), "looks": looks}
+    report = {"node": ctx.server_node, "at": time.time(), "looks": looks, "asked": asked}
     send(ctx.celery, "monitor.looked", {"report": report}, CONTROL, expires_s=60)
 
 
@@ -78,6 +82,7 @@ def _look_and_tell(host: Host, one: Mapping[str, Any]) -> dict[str, Any] | None:
         found = look(host, one["vm_id"], inside=one["inside"])
         if one.get("warn") and not use_inside(found):
             found["told"] = found["agent"] and agent.tell_users(host, one["vm_id"], one["warn"])
+            looked_at[one["vm_id"]] = time.time()
     except HdcsError as error:
         log.info("not looked at", vm=one["vm_id"], error=str(error))
         return None

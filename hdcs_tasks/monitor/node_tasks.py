@@ -15,5 +15,5 @@ def sample() -> None:
 
 
 @app.task(name="monitor.look_on_node")
-def look(wanted: list[dict[str, Any]]) -> None:
-    node_idle.look_and_tell(node_context(), wanted)
+def look(wanted: list[dict[str, Any]], asked: str) -> None:
+    node_idle.look_and_tell(node_context(), wanted, asked)

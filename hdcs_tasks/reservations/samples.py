@@ -21,11 +21,11 @@ from hdcs_tasks.reservations.scripts import Value
 
 FIELDS = (
     "at", "node", "state", "cpu_percent", "console_clients", "memory_mib", "unused_mib", "rss_mib", "disk_bytes_s",
-    "net_bytes_s", "partial",
+    "net_bytes_s", "partial", "looked",
 )  # fmt: skip
 """Of one VM: Unix time, server node, running | paused, CPU in percent of one vCPU, console clients, guest memory and
 what of it is free, host memory of its QEMU, bytes per second read and written, received and sent; rates are null where
-there was no sample before. New fields go to the end."""
+there was no sample before; ``looked``: idle reclamation looked into the guest meanwhile. New fields go to the end."""
 
 _encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 
@@ -36,8 +36,9 @@ class Samples:
     def __init__(self, link: Link) -> None:
         self._link = link
 
-    def write(self, sample: Mapping[str, Any], *, kept: int, ttl_s: float) -> None:
-        """One server node's sample, in one round trip: ``{node, at, host, storage, guests: [{vm_id, **FIELDS}]}``."""
+    def write(self, sample: Mapping[str, Any], *, kept: int, ttl_s: float) -> float:
+        """One server node's sample, in one round trip: ``{node, at, host, storage, guests: [{vm_id, **FIELDS}]}``.
+        Returns how many seconds this host's clock is ahead of that of Redis, as far as the round trip tells."""
         node, at = str(sample["node"]), sample["at"]
         keys = [self._link.key("sample", "node", node), self._link.key("sample", "host", node)]
         rows: list[Value] = [_encode(sample), _encode({"at": at, **sample["host"]})]
@@ -45,7 +46,9 @@ class Samples:
             known = {**guest, "at": at, "node": node}
             keys.append(self._link.key("sample", "vm", guest["vm_id"]))
             rows.append(_encode([known.get(field) for field in FIELDS]))
-        self._link.call("sample_write", keys, kept, round(ttl_s * 1000), *rows)
+        before = time.time()
+        seconds, micros = self._link.call("sample_write", keys, kept, round(ttl_s * 1000), *rows)
+        return (before + time.time()) / 2 - (int(seconds) + int(micros) / 1e6)
 
     def node(self, name: str) -> dict[str, Any] | None:
         """The newest sample of a server node; None: none that is fresh enough."""

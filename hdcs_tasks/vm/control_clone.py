@@ -9,7 +9,8 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from hdcs_tasks.errors import HdcsError, Invalid, NoCapacity, NotFound
+from hdcs_tasks.errors import Cancelled, HdcsError, Invalid, NoCapacity, NotFound
+from hdcs_tasks.image.control_copy import bring, is_ready
 from hdcs_tasks.image.control_publish import versions
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed, plan_steps
@@ -18,7 +19,7 @@ from hdcs_tasks.pool import rules as pool_rules
 from hdcs_tasks.pool.control import get_domain_node, get_server_node
 from hdcs_tasks.pool.policy import VmPolicy, changed, check_tags, read
 from hdcs_tasks.pool.rooms import candidate, disk_limit_bytes
-from hdcs_tasks.states import VmState
+from hdcs_tasks.states import ImageState, VmState
 from hdcs_tasks.store.models import DomainNode, Image, Operation, Profile, Step, Vm, new_id
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import add_start_step, forget, vm_of
@@ -115,7 +116,7 @@ def clone(control: Control, request: CloneRequest, asked: Asked) -> Operation:
             parent = tx.open("vm.clone_many", asked=asked, subject=subject, request=wanted | {"warm": len(warm)})
         opened = [_open_warm(tx, request, vm, pool, asked, parent) for vm, pool in warm]
         for name, home in zip(cold, homes, strict=True):
-            opened.append(_clone_one(tx, request, name, shape, images[home], home, asked, parent))
+            opened.append(_clone_one(tx, request, name, shape, _image_for(images, home), home, asked, parent))
         for operation, (vm, pool) in zip(opened, warm, strict=False):
             if vm.state is VmState.RUNNING:
                 # Not before the last child is there: a parent ends with the last of those it has.
@@ -230,21 +231,33 @@ def _check_pin(tx: Tx, request: CloneRequest, pin: str) -> None:
         )
 
 
-def _rooms(tx: Tx, request: CloneRequest, shape: Shape, ready: Mapping[str, Image]) -> list[pool_rules.Candidate]:
-    """The domain nodes this clone may go to, as they are now."""
-    wanted = [request.domain_node] if request.domain_node else sorted(ready)
-    missing = [name for name in wanted if name not in ready]
-    if missing or not wanted:
-        where, name = ", ".join(sorted(ready)) or "no domain node", request.image
+def _rooms(tx: Tx, request: CloneRequest, shape: Shape, images: Mapping[str, Image]) -> list[pool_rules.Candidate]:
+    """The domain nodes this clone may go to, as they are now: those that have the image, and those it can be brought to
+    (which layer one takes only where no other fits). NotFound where no domain node has it."""
+    if not images:
         raise NotFound(
-            f"image {name} is not ready on {', '.join(missing) or 'any domain node'} (it is on {where})",
-            next=f"Bring it there: hdcs image copy {name} {(missing or ['…'])[0]}",
+            f"image {request.image} is not ready on any domain node",
+            next=f"Wait for it, or add it: hdcs image add {request.image.split(':')[0]} FILE",
         )
-    return rooms_of(tx, tx.session.scalars(select(DomainNode).where(DomainNode.name.in_(wanted))).all())
+    query = select(DomainNode).order_by(DomainNode.name)
+    if request.domain_node is not None:
+        query = query.where(DomainNode.name == request.domain_node)
+    rows = tx.session.scalars(query).all()
+    return [room for row in rows for room in rooms_of(tx, [row], _image_for(images, row.name))]
 
 
-def rooms_of(tx: Tx, rows: Sequence[DomainNode]) -> list[pool_rules.Candidate]:
-    return [candidate(tx.control, tx.session, row) for row in rows]
+def _image_for(images: Mapping[str, Image], home: str) -> Image:
+    """The version clones take there: its own, or the newest of the others', which is brought."""
+    return images.get(home) or max(images.values(), key=lambda image: image.version)
+
+
+def rooms_of(tx: Tx, rows: Sequence[DomainNode], image: Image | None = None) -> list[pool_rules.Candidate]:
+    """Candidates for a VM of this image (None: it needs none), without those it is just being deleted from."""
+    deleting = {copy.domain_node for copy in image.copies if copy.state is ImageState.DELETING} if image else set()
+    return [
+        candidate(tx.control, tx.session, row, has_image=image is None or is_ready(image, row.name))
+        for row in rows if row.name not in deleting
+    ]  # fmt: skip
 
 
 def _choose(
@@ -311,6 +324,25 @@ def _clone_one(
 
 
 def add_clone_step(tx: Tx, operation: Operation, vm: Vm, image: Image) -> Step:
+    """The clone at its home; an image that is not there is brought first (``_brought`` goes on)."""
+    first = bring(tx, operation, image, vm.home)
+    return first if first is not None else _add_clone_step(tx, operation, vm, image)
+
+
+@on_done("vm.clone:image.copy_on_node")
+def _brought(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
+    vm = vm_of(tx, operation)
+    image = tx.session.get(Image, vm.image_id)
+    if vm.state is not VmState.CREATING or image is None:
+        return
+    if operation.cancel_asked:
+        forget(tx, vm)
+        tx.fail(operation, Cancelled("cancelled before it was cloned"))
+        return
+    _add_clone_step(tx, operation, vm, image)
+
+
+def _add_clone_step(tx: Tx, operation: Operation, vm: Vm, image: Image) -> Step:
     spec = {
         "shown": {"vm": vm.name, "image": f"{image.name}:{image.version}", "pool": vm.home}, "vm_id": vm.id,
         "name": vm.name, "image": image.name, "version": image.version, "image_id": image.id,
@@ -356,6 +388,6 @@ def _cloned(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) ->
             add_start_step(tx, operation, vm)
 
 
-@on_failed("vm.clone_on_node")
+@on_failed("vm.clone_on_node", "vm.clone:image.copy_on_node")
 def _not_cloned(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
     forget(tx, vm_of(tx, operation))

@@ -15,7 +15,7 @@ from hdcs_tasks.pool.rooms import candidate, vm_shape, vm_terms
 from hdcs_tasks.pool.rules import Candidate
 from hdcs_tasks.store.models import Vm
 from hdcs_tasks.vm.control import check_given, check_pin, get_vm, label_of
-from hdcs_tasks.vm.control_migrate import check_migrate
+from hdcs_tasks.vm.control_destination import check_migrate
 from hdcs_tasks.vm.move_rules import ALIVE, MoveOptions, Way
 
 

@@ -13,7 +13,7 @@ from hdcs_tasks.errors import HdcsError, NoCapacity
 from hdcs_tasks.operations.control import Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed, on_no_room
 from hdcs_tasks.pool import rules as pool_rules
-from hdcs_tasks.states import ImageState, VmState
+from hdcs_tasks.states import VmState
 from hdcs_tasks.store.models import DomainNode, Image, Operation, Step, Vm
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import vm_of
@@ -53,12 +53,12 @@ def _elsewhere(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> bo
 
 def _next_home(tx: Tx, vm: Vm, refused: list[str]) -> pool_rules.Choice | None:
     image = tx.session.get(Image, vm.image_id)
-    ready = [c.domain_node for c in image.copies if c.state is ImageState.READY] if image is not None else []
-    names = [name for name in ready if name not in refused]
-    rows = tx.session.scalars(select(DomainNode).where(DomainNode.name.in_(names))).all()
+    if image is None:
+        return None
+    rows = tx.session.scalars(select(DomainNode).where(DomainNode.name.not_in(refused))).all()
     shape = Shape(vm.profile, vm.vcpus, vm.memory_mib, vm.disk_bytes, vm.usb, vm.rules)
     try:
-        return choose_homes(tx.control, rooms_of(tx, rows), shape, vm.tags, 1)[1]
+        return choose_homes(tx.control, rooms_of(tx, rows, image), shape, vm.tags, 1)[1]
     except NoCapacity:
         return None
 

@@ -14,7 +14,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -54,7 +53,7 @@ def run(options: argparse.Namespace) -> list[Figure]:
         try:
             lab.up()
             with redis_server() as redis:
-                figures += lab_node(lab, redis.url, 8 if quick else 20, 10 if quick else 40)
+                figures += lab_node(lab, redis.url, 12 if quick else 20, 15 if quick else 40)
                 figures += test_driver(lab, redis.url, 500, 5 if quick else 20)
         finally:
             lab.down()
@@ -136,8 +135,8 @@ def test_driver(lab: Lab, redis_url: str, count: int, rounds: int) -> list[Figur
         uri = f"test+tcp://{lab.ip(node)}/default"
         with Host.open(uri) as host, ExitStack() as stack:
             for number in range(count):
-                spec = replace(spec_of(str(uuid.uuid4()), number, ("/nowhere",)), virt_type="test")
-                guest = host.conn.createXML(xml.guest_xml(spec, "never"), 0)
+                definition = xml.guest_xml(spec_of(str(uuid.uuid4()), number, ("/nowhere",)), "never")
+                guest = host.conn.createXML(definition.replace('type="qemu"', 'type="test"', 1), 0)
                 stack.callback(guest.destroy)
             ctx = context(redis_url, lab.storage("east"), node, uri)
             for _ in range(2):

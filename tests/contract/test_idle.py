@@ -21,6 +21,7 @@ from hdcs_tasks.vm import control as vms
 from tests.contract.test_samples import events, pool, running, sample_of, vm_of  # noqa: F401 - pool is a fixture
 
 pytestmark = pytest.mark.contract
+ASKED = "0123abcd"
 QUIET: dict[str, Any] = {"console_clients": 0, "agent": True, "users": [], "processes": [], "says": ""}
 
 
@@ -31,7 +32,7 @@ def idle_for(control: Control, vm_id: str, seconds: float) -> None:
 
 
 def looked(control: Control, vm_id: str, **more: Any) -> None:
-    report = {"node": "node1", "at": time.time(), "looks": [QUIET | {"vm_id": vm_id} | more]}
+    report = {"node": "node1", "at": time.time(), "looks": [QUIET | {"vm_id": vm_id} | more], "asked": ASKED}
     control_idle.take_looks(control, report)
 
 
@@ -103,6 +104,20 @@ def test_who_is_used_begins_anew_also_in_the_last_second(pool: Control) -> None:
     assert operations(pool)[0].state == "cancelled"
     assert "left alone: logged in: anna" in events(pool, "vm.in_use")[0]
     assert control_idle.idle_sweep(pool) == []
+
+
+def test_a_server_node_is_asked_again_once_it_has_answered(pool: Control) -> None:  # noqa: F811
+    vm_id = running(pool)
+    control_idle_policy.create(pool, "office", selector={}, stop=100)
+    idle_for(pool, vm_id, 500)
+    leases = pool.reservations.leases
+    control_idle.idle_sweep(pool)
+    first = leases.holder("look", "node1")
+    control_idle.idle_sweep(pool)
+    assert first and leases.holder("look", "node1") == first
+    report = {"node": "node1", "at": time.time(), "looks": [], "asked": first}
+    control_idle.take_looks(pool, report)
+    assert leases.holder("look", "node1") is None
 
 
 def test_a_silent_agent_is_judged_by_the_rest_and_says_so(pool: Control) -> None:  # noqa: F811

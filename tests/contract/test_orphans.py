@@ -13,6 +13,7 @@ import pytest
 from hdcs_tasks.errors import OutcomeUnknown, WrongState
 from hdcs_tasks.hypervisor.connection import HostPool
 from hdcs_tasks.monitor.control import list_events
+from hdcs_tasks.monitor.control_doctor import doctor
 from hdcs_tasks.monitor.control_samples import take_sample
 from hdcs_tasks.operations.control import Asked, Control
 from hdcs_tasks.operations.node import HandOver, NodeContext, Run
@@ -196,7 +197,7 @@ def start_without_libvirt(center: Control, tmp_path: Path, step: Step) -> None:
     hosts = HostPool("qemu+tcp://127.0.0.1:1/system", timeout_s=0.3)
     ctx = NodeContext(config, center.celery, center.reservations, hosts, Spool(tmp_path / "spool"))
     center.reservations.steps.claim(step.id, 1, "me", "node1", 9)
-    run = Run(ctx, step.id, 1, step.operation_id, "me", lambda _text: None, time.monotonic() + 60)
+    run = Run(ctx, step.id, 1, step.operation_id, "me", lambda _text: None, time.monotonic() + 60, "east")
     node.start(run, step.spec)
 
 
@@ -249,3 +250,41 @@ def test_a_migration_does_not_wait_long_for_room(center: Control) -> None:
     operation = control_migrate.migrate(center, "desk", Asked())
     step = only_step(center, operation.id)
     assert (step.deadline_at - step.created_at).total_seconds() <= control_migrate.PATIENCE_S
+
+
+def sampled(control: Control, *guests: tuple[str, str, str]) -> None:
+    """Both server nodes were sampled just now; ``guests``: (server node, VM's id, state)."""
+    for name in SUBNETS:
+        seen = [{"vm_id": vm_id, "state": state} for node, vm_id, state in guests if node == name]
+        sample = {"node": name, "at": time.time() + 1, "host": {}, "storage": {}, "guests": seen}
+        control.reservations.samples.write(sample, kept=5, ttl_s=60)
+
+
+def repaired(control: Control, check: str) -> dict[str, Any]:
+    return next(row for row in doctor(control, repair=True) if row["check"] == check)
+
+
+def test_doctor_settles_failed_vms_by_what_their_server_nodes_see(center: Control) -> None:
+    there, gone, unseen = (running(center, name, "node1") for name in ("there", "gone", "unseen"))
+    with center.store.session() as session:
+        for vm in (there, gone, unseen):
+            record = session.get(Vm, vm.id)
+            assert record is not None
+            move(record, VmState.MIGRATING)
+            move(record, VmState.FAILED)
+    assert not next(row for row in doctor(center) if row["check"] == "VMs")["ok"]
+    assert "left alone" in repaired(center, "VMs")["repaired"], "nobody has looked yet"
+    sampled(center, ("node1", there.id, "running"), ("node2", unseen.id, "running"))
+    row = repaired(center, "VMs")
+    assert not row["ok"], "a guest elsewhere than recorded is for an operator"
+    assert "unseen" in row["message"] and "there" not in row["message"].split("operator")[1]
+    with center.store.read() as session:
+        states = {vm.name: vm.state for vm in session.query(Vm)}
+    assert states == {"there": VmState.RUNNING, "gone": VmState.STOPPING, "unseen": VmState.FAILED}
+
+
+def test_doctor_gives_back_what_nobody_owns(center: Control) -> None:
+    center.reservations.macs.take("nobody")
+    assert not next(row for row in doctor(center) if row["check"] == "reservations")["ok"]
+    row = repaired(center, "reservations")
+    assert (row["ok"], row["repaired"]) == (True, "given back: 1")

@@ -62,7 +62,7 @@ def test_a_short_history_is_kept_and_nothing_more(reservations: Reservations) ->
     assert [row["at"] for row in samples.vm_history("a")] == [1009.0, 1008.0, 1007.0, 1006.0]
     assert samples.vms(["a", "b", "gone"])["b"] | {"at": 0} == {
         "at": 0, "node": "node1", "state": "running", "cpu_percent": 9, "console_clients": 0, "memory_mib": None,
-        "unused_mib": None, "rss_mib": None, "disk_bytes_s": None, "net_bytes_s": None, "partial": None,
+        "unused_mib": None, "rss_mib": None, "disk_bytes_s": None, "net_bytes_s": None, "partial": None, "looked": None,
     }  # fmt: skip
     assert set(samples.vms(["a", "gone"])) == {"a"}
     assert samples.hosts(["node1", "node2"]) == {"node1": {"at": 1009.0, **HOST}}

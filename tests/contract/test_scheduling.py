@@ -464,3 +464,42 @@ def test_a_slow_storage_lowers_its_bound(center: Center) -> None:
         center.pool.bound_starts("node1", 64, {"storage_ms": "3.0", "at": f"{now_s():.0f}"})
         storage_sweep(center.control)
     assert center.pool.start_limit("east") == 16
+
+
+# --- an image that is cheap to bring
+
+
+def elsewhere(center: Center, memory_mib: int) -> None:
+    """East has the image and room for one VM; west has room and not the image."""
+    center.node("east", "node1", 128)
+    center.image()
+    center.node("west", "node2", memory_mib)
+
+
+def test_a_clone_goes_where_the_image_must_be_brought_only_if_it_must(center: Center) -> None:
+    elsewhere(center, 4096)
+    plan = center.cloud.vms.clone("mini", name="a", profile="tiny", dry_run=True).explain()
+    assert plan["vms"][0]["domain_node"] == "east"  # west is emptier, but the image is in east
+    center.clone("a", start=True)
+    plan = center.cloud.vms.clone("mini", name="b", profile="tiny", dry_run=True).explain()
+    assert plan["vms"][0]["domain_node"] == "west"
+    assert "needs the image brought" in plan["message"]
+    operation = center.cloud.vms.clone("mini", name="b", profile="tiny", start=True)
+    center.play()
+    shown = operation.show()
+    assert (shown["state"], shown["error"]) == ("done", None)
+    assert [step["name"] for step in shown["steps"]] == ["image.copy_on_node", "vm.clone_on_node", "vm.start_on_node"]
+    assert center.cloud.vms["b"].show()["home"] == "west"
+    again = center.cloud.vms.clone("mini", name="c", profile="tiny", domain_node="west")
+    assert [step["name"] for step in again.show()["steps"]] == ["vm.clone_on_node"]
+
+
+def test_a_copy_that_fails_leaves_no_vm(center: Center) -> None:
+    elsewhere(center, 4096)
+    operation = center.cloud.vms.clone("mini", name="a", profile="tiny", domain_node="west")
+    step = center.steps("published")[0]
+    error = {"code": "rejected", "message": "the file is not what it was"}
+    settle(center.control, center._report(step, None) | {"error": error})
+    assert operation.state == "failed"
+    assert center.cloud.vms.list() == []
+    assert center.control.reservations.disks.used("west") == 0

@@ -19,7 +19,7 @@ from hdcs_tasks.vm import control as vm_control
 from tests.lab.data_center import BOOT_S, add_image, at_guest, data_center
 from tests.services import Missing, require
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
 
 WARN_S, STOP_S = 6.0, 12.0
 CPU_PERCENT = 5.0
@@ -90,7 +90,7 @@ def test_who_is_used_is_never_taken_and_who_is_not_is(center: Center) -> None:
     with console_client(center, "watched") as secrets:
         cloud.idle.create("lab", warn=WARN_S, stop=STOP_S, cpu_percent=CPU_PERCENT)
         for what in ("idle", "mute"):
-            wait_for(f"{what} to be taken", lambda what=what: _state(center, what) == "stopped", 150)
+            wait_for(f"{what} to be taken", lambda what=what: _state(center, what) == "stopped", 300)
         # Both had the whole time, and the others had as long.
         for what in ("idle", "mute"):
             (stop,) = cloud.operations.list(vm=name_of(what), kind="vm.stop")

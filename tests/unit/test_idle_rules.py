@@ -23,6 +23,7 @@ from hdcs_tasks.monitor.idle_rules import (
     ladder_of,
     next_rung,
     policy_of,
+    sample_use,
     use_inside,
     use_seen,
 )
@@ -123,6 +124,13 @@ def test_of_several_policies_the_lowest_rank_counts() -> None:
 def test_what_counts_as_use(more: dict[str, Any], word: str) -> None:
     used = use_seen(Limits(), **(QUIET | more))
     assert (word in used) if word else used == ""
+
+
+def test_the_work_of_answering_us_is_nobodys_use() -> None:
+    busy = QUIET | {"cpu_percent": 90.0, "looked": True}
+    assert sample_use(Limits(), busy) == ""
+    assert "console" in sample_use(Limits(), busy | {"console_clients": 1})
+    assert "CPU" in sample_use(Limits(), busy | {"looked": False})
 
 
 @pytest.mark.parametrize(("look", "word"), [

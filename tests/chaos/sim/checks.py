@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import select
 
 from hdcs_tasks.states import OPERATION_LIVE, OperationState, ServerNodeState, StepState, VmState
 from hdcs_tasks.store.models import Operation, ServerNode, Step, Vm
+from hdcs_tasks.store.models_watch import UsageSpan
 from tests.chaos.sim.hypervisor import Guest
 from tests.chaos.sim.kernel import Actor, Kernel, Process
 from tests.chaos.sim.redis_model import RedisModel
@@ -61,11 +63,13 @@ def _differences(history: History) -> Iterator[tuple[str, str]]:
         operations = list(session.scalars(select(Operation)))
         steps = list(session.scalars(select(Step)))
         nodes = list(session.scalars(select(ServerNode)))
+        spans = list(session.scalars(select(UsageSpan).where(UsageSpan.kind == "vm").order_by(UsageSpan.id)))
     living = {vm.id: vm for vm in vms if vm.deleted_at is None}
     yield from _ledger(operations, steps, history)
     yield from _guests(center, living, vms)
     yield from _files(center, living)
     yield from _reservations(center, living)
+    yield from _use(spans, vms)
     for node in nodes:
         if node.state is not (ServerNodeState.DRAINING if node.draining else ServerNodeState.UP):
             yield "server node not back", f"{node.name} is {node.state}"
@@ -91,6 +95,29 @@ def _ledger(operations: list[Operation], steps: list[Step], history: History) ->
     for step in steps:
         if step.state not in (StepState.DONE, StepState.FAILED, StepState.CANCELLED):
             yield "step not settled", f"{step.name} {step.id[:8]} is {step.state}"
+
+
+_COUNTED = {VmState.RUNNING: "on", VmState.SUSPENDED: "paused", VmState.STOPPED: "off", VmState.SAVED: "off"}
+
+
+def _use(spans: list[UsageSpan], vms: list[Vm]) -> Iterator[tuple[str, str]]:
+    """Every second of a VM is counted once: spans without gap or overlap, the last as the record has it now."""
+    by_vm: dict[str, list[UsageSpan]] = {vm.id: [] for vm in vms}
+    for span in spans:
+        by_vm[span.vm_id].append(span)
+    for vm in vms:
+        own = by_vm[vm.id]
+        for one, following in pairwise(own):
+            if one.closed_at != following.opened_at:
+                yield "seconds counted twice or lost", f"{vm.name}: {one.closed_at} to {following.opened_at}"
+        last = own[-1] if own and own[-1].closed_at is None else None
+        wanted = _COUNTED.get(vm.state)
+        if wanted is not None and (last is None or last.level != wanted):
+            yield "use is not the record", f"{vm.name} is {vm.state}, counted as {last.level if last else 'nothing'}"
+        elif wanted == "on" and last is not None and last.server_node != vm.server_node:
+            yield "use is not the record", f"{vm.name} runs on {vm.server_node}, counted on {last.server_node}"
+        elif vm.deleted_at is not None and last is not None:
+            yield "use is not the record", f"{vm.name} is deleted and counted still"
 
 
 _SHOULD = {VmState.RUNNING: "running", VmState.SUSPENDED: "paused"}
