@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
 from hdcs_tasks.backup.rules import FullRule, Point, next_point
@@ -13,7 +13,7 @@ from hdcs_tasks.errors import Conflict, HdcsError, NotFound, WrongState
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed, on_start
 from hdcs_tasks.states import OPERATION_LIVE, STEP_LIVE, BackupState
-from hdcs_tasks.store.models import Backup, Image, Operation, Step, Vm, new_id
+from hdcs_tasks.store.models import Backup, BackupCopy, Image, Operation, Step, Vm, new_id, now
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import check_given, get_vm, guest_fields, vm_of
 
@@ -47,7 +47,7 @@ def _plan_step(tx: Tx, operation: Operation, vm: Vm, *, full: bool) -> None:
     policy = operation.request.get("policy") or {}
     points = points_of(tx.session, vm.id)
     rule = FullRule(policy["full_every"], policy["full_percent"]) if policy else None
-    plan = next_point(points, home=vm.home, full=full, rule=rule)
+    plan = next_point(points, home=vm.home, full=full, rule=rule, disk_bytes=vm.disk_bytes)
     backup = Backup(
         id=new_id(), vm_id=vm.id, vm_name=vm.name, domain_node=vm.home, seq=plan.seq, kind=plan.kind,
         chain=plan.parent.chain if plan.parent else new_id(), parent_id=plan.parent.id if plan.parent else None,
@@ -79,7 +79,7 @@ def points_of(session: Session, vm_id: str, *, without: Iterable[BackupState] = 
 def as_point(b: Backup) -> Point:
     return Point(
         b.id, b.chain, b.seq, b.state, b.domain_node, b.checkpoint, b.parent_id, b.created_at, b.file_bytes or 0,
-        b.proven_at,
+        b.proven_at, (b.manifest or {}).get("disk_bytes", 0),
     )  # fmt: skip
 
 
@@ -114,7 +114,8 @@ def _live_steps(tx: Tx, *names: str) -> Iterable[Step]:
 
 
 READERS = (
-    "backup.restore_on_node", "backup.restore_in_place_on_node", "backup.verify_on_node", "backup.delete_on_node",
+    "backup.fetch_on_node", "backup.extract_on_node", "backup.restore_on_node", "backup.restore_in_place_on_node",
+    "backup.verify_on_node", "backup.delete_on_node",
 )  # fmt: skip
 
 
@@ -143,14 +144,20 @@ def _not_created(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> 
         _plan_step(tx, operation, vm_of(tx, operation), full=True)
 
 
-def verify(control: Control, backup_id: str, asked: Asked) -> Operation:
-    """Check a point and every link below it against the hashes of their manifests."""
+def verify(control: Control, backup_id: str, asked: Asked, *, domain_node: str | None = None) -> Operation:
+    """Check a point and every link below it against the hashes of their manifests; ``domain_node``: the copy there."""
     with control.transaction() as tx:
         if (same := tx.same_request(asked)) is not None:
             return same
         backup = usable(tx, backup_id, BackupState.READY, BackupState.BROKEN)
-        operation = tx.open("backup.verify", asked=asked, subject=backup.id, request={"backup": backup.id})
-        tx.step(operation, "backup.verify_on_node", backup.domain_node, spec_of(backup))
+        at = domain_node or backup.domain_node
+        if at not in (backup.domain_node, *(copy.domain_node for copy in backup.copies)):
+            raise NotFound(
+                f"{at} has no copy of backup {backup.id}", next=f"hdcs backup copy {backup.id[:8]} --to {at}"
+            )
+        request = {"backup": backup.id, "at": at}
+        operation = tx.open("backup.verify", asked=asked, subject=backup.id, request=request)
+        tx.step(operation, "backup.verify_on_node", at, spec_of(backup))
         return operation
 
 
@@ -165,8 +172,13 @@ def spec_of(backup: Backup) -> dict[str, Any]:
 @on_done("backup.verify_on_node")
 def _verified(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
     backup = tx.session.get(Backup, operation.request["backup"])
-    if backup is not None and backup.state is BackupState.BROKEN:
-        move(backup, BackupState.READY)  # its storage was mended
+    if backup is None:
+        return
+    held = _held_at(backup, operation.request.get("at"))
+    if isinstance(held, BackupCopy):
+        held.verified_at = now()
+    if held.state is BackupState.BROKEN:
+        move(held, BackupState.READY)  # its storage was mended
 
 
 @on_failed("backup.verify_on_node")
@@ -177,8 +189,16 @@ def _not_verified(tx: Tx, operation: Operation, step: Step, error: HdcsError) ->
 def found_broken(tx: Tx, operation: Operation, error: HdcsError) -> None:
     """If that is what ended the operation, its point is recorded as broken."""
     backup = tx.session.get(Backup, operation.request["backup"])
-    if backup is not None and error.code == "backup_broken" and backup.state is BackupState.READY:
-        move(backup, BackupState.BROKEN)
+    if backup is None or error.code != "backup_broken":
+        return
+    held = _held_at(backup, operation.request.get("at"))
+    if held.state is BackupState.READY:
+        move(held, BackupState.BROKEN)
+
+
+def _held_at(backup: Backup, at: str | None) -> Backup | BackupCopy:
+    """The record of the point as domain node ``at`` holds it; None: the first one."""
+    return next((copy for copy in backup.copies if copy.domain_node == at), backup)
 
 
 def delete(control: Control, backup_id: str, asked: Asked) -> Operation:
@@ -221,8 +241,14 @@ def list_backups(control: Control, vm: str | None = None, *, unproven: bool = Fa
         if unproven:
             query = query.where(Backup.proven_at.is_(None))
         if vm is not None:
-            query = query.where((Backup.vm_name == vm) | (Backup.vm_id == vm))
+            query = query.where(of_vm(vm))
         return [view(backup) for backup in session.scalars(query.order_by(Backup.created_at))]
+
+
+def of_vm(vm: str) -> ColumnElement[bool]:
+    """Backups of the VM of this name or id; a VM that was renamed is known by its present name, too."""
+    renamed = select(Vm.id).where(Vm.name == vm, Vm.deleted_at.is_(None))
+    return (Backup.vm_name == vm) | (Backup.vm_id == vm) | Backup.vm_id.in_(renamed)
 
 
 def show(control: Control, backup_id: str) -> dict[str, Any]:
@@ -235,4 +261,9 @@ def view(backup: Backup) -> dict[str, Any]:
     return {key: getattr(backup, key) for key in keys} | {
         "state": backup.state.value, "created_at": backup.created_at.isoformat(),
         "proven_at": backup.proven_at.isoformat() if backup.proven_at else None,
+        "copies": [
+            {"domain_node": c.domain_node, "state": c.state.value,
+             "verified_at": c.verified_at.isoformat() if c.verified_at else None}
+            for c in sorted(backup.copies, key=lambda c: c.domain_node)
+        ],
     }  # fmt: skip

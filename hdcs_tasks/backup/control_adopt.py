@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlalchemy import select
 
+from hdcs_tasks.backup.control_copy import record_copy
 from hdcs_tasks.errors import Conflict
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_done
@@ -60,8 +61,9 @@ def _scanned(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -
 
 
 def _record(tx: Tx, domain_node: str, point: dict[str, Any]) -> bool:
-    """Add the point's row; False if there is one."""
+    """Add the point's row; False if there is one. Known from elsewhere, it is a copy."""
     if tx.session.get(Backup, point["id"]) is not None:
+        record_copy(tx, point["id"], domain_node)
         return False
     backup = Backup(
         id=point["id"], vm_id=point["vm_id"], vm_name=str(point["definition"].get("name", ""))[:63],

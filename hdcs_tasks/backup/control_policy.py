@@ -16,17 +16,19 @@ from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from hdcs_tasks.backup import control as backups
+from hdcs_tasks.backup.control_copy import open_copy
 from hdcs_tasks.backup.control_drill import drill
 from hdcs_tasks.backup.control_prune import add_prune_steps
-from hdcs_tasks.backup.rules import CHAIN_MAX, Keep, Point, choose_drills
+from hdcs_tasks.backup.rules import CHAIN_MAX, Keep, Point, bandwidth_share, choose_drills
 from hdcs_tasks.errors import Conflict, HdcsError, Invalid, NotFound, Unavailable, WrongState
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.control import Asked, Control, Tx, has_live_step
 from hdcs_tasks.operations.handlers import on_done, on_failed
 from hdcs_tasks.operations.sending import send
+from hdcs_tasks.pool.control import get_domain_node
 from hdcs_tasks.routing import CONTROL, check_name
 from hdcs_tasks.states import OPERATION_LIVE
-from hdcs_tasks.store.models import BackupPolicy, Operation, Step, Vm, now
+from hdcs_tasks.store.models import Backup, BackupPolicy, Operation, Step, Vm, now
 from hdcs_tasks.vm.control import list_vms
 from hdcs_tasks.when import check_when, last_due
 
@@ -42,11 +44,13 @@ def create(
     control: Control, name: str, *, schedule: str, selector: Mapping[str, Any], keep: Keep,
     full_every: int = CHAIN_MAX, full_percent: int | None = None, merge: bool = False,
     bandwidth_mib_s: int | None = None, concurrency: int = 2, drill_schedule: str | None = None, drill_points: int = 1,
+    copy_to: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Record a policy; its first run is at the next moment of ``schedule`` (UTC; words as in ``when.last_due``).
 
     ``selector``: names, tag, owner, home, profile, all of which a VM must match; empty means every VM. ``concurrency``:
-    backups at once on one domain node's storage. Raises Invalid, Conflict (the name is taken).
+    backups at once on one domain node's storage; ``bandwidth_mib_s``: what they may copy in all. ``copy_to``: the
+    domain node that gets a second copy of each point. Raises Invalid, Conflict (the name is taken), NotFound.
     """
     check_name("policy", name)
     _check(selector, full_every, full_percent, bandwidth_mib_s, concurrency, drill_points)
@@ -56,10 +60,13 @@ def create(
     with control.transaction() as tx:
         if tx.session.get(BackupPolicy, name) is not None:
             raise Conflict(f"there is a policy {name} already", next="See: hdcs policy list")
+        if copy_to is not None:
+            get_domain_node(tx.session, copy_to)
         policy = BackupPolicy(
             name=name, selector=dict(selector), schedule=schedule, full_every=full_every, full_percent=full_percent,
             keep=asdict(keep), merge=merge, bandwidth_mib_s=bandwidth_mib_s, concurrency=concurrency,
-            drill_schedule=drill_schedule, drill_points=drill_points, slot_at=now(), drill_slot_at=now(), pending=[],
+            drill_schedule=drill_schedule, drill_points=drill_points, copy_to=copy_to, slot_at=now(),
+            drill_slot_at=now(), pending=[],
         )  # fmt: skip
         tx.session.add(policy)
         tx.session.flush()
@@ -115,7 +122,7 @@ def enable(control: Control, name: str, enabled: bool) -> dict[str, Any]:
 def view(policy: BackupPolicy) -> dict[str, Any]:
     keys = (
         "name", "enabled", "schedule", "selector", "full_every", "full_percent", "keep", "merge", "bandwidth_mib_s",
-        "concurrency", "drill_schedule", "drill_points",
+        "concurrency", "drill_schedule", "drill_points", "copy_to",
     )  # fmt: skip
     return {key: getattr(policy, key) for key in keys} | {
         "slot_at": policy.slot_at.isoformat(), "pending": len(policy.pending),
@@ -125,7 +132,9 @@ def view(policy: BackupPolicy) -> dict[str, Any]:
 
 def terms(policy: BackupPolicy) -> dict[str, Any]:
     """What a backup asked for by this policy carries along."""
-    return {key: getattr(policy, key) for key in ("name", "full_every", "full_percent", "keep", "merge")}
+    keys = ("name", "full_every", "full_percent", "keep", "merge", "copy_to")
+    share = bandwidth_share(policy.bandwidth_mib_s, policy.concurrency)
+    return {key: getattr(policy, key) for key in keys} | {"bandwidth_mib_s": share}
 
 
 # --- runs
@@ -208,7 +217,8 @@ def _begin(control: Control, policy: BackupPolicy, vm_id: str) -> int | None:
     key = f"policy:{policy.name}:{policy.slot_at.isoformat()}:{vm_id}"
     asked = Asked(by=f"policy {policy.name}", reason=policy.schedule, idempotency_key=key)
     try:
-        backups.create(control, vm_id, asked, bandwidth_mib_s=policy.bandwidth_mib_s, policy=terms(policy))
+        share = bandwidth_share(policy.bandwidth_mib_s, policy.concurrency)
+        backups.create(control, vm_id, asked, bandwidth_mib_s=share, policy=terms(policy))
     except (Conflict, WrongState, Unavailable):
         return None  # busy, starting, saved: the next sweep asks again, until the next run
     except HdcsError as error:
@@ -265,7 +275,19 @@ def _not_created(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> 
 
 def _finish(tx: Tx, operation: Operation) -> None:
     tx.finish(operation, operation.request["created"] | {"dropped": operation.request.get("dropped", [])})
+    if operation.request["policy"].get("copy_to") and not operation.cancel_asked:
+        _copy_after(tx, operation, operation.request["policy"])
     _wake(tx)
+
+
+def _copy_after(tx: Tx, operation: Operation, policy: dict[str, Any]) -> None:
+    """The second copy is an operation of its own: meanwhile the VM is free. What one misses the next one brings."""
+    backup = tx.session.get_one(Backup, operation.request["backup"])
+    asked = Asked(by=f"policy {policy['name']}", reason="second copy")
+    try:
+        open_copy(tx, backup, policy["copy_to"], asked, bandwidth_mib_s=policy["bandwidth_mib_s"])
+    except HdcsError as error:
+        tx.event("backup.not_copied", backup.id, f"backup {backup.id}: {error.message}")
 
 
 def _wake(tx: Tx) -> None:

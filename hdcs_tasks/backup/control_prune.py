@@ -6,7 +6,7 @@ from typing import Any
 
 from sqlalchemy import select
 
-from hdcs_tasks.backup.control import is_being_read, points_of
+from hdcs_tasks.backup.control import is_being_read, of_vm, points_of
 from hdcs_tasks.backup.rules import Keep, Prune, plan_prune
 from hdcs_tasks.errors import Conflict, HdcsError, NotFound, OutcomeUnknown
 from hdcs_tasks.operations.control import Asked, Control, Tx
@@ -46,7 +46,7 @@ def plan(control: Control, vm: str, keep: Keep, *, merge: bool = False) -> dict[
 
 def _vm_of_backups(tx: Tx, vm: str) -> tuple[str, str]:
     """Id and name of the VM these backups are of; the newest of several VMs that had the name."""
-    query = select(Backup.vm_id, Backup.vm_name).where((Backup.vm_name == vm) | (Backup.vm_id == vm))
+    query = select(Backup.vm_id, Backup.vm_name).where(of_vm(vm))
     found = tx.session.execute(query.order_by(Backup.created_at.desc()).limit(1)).first()
     if found is None:
         raise NotFound(f"there is no backup of a VM {vm!r}", next="See: hdcs backup list")

@@ -7,13 +7,15 @@ from typing import Any
 from sqlalchemy import func, select
 
 from hdcs_tasks.backup.control import found_broken, spec_of, usable
-from hdcs_tasks.backup.rules import RESTORE_IN_PLACE_IN
-from hdcs_tasks.errors import HdcsError, Invalid, NotFound, WrongState
+from hdcs_tasks.backup.control_copy import add_fetch_step, places_of
+from hdcs_tasks.backup.rules import RESTORE_IN_PLACE_IN, lies_in, restore_in
+from hdcs_tasks.errors import HdcsError, Invalid, NotFound, Unreachable, WrongState
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed, plan_steps
-from hdcs_tasks.pool.control import get_domain_node
+from hdcs_tasks.pool.control import IN_POOL, get_domain_node
+from hdcs_tasks.routing import check_name
 from hdcs_tasks.states import BackupState, ImageState, VmState
-from hdcs_tasks.store.models import Backup, Image, ImageCopy, Operation, Step, Vm, new_id, now
+from hdcs_tasks.store.models import Backup, Image, ImageCopy, Operation, ServerNode, Step, Vm, new_id, now
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import add_start_step, forget, get_vm, vm_of
 from hdcs_tasks.vm.control_clone import Shape, choose_homes, new_vm, rooms_of
@@ -29,37 +31,96 @@ def restore(
 ) -> Operation:  # fmt: skip
     """Restore a point as a new VM ``name`` of the same shape, or ``in_place`` as the disk of the VM it was taken of.
 
-    Both in the domain node that holds the backup. A VM has one disk, so in place is also how a single disk comes back.
+    ``domain_node``: where; what is not there is copied there first. By default where the backup lies, or, when that is
+    gone or broken, where a second copy does.
     """
     if in_place == (name is not None):
         raise Invalid("a restore makes a new VM or sets one back", next="Give a name, or ask for it in place")
     with control.transaction() as tx:
         if (same := tx.same_request(asked)) is not None:
             return same
-        backup = usable(tx, backup_id)
-        if domain_node is not None and domain_node != backup.domain_node:
-            raise WrongState(
-                f"backup {backup.id} lies in {backup.domain_node}: restoring into {domain_node} is not built yet",
-                next=f"Restore it in {backup.domain_node}, then migrate; or copy the repository and adopt it there",
-            )
+        backup = usable(tx, backup_id, BackupState.READY, BackupState.BROKEN)
         if name is None:
             return _open_in_place(tx, backup, asked, start)
+        at = _place(tx, backup, domain_node)
         taken = set(tx.session.scalars(select(Vm.name).where(Vm.deleted_at.is_(None))))
-        return open_as_new(tx, "backup.restore", backup, expand_names(name, 1, taken)[0], asked, {"start": start})
+        name = expand_names(name, 1, taken)[0]
+        return open_as_new(tx, "backup.restore", backup, name, asked, {"start": start}, *at)
 
 
-def open_as_new(tx: Tx, kind: str, backup: Backup, name: str, asked: Asked, request: dict[str, Any]) -> Operation:
-    """Open an operation whose first step makes a new VM's disk from ``backup``."""
-    image, added = _image(tx, backup)
+def _place(tx: Tx, backup: Backup, wanted: str | None) -> tuple[str, bool]:
+    """Where to restore, and whether the point must be copied there first."""
+    if wanted is not None:
+        get_domain_node(tx.session, wanted)
+    places = places_of(backup)
+    up = set(tx.session.scalars(select(ServerNode.domain_node).where(ServerNode.state.in_(IN_POOL))))
+    found = restore_in(places, up, wanted)
+    if found is not None:
+        return found
+    if BackupState.READY not in places.values():
+        raise WrongState(f"backup {backup.id} is {backup.state}", next="Choose another: hdcs backup list")
+    if wanted is None and backup.domain_node in places and places[backup.domain_node] is BackupState.READY:
+        return backup.domain_node, False  # it waits there for a server node
+    raise Unreachable(
+        f"no server node is up of {', '.join({*places, *([wanted] if wanted else [])})}", next="See: hdcs node list"
+    )
+
+
+def open_as_new(
+    tx: Tx, kind: str, backup: Backup, name: str, asked: Asked, request: dict[str, Any], at: str | None = None,
+    fetch: bool = False,
+) -> Operation:  # fmt: skip
+    """Open an operation whose first step makes a new VM's disk from ``backup`` in domain node ``at``; ``fetch``: after
+    one that copies the point there."""
+    at = at or backup.domain_node
+    image, added = _image(tx, backup, at)
     counted = kind == "backup.restore"  # a drill's throwaway VM is nobody's
-    vm = _new_vm(tx, backup, name, image, counted=counted, start=bool(request.get("start")))
-    wanted = request | {"backup": backup.id, "added_image": image.id if image and added else None}
+    vm = _new_vm(tx, backup, name, image, at, counted=counted, start=bool(request.get("start")))
+    wanted = request | {"backup": backup.id, "at": at, "added_image": image.id if image and added else None}
     operation = tx.open(kind, asked=asked, vm=vm, request=wanted)
     spec = spec_of(backup) | {"shown": {"vm": name, "point": backup.id[:8]}, "vm_id": vm.id, "name": name}
-    spec |= {"disk_key": vm.disk_key}
-    spec |= {"image": _shown(image), "compare": bool(request.get("compare"))}
-    tx.step(operation, "backup.restore_on_node", backup.domain_node, spec)
+    spec |= {"image": _shown(image), "compare": bool(request.get("compare")), "disk_key": vm.disk_key}
+    if fetch:
+        operation.request = wanted | {"then": spec}
+        add_fetch_step(tx, operation, backup, at)
+    else:
+        tx.step(operation, "backup.restore_on_node", at, spec)
     return operation
+
+
+@on_done("backup.restore:backup.fetch_on_node")
+def _brought(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
+    tx.step(operation, "backup.restore_on_node", operation.request["at"], operation.request["then"])
+
+
+@on_failed("backup.restore:backup.fetch_on_node")
+def _not_brought(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
+    _unsettle_image(tx, operation)
+    forget(tx, vm_of(tx, operation))
+
+
+def extract(control: Control, backup_id: str, name: str, asked: Asked, *, domain_node: str | None = None) -> Operation:
+    """A point's disk alone, as the plain file ``import/<name>.qcow2`` of ``domain_node`` (by default where it lies): to
+    be looked into, added as an image, or given to another VM."""
+    check_name("file", name)
+    with control.transaction() as tx:
+        if (same := tx.same_request(asked)) is not None:
+            return same
+        backup = usable(tx, backup_id, BackupState.READY, BackupState.BROKEN)
+        at, fetch = _place(tx, backup, domain_node)
+        if fetch:
+            raise WrongState(
+                f"{at} has no copy of backup {backup.id}", next=f"Make one: hdcs backup copy {backup.id[:8]} --to {at}"
+            )
+        request = {"backup": backup.id, "at": at, "name": name}
+        operation = tx.open("backup.extract", asked=asked, subject=backup.id, request=request)
+        tx.step(operation, "backup.extract_on_node", at, spec_of(backup) | {"name": name})
+        return operation
+
+
+@on_failed("backup.extract_on_node")
+def _not_extracted(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
+    found_broken(tx, operation, error)
 
 
 def _open_in_place(tx: Tx, backup: Backup, asked: Asked, start: bool) -> Operation:
@@ -71,16 +132,18 @@ def _open_in_place(tx: Tx, backup: Backup, asked: Asked, start: bool) -> Operati
         ) from None
     if vm.state not in RESTORE_IN_PLACE_IN:
         raise WrongState(f"VM {vm.name} is {vm.state}: its disk cannot be set back", next="Stop it first")
-    if vm.home != backup.domain_node:
+    if not lies_in(places_of(backup), vm.home):
         raise WrongState(
-            f"VM {vm.name} lives in {vm.home}, backup {backup.id} lies in {backup.domain_node}",
-            next="Restore it as a new VM: --name NAME",
+            f"VM {vm.name} lives in {vm.home}, and no good copy of backup {backup.id} lies there",
+            next=f"Copy it there: hdcs backup copy {backup.id[:8]} --to {vm.home}; or make a new VM of it: --name NAME",
         )
-    image, added = _image(tx, backup)
-    request = {"backup": backup.id, "start": start, "added_image": image.id if image and added else None}
+    image, added = _image(tx, backup, vm.home)
+    request = {
+        "backup": backup.id, "at": vm.home, "start": start, "added_image": image.id if image and added else None,
+    }  # fmt: skip
     operation = tx.open("backup.restore", asked=asked, vm=vm, request=request)
     spec = spec_of(backup) | {"vm_id": vm.id, "name": vm.name, "image": _shown(image), "disk_key": vm.disk_key}
-    tx.step(operation, "backup.restore_in_place_on_node", backup.domain_node, spec)
+    tx.step(operation, "backup.restore_in_place_on_node", vm.home, spec)
     return operation
 
 
@@ -88,7 +151,7 @@ def _shown(image: Image | None) -> dict[str, Any] | None:
     return {"name": image.name, "version": image.version} if image else None
 
 
-def _new_vm(tx: Tx, backup: Backup, name: str, image: Image | None, *, counted: bool, start: bool) -> Vm:
+def _new_vm(tx: Tx, backup: Backup, name: str, image: Image | None, at: str, *, counted: bool, start: bool) -> Vm:
     manifest = backup.manifest or {}
     definition = manifest["definition"]
     disk_bytes = max(definition["disk_bytes"], manifest["disk_bytes"])
@@ -103,7 +166,7 @@ def _new_vm(tx: Tx, backup: Backup, name: str, image: Image | None, *, counted: 
     owner = definition.get("owner", "")
     if counted:
         check_quota(tx, owner, shape.amounts(1, start))
-    row = get_domain_node(tx.session, backup.domain_node)
+    row = get_domain_node(tx.session, at)
     tags = definition.get("tags", ())
     home = choose_homes(tx.control, rooms_of(tx, [row]), shape, tags, 1)[0][0]
     return new_vm(tx, name, shape, home, image_id=image.id if image else None, owner=owner, tags=tags)
@@ -112,21 +175,19 @@ def _new_vm(tx: Tx, backup: Backup, name: str, image: Image | None, *, counted: 
 # --- the image below: by its hash
 
 
-def _image(tx: Tx, backup: Backup) -> tuple[Image | None, bool]:
+def _image(tx: Tx, backup: Backup, at: str) -> tuple[Image | None, bool]:
     """The image a point stands on, by hash, and whether its copy in the domain node is yet to be brought back."""
     base = (backup.manifest or {}).get("base")
     if base is None:
         return None, False
     image = _image_of_hash(tx, base)
-    copy = tx.session.get(ImageCopy, (image.id, backup.domain_node))
+    copy = tx.session.get(ImageCopy, (image.id, at))
     if copy is not None and copy.state is ImageState.READY:
         return image, False
     if copy is None:
-        tx.session.add(ImageCopy(image_id=image.id, domain_node=backup.domain_node, state=ImageState.ADDING))
+        tx.session.add(ImageCopy(image_id=image.id, domain_node=at, state=ImageState.ADDING))
     elif copy.state in (ImageState.ADDING, ImageState.DELETING):
-        raise WrongState(
-            f"image {image.name}:{image.version} in {backup.domain_node} is {copy.state}", next="Ask again in a moment"
-        )
+        raise WrongState(f"image {image.name}:{image.version} in {at} is {copy.state}", next="Ask again in a moment")
     else:
         move(copy, ImageState.ADDING)
     tx.session.flush()
@@ -151,10 +212,7 @@ def _image_of_hash(tx: Tx, base: dict[str, Any]) -> Image:
 
 def _added_copy(tx: Tx, operation: Operation) -> ImageCopy | None:
     image_id = operation.request.get("added_image")
-    backup = tx.session.get(Backup, operation.request["backup"])
-    if image_id is None or backup is None:
-        return None
-    return tx.session.get(ImageCopy, (image_id, backup.domain_node))
+    return None if image_id is None else tx.session.get(ImageCopy, (image_id, operation.request["at"]))
 
 
 def _settle_image(tx: Tx, operation: Operation, result: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from hdcs_tasks.app import app
 from hdcs_tasks.backup import control as backups
-from hdcs_tasks.backup import control_adopt, control_drill, control_policy, control_prune, control_restore
+from hdcs_tasks.backup import control_adopt, control_copy, control_drill, control_policy, control_prune, control_restore
 from hdcs_tasks.backup.rules import Keep
 from hdcs_tasks.operations.control_tasks import control
 from hdcs_tasks.operations.recovery import sweep_once
@@ -36,8 +36,24 @@ def restore(
 
 
 @request_task("backup.verify")
-def verify(backup: str, by: str = "celery", reason: str = "") -> dict[str, Any]:
-    return view(backups.verify(control(), backup, asked_by_task(by, reason)))
+def verify(backup: str, domain_node: str | None = None, by: str = "celery", reason: str = "") -> dict[str, Any]:
+    return view(backups.verify(control(), backup, asked_by_task(by, reason), domain_node=domain_node))
+
+
+@request_task("backup.extract")
+def extract(
+    backup: str, name: str, domain_node: str | None = None, by: str = "celery", reason: str = ""
+) -> dict[str, Any]:
+    asked = asked_by_task(by, reason)
+    return view(control_restore.extract(control(), backup, name, asked, domain_node=domain_node))
+
+
+@request_task("backup.copy")
+def copy(
+    backup: str, to: str, bandwidth_mib_s: int | None = None, by: str = "celery", reason: str = ""
+) -> dict[str, Any]:
+    asked = asked_by_task(by, reason)
+    return view(control_copy.copy(control(), backup, to, asked, bandwidth_mib_s=bandwidth_mib_s))
 
 
 @request_task("backup.delete")

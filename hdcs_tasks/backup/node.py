@@ -46,6 +46,8 @@ def create(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
         if done is None:
             run.check()
             done = _write(run, spec, layout, repository)
+        # Also when an earlier attempt published it: that one may have died before its checkpoint counted.
+        _keep(run, layout, spec["vm_id"], done)
     return {
         "node": ctx.server_node, "checkpoint": done.checkpoint, "file_bytes": done.file_bytes, "sha256": done.sha256,
         "consistency": done.consistency, "manifest": asdict(done),
@@ -86,7 +88,6 @@ def _write(run: Run, spec: dict[str, Any], layout: storage.StorageLayout, reposi
         delete_checkpoint(run.ctx.host(), spec["vm_id"], checkpoint)
         repository.forget_empty(spec["vm_id"], spec["chain"])
         raise
-    _keep(run, layout, spec["vm_id"], published)
     return published
 
 
@@ -145,8 +146,9 @@ def _base(run: Run, spec: dict[str, Any], layout: storage.StorageLayout, reposit
     image = spec["image"]
     if image is None:
         return None
-    base = BaseImage(name=image["name"], version=image["version"], sha256=image["sha256"])
-    source = image_path(layout, base.name, base.version)
+    source = image_path(layout, image["name"], image["version"])
+    size = source.stat().st_size if source.is_file() else 0
+    base = BaseImage(name=image["name"], version=image["version"], sha256=image["sha256"], file_bytes=size)
     repository.bases.keep(base, source, on_progress=part(run, 0, 5), cancelled=run.cancelled)
     return base
 

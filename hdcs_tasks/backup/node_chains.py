@@ -39,6 +39,7 @@ def prune(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     for number, each in enumerate(merges):
         run.check()
         point = repository.get(vm_id, each["point"])
+        repository.drop_partials(point)
         below = repository.get(vm_id, each["below"]) if each["below"] else None
         tell = part(run, 90.0 * number / len(merges), 90.0 * (number + 1) / len(merges))
         done = merging.merge(

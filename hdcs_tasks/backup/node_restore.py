@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 from hdcs_tasks.backup.node import LOCK_WAIT_S, layout_of, part, repository_of
-from hdcs_tasks.errors import BackupBroken, HdcsError
+from hdcs_tasks.errors import BackupBroken, Conflict, HdcsError, NotFound
 from hdcs_tasks.hypervisor import agent, disks, merging, storage
 from hdcs_tasks.hypervisor.keys import Key, KeyRing
 from hdcs_tasks.hypervisor.locks import vm_lock
@@ -21,7 +22,10 @@ def found_point(run: Run, spec: dict[str, Any]) -> tuple[Repository, Point]:
     """The point a step is about; merges that dead workers left half done are ended first."""
     repository = repository_of(run)
     merging.settle(repository, spec["source_vm_id"])
-    return repository, repository.get(spec["source_vm_id"], spec["point"])
+    try:
+        return repository, repository.get(spec["source_vm_id"], spec["point"])
+    except NotFound as error:  # the record says it is here
+        raise BackupBroken(error.message, next="Restore another point, or a copy of it: hdcs backup list") from error
 
 
 def restore(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
@@ -30,6 +34,7 @@ def restore(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     repository, point = found_point(run, spec)
     image = _image(run, spec, layout, repository, point)
     target = layout.disk(spec["vm_id"])
+    _drop_partials(target)
     if not target.exists():
         target.parent.mkdir(mode=0o711, exist_ok=True)
         try:
@@ -45,6 +50,28 @@ def restore(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     return _result(run, point, image)
 
 
+def extract(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
+    """A point's disk alone, flattened and in clear, as a file of the storage's import folder; verified before, compared
+    after. Raises Conflict (the name is taken)."""
+    repository, point = found_point(run, spec)
+    target = layout_of(run).path("import", f"{spec['name']}.qcow2")
+    marker = target.with_name(f".{target.name}.{run.step}")
+    _drop_partials(target)
+    if target.exists() and not marker.exists():
+        raise Conflict(f"import/{target.name} exists", next="Choose another name")
+    marker.touch()  # what is there from now on is this step's
+    try:
+        if not target.exists():
+            _write(run, repository, point, target, None, None, whole=True)
+        _check_same(run, repository, point, target, None)
+    except HdcsError:
+        target.unlink(missing_ok=True)
+        raise
+    finally:
+        marker.unlink(missing_ok=True)
+    return {"node": run.ctx.server_node, "path": f"import/{target.name}", "file_bytes": target.stat().st_size}
+
+
 def restore_in_place(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     """Set a stopped VM's disk back to a point. The current disk is kept until the restored one is in place and good.
 
@@ -58,12 +85,22 @@ def restore_in_place(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     fresh, old = (disk.with_name(f"{what}-{run.step}.qcow2") for what in ("restored", "replaced"))
     with vm_lock(ctx.settings.state_dir, spec["vm_id"], LOCK_WAIT_S):
         node_swap.check_stopped(run, spec["vm_id"], disk)
+        _drop_partials(fresh)
         image = _image(run, spec, layout, repository, point)
         if not old.exists():
             _prepare(run, repository, point, disk, fresh, old, image, _key(run, spec))
         run.check()
         node_swap.swap(disk, fresh, old)
     return _result(run, point, image)
+
+
+def _drop_partials(disk: Path) -> None:
+    """Remove what attempts that died while they wrote ``disk`` left beside it."""
+    for left in (*disk.parent.glob(f".{disk.name}.*.partial"), *disk.parent.glob(".seed-*")):
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def _prepare(
@@ -86,12 +123,15 @@ def _key(run: Run, spec: dict[str, Any]) -> Key | None:
     return KeyRing.of(run.ctx.settings).find(spec.get("disk_key"))
 
 
-def _write(run: Run, repository: Repository, point: Point, target: Path, image: Path | None, key: Key | None) -> None:
+def _write(
+    run: Run, repository: Repository, point: Point, target: Path, image: Path | None, key: Key | None,
+    *, whole: bool = False,
+) -> None:  # fmt: skip
     repository.verify(point, on_progress=part(run, 0, 40), cancelled=run.cancelled)
     run.check()
     repository.restore(
         point, target, image=image, key=key, attempt=str(run.attempt), on_progress=part(run, 40, 90),
-        cancelled=run.cancelled, deadline_s=run.ctx.settings.step_deadline_s,
+        cancelled=run.cancelled, deadline_s=run.ctx.settings.step_deadline_s, bitmap=not whole,
     )  # fmt: skip
 
 

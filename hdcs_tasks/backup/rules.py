@@ -33,6 +33,7 @@ class Point:
     created_at: datetime = _LONG_AGO
     file_bytes: int = 0
     proven_at: datetime | None = None
+    disk_bytes: int = 0
 
 
 # --- full or increment
@@ -56,10 +57,13 @@ class Plan:
     why: str
 
 
-def next_point(points: Sequence[Point], *, home: str, full: bool, rule: FullRule | None = None) -> Plan:
+def next_point(
+    points: Sequence[Point], *, home: str, full: bool, rule: FullRule | None = None, disk_bytes: int = 0
+) -> Plan:
     """The next backup of a VM whose points are given oldest first.
 
-    An increment follows the newest point if that is ready, has its checkpoint and lies in the VM's own domain node.
+    An increment follows the newest point if that is ready, has its checkpoint, lies in the VM's own domain node and is
+    of a disk of the present size (``disk_bytes``): after a move, a set-back or a growth a chain begins anew.
     """
     newest = points[-1] if points else None
     if full:
@@ -70,6 +74,8 @@ def next_point(points: Sequence[Point], *, home: str, full: bool, rule: FullRule
         return Plan("full", 1, None, f"the chain cannot go on: its newest point is {newest.state}")
     if newest.domain_node != home:
         return Plan("full", 1, None, f"the chain lies in {newest.domain_node}")
+    if newest.disk_bytes and disk_bytes > newest.disk_bytes:
+        return Plan("full", 1, None, f"the disk has grown from {newest.disk_bytes} to {disk_bytes} bytes")
     why = _outgrown([p for p in points if p.chain == newest.chain], rule or FullRule())
     if why is not None:
         return Plan("full", 1, None, why)
@@ -83,6 +89,28 @@ def _outgrown(chain: Sequence[Point], rule: FullRule) -> str | None:
     if rule.percent is not None and full_bytes and inc_bytes * 100 > rule.percent * full_bytes:
         return f"the increments hold {inc_bytes} bytes, over {rule.percent} % of the full one's {full_bytes}"
     return None
+
+
+# --- where it lies
+
+
+def lies_in(places: Mapping[str, BackupState], domain_node: str) -> bool:
+    """Whether a point can be restored from what ``domain_node`` holds of it."""
+    return places.get(domain_node) is BackupState.READY
+
+
+def restore_in(
+    places: Mapping[str, BackupState], readable: Collection[str], wanted: str | None
+) -> tuple[str, bool] | None:
+    """Where a point is restored, and whether it must be copied there first; None: nowhere.
+
+    ``places``: domain nodes that hold it, the first one first; ``readable``: those whose server nodes are up. What is
+    ``wanted`` is kept to; else the first good place.
+    """
+    good = [place for place, state in places.items() if state is BackupState.READY and place in readable]
+    if wanted is not None:
+        return (wanted, wanted not in good) if good and wanted in readable else None
+    return (good[0], False) if good else None
 
 
 # --- what to keep
@@ -182,6 +210,11 @@ def _below(point: Point, by_id: dict[str, Point], held: Collection[str]) -> list
 def _is_whole(path: Sequence[Point], held: Collection[str]) -> bool:
     """Whether the path ends on a held point or a full one: else a link is missing, and nothing may be merged."""
     return path[-1].id in held or path[-1].parent is None
+
+
+def bandwidth_share(total_mib_s: int | None, concurrency: int) -> int | None:
+    """What each backup of a policy may copy, so that all that run at once on one storage stay below the total."""
+    return None if total_mib_s is None else max(1, total_mib_s // concurrency)
 
 
 # --- what to prove

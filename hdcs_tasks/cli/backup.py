@@ -26,10 +26,17 @@ from hdcs_tasks.cli.options import (
 if TYPE_CHECKING:
     from hdcs_tasks.cloud import Operation
 
+
+def _copy(copy: dict[str, Any]) -> str:
+    good = copy["state"] == "ready"
+    return str(copy["domain_node"]) + ("" if good else f" ({copy['state']})")
+
+
 COLUMNS = (
     output.Column("id", "id", output.short_id), output.Column("vm_name", "vm"), output.Column("kind"),
     output.Column("seq"), output.Column("state"), output.Column("domain_node", "domain node"),
     output.column("file_bytes", "size"), output.column("created_at", "created"),
+    output.Column("copies", "copies", lambda copies: ", ".join(_copy(each) for each in copies) or "-"),
     output.Column("proven_at", "proven", lambda at: output.in_time(at) if at else "never"),
 )  # fmt: skip
 PLAN = (
@@ -124,7 +131,7 @@ def show(face: Face, backup_id: str, form: str) -> None:
 @click.argument("backup_id")
 @click.option("--name", default=None, help="Name of the new VM.")
 @click.option("--in-place", is_flag=True, help="Set back the disk of the stopped VM it was taken of.")
-@click.option("--domain-node", default=None, help="Where to restore it. Default: where the backup lies.")
+@click.option("--domain-node", default=None, help="Where to restore it. Default: where it lies.")
 @click.option("--start/--no-start", default=True, show_default=True, help="Start it when it is there.")
 @yes_option
 @key_option
@@ -140,6 +147,7 @@ def restore(
     Examples:
       hdcs backup restore 5be20c1f --name desk-001-back
       hdcs backup restore 5be20c1f --name desk-001-back --no-start
+      hdcs backup restore 5be20c1f --name desk-001-back --domain-node west
       hdcs backup restore 5be20c1f --in-place -y
     """
     if in_place == (name is not None):
@@ -158,11 +166,12 @@ def restore(
 @click.option("--drill", is_flag=True, help="Prove them: restore into a throwaway VM, whose guest must come up.")
 @click.option("--agent-timeout", "agent_s", type=DURATION, default="10m", show_default=True,
               help="How long the guest may take to come up in a drill.")  # fmt: skip
+@click.option("--domain-node", default=None, help="Verify the copy there instead of the first one.")
 @wait_options
 @pass_face
 def verify(
-    face: Face, backup_ids: tuple[str, ...], drill: bool, agent_s: float, wait: bool, timeout_s: float | None,
-    form: str,
+    face: Face, backup_ids: tuple[str, ...], drill: bool, agent_s: float, domain_node: str | None, wait: bool,
+    timeout_s: float | None, form: str,
 ) -> None:  # fmt: skip
     """Check backups, and every link below them, against the hashes in their manifests; or prove them by a drill.
 
@@ -175,11 +184,54 @@ def verify(
     def one(backup_id: str) -> Operation:
         if drill:
             return face.cloud.backups.drill(backup_id, timeout_s=agent_s)
-        return face.cloud.backups.verify(backup_id)
+        return face.cloud.backups.verify(backup_id, domain_node=domain_node)
 
     opened, refused = waiting.each(backup_ids, one)
     single = len(backup_ids) == 1
     waiting.conclude(opened, form=form, wait=wait, timeout_s=timeout_s, one=single, refused=refused)
+
+
+@backup.command()
+@click.argument("backup_id")
+@click.argument("name")
+@click.option("--domain-node", default=None, help="From the copy in this one's storage. Default: where it lies.")
+@key_option
+@wait_options
+@pass_face
+def extract(
+    face: Face, backup_id: str, name: str, domain_node: str | None, key: str | None, wait: bool,
+    timeout_s: float | None, form: str,
+) -> None:  # fmt: skip
+    """Restore the disk alone, as the plain file import/NAME.qcow2 of the domain node's storage.
+
+    \b
+    Examples:
+      hdcs backup extract 5be20c1f desk-001-monday
+    """
+    operation = face.cloud.backups.extract(backup_id, name, domain_node=domain_node, idempotency_key=key)
+    waiting.conclude([operation], form=form, wait=wait, timeout_s=timeout_s)
+
+
+@backup.command()
+@click.argument("backup_ids", nargs=-1, required=True, metavar="BACKUP_ID...")
+@click.option("--to", required=True, metavar="DOMAIN_NODE", help="The domain node that gets the copy.")
+@click.option("--bandwidth", "mib_s", type=click.IntRange(1), default=None, help="Copy at most so many MiB/s.")
+@wait_options
+@pass_face
+def copy(
+    face: Face, backup_ids: tuple[str, ...], to: str, mib_s: int | None, wait: bool, timeout_s: float | None, form: str
+) -> None:
+    """Keep a second copy in another domain node's storage, with all a backup stands on; it is verified there.
+
+    \b
+    Examples:
+      hdcs backup copy 5be20c1f --to west
+    """
+    opened, refused = waiting.each(
+        backup_ids, lambda backup_id: face.cloud.backups.copy(backup_id, to, bandwidth_mib_s=mib_s)
+    )
+    one = len(backup_ids) == 1
+    waiting.conclude(opened, form=form, wait=wait, timeout_s=timeout_s, one=one, refused=refused)
 
 
 @backup.command()

@@ -13,6 +13,7 @@ from hdcs_tasks.cli.options import Face, confirm, format_option, pass_face, yes_
 COLUMNS = (
     output.Column("name"), output.Column("enabled"), output.Column("schedule"), output.Column("selector"),
     output.Column("keep"), output.Column("full_every", "full every"), output.Column("drill_schedule", "drill"),
+    output.Column("copy_to", "copy to"),
     output.column("slot_at", "last run"), output.Column("pending"),
 )  # fmt: skip
 
@@ -40,6 +41,7 @@ def policy() -> None:
               help="Each backup copies at most so many MiB/s.")  # fmt: skip
 @click.option("--concurrency", type=click.IntRange(1), default=2, show_default=True,
               help="Backups at once on one domain node's storage.")  # fmt: skip
+@click.option("--copy-to", default=None, metavar="DOMAIN_NODE", help="Keep a second copy in this one's storage.")
 @click.option("--drill", "drill_schedule", default=None, help="When to prove points; words as for --when.")
 @click.option("--drill-points", type=click.IntRange(1), default=1, show_default=True,
               help="How many points each drill proves: those of VMs never or longest ago proven.")  # fmt: skip
@@ -54,6 +56,7 @@ def create(
     \b
     Examples:
       hdcs policy create nightly --when 'daily 02:00' --tag office --last 3 --daily 7 --weekly 4
+      hdcs policy create safe --when 'daily 02:00' --tag office --last 7 --copy-to west
       hdcs policy create labs --when hourly --home east --full-every 24 --last 24 --drill 'weekly sun 04:00'
     """
     chosen = {"names": list(names), "tag": tag, "owner": owner, "home": home}

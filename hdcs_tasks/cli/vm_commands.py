@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hdcs_tasks.cli import plans, waiting
+from hdcs_tasks.cli import output, plans, waiting
 from hdcs_tasks.cli.options import (
     DURATION,
     SELECTOR_KEYS,
+    SIZE,
     F,
     Face,
     Selection,
     confirm,
+    format_option,
     key_option,
     named,
     pass_face,
@@ -53,6 +55,36 @@ def _asked(options: dict[str, Any]) -> dict[str, Any]:
 def _chosen(face: Face, verb: str, options: dict[str, Any]) -> Selection:
     selector = {key: options[key] for key in SELECTOR_KEYS}
     return select(face, verb, options["names"], options["every"], selector)
+
+
+@click.command()
+@click.argument("name", metavar="VM")
+@click.argument("new", metavar="NEW_NAME")
+@format_option
+@pass_face
+def rename(face: Face, name: str, new: str, form: str) -> None:
+    """Give a stopped VM another name; id, MAC, disk and backups stay its own.
+
+    \b
+    Examples:
+      hdcs vm rename desk-001 anna
+    """
+    output.print_one(face.cloud.vms[name].rename(new).show(), form)
+
+
+@click.command()
+@_common
+@click.option("--disk", "disk_bytes", type=SIZE, required=True, help="How large it is to be, e.g. 40GiB.")
+@pass_face
+def grow(face: Face, /, disk_bytes: int, **options: Any) -> None:
+    """Grow the disks of VMs, running or stopped; the guest grows its own file system.
+
+    \b
+    Examples:
+      hdcs vm grow desk-001 --disk 40GiB
+    """
+    chosen = _chosen(face, "grow", options)
+    _give(face, chosen, lambda vm, asked: vm.grow(disk_bytes, **asked), **_asked(options))
 
 
 @click.command()
@@ -204,4 +236,4 @@ def delete(face: Face, /, yes: bool, **options: Any) -> None:
     _give(face, chosen, lambda vm, asked: vm.delete(**asked), **_asked(options))
 
 
-COMMANDS = (start, stop, suspend, resume, reboot, save, restore, delete)
+COMMANDS = (rename, grow, start, stop, suspend, resume, reboot, save, restore, delete)

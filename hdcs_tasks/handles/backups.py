@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hdcs_tasks.backup import control as backup_control
-from hdcs_tasks.backup import control_adopt, control_drill, control_policy, control_prune, control_restore
+from hdcs_tasks.backup import control_adopt, control_copy, control_drill, control_policy, control_prune, control_restore
 from hdcs_tasks.backup.rules import Keep
 from hdcs_tasks.handles.operation import Operation, Part, Plan, View
 
@@ -22,7 +22,9 @@ class Backups(Part):
         self, backup_id: str, *, name: str | None = None, in_place: bool = False, domain_node: str | None = None,
         start: bool = True, idempotency_key: str | None = None,
     ) -> Operation:  # fmt: skip
-        """As a new VM ``name``, or ``in_place``: the disk of the stopped VM it was taken of is set back."""
+        """As a new VM ``name``, or ``in_place``: the disk of the stopped VM it was taken of is set back.
+
+        ``domain_node``: where; by default where the backup, or else a good copy of it, lies."""
         asked = self._asked(idempotency_key)
         return self._op(
             control_restore.restore(
@@ -30,8 +32,23 @@ class Backups(Part):
             )
         )
 
-    def verify(self, backup_id: str) -> Operation:
-        return self._op(backup_control.verify(self._control, backup_id, self._asked()))
+    def extract(
+        self, backup_id: str, name: str, *, domain_node: str | None = None, idempotency_key: str | None = None
+    ) -> Operation:
+        """Its disk alone, as the plain file ``import/<name>.qcow2`` of the storage."""
+        asked = self._asked(idempotency_key)
+        return self._op(control_restore.extract(self._control, backup_id, name, asked, domain_node=domain_node))
+
+    def copy(
+        self, backup_id: str, to: str, *, bandwidth_mib_s: int | None = None, idempotency_key: str | None = None
+    ) -> Operation:
+        """A second copy, with all the point stands on, in domain node ``to``; verified there."""
+        asked = self._asked(idempotency_key)
+        return self._op(control_copy.copy(self._control, backup_id, to, asked, bandwidth_mib_s=bandwidth_mib_s))
+
+    def verify(self, backup_id: str, *, domain_node: str | None = None) -> Operation:
+        """Check a point against its manifests; ``domain_node``: the copy there."""
+        return self._op(backup_control.verify(self._control, backup_id, self._asked(), domain_node=domain_node))
 
     def drill(self, backup_id: str, *, timeout_s: float = control_drill.AGENT_TIMEOUT_S) -> Operation:
         """Prove a point: restored into a throwaway VM without network, whose agent must answer in ``timeout_s``."""
@@ -69,7 +86,8 @@ class Policies(Part):
         self, name: str, *, schedule: str, last: int = 1, daily: int = 0, weekly: int = 0, monthly: int = 0,
         selector: View | None = None, **more: Any,
     ) -> View:  # fmt: skip
-        """``more``: full_every, full_percent, merge, bandwidth_mib_s, concurrency, drill_schedule, drill_points."""
+        """``more``: full_every, full_percent, merge, bandwidth_mib_s, concurrency, drill_schedule, drill_points,
+        copy_to."""
         keep = Keep(last, daily, weekly, monthly)
         return control_policy.create(self._control, name, schedule=schedule, selector=selector or {}, keep=keep, **more)
 

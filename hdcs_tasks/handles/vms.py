@@ -12,7 +12,15 @@ from hdcs_tasks.handles.operation import Operation, Part, Plan, View
 from hdcs_tasks.image.control_export import ExportRequest
 from hdcs_tasks.operations.control import Control
 from hdcs_tasks.vm import control as vm_control
-from hdcs_tasks.vm import control_clone, control_console, control_export, control_migrate, control_plan, control_refresh
+from hdcs_tasks.vm import (
+    control_clone,
+    control_console,
+    control_export,
+    control_migrate,
+    control_plan,
+    control_refresh,
+    control_shape,
+)
 from hdcs_tasks.vm.move_rules import MoveOptions
 
 
@@ -57,6 +65,16 @@ class Vm(Part):
 
     def save(self, *, idempotency_key: str | None = None, reason: str = "") -> Operation:
         return self._command("save", idempotency_key, reason)
+
+    def rename(self, new: str) -> Vm:
+        """Give the stopped VM another name; the handle of it under that name."""
+        control_shape.rename(self._control, self.name, new)
+        return Vm(self._control, self._by, new)
+
+    def grow(self, disk_bytes: int, *, idempotency_key: str | None = None, reason: str = "") -> Operation:
+        """Make its disk that large, running or stopped; the guest grows its own file system."""
+        asked = self._asked(idempotency_key, reason)
+        return self._op(control_shape.grow(self._control, self.name, disk_bytes, asked))
 
     def delete(self, *, idempotency_key: str | None = None, reason: str = "") -> Operation:
         return self._op(vm_control.delete(self._control, self.name, self._asked(idempotency_key, reason)))

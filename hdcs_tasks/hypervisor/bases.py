@@ -21,6 +21,7 @@ from hdcs_tasks.hypervisor import disks
 from hdcs_tasks.hypervisor.jobs import IsCancelled, OnProgress
 from hdcs_tasks.hypervisor.manifests import BaseImage
 
+PARTIAL = ".partial"
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -132,3 +133,17 @@ def _link_or_copy(source: Path, target: Path, cancelled: IsCancelled | None) -> 
         except Conflict:
             return
     disks.sync(target.parent)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Replace ``path`` by a file of ``content``: whole and on disk, or not at all."""
+    partial = path.with_name(f".{path.name}{PARTIAL}")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    disks.sync(path.parent)

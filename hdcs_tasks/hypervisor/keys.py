@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
-from hdcs_tasks.errors import HypervisorRefused, NotFound, Rejected
+from hdcs_tasks.errors import HypervisorRefused, NotFound, Rejected, Unavailable
 from hdcs_tasks.hypervisor import processes
 from hdcs_tasks.hypervisor.connection import Host
 from hdcs_tasks.hypervisor.errors import libvirt_errors
@@ -138,9 +138,10 @@ def run(program: Sequence[str], *arguments: str | Path, keys: Keys = (), **optio
         for left in range(_TRIES, 0, -1):
             try:
                 return processes.run(argv, pass_fds=handles, **options)
-            except HypervisorRefused as error:
-                # QEMU measures its own speed to make a LUKS header, and gives up on a coarse clock: try once more.
-                if left == 1 or "accurate CPU usage" not in error.message:
+            except (HypervisorRefused, Unavailable) as error:
+                # QEMU measures its own speed to make a LUKS header: on a coarse clock it gives up, or never ends.
+                slow = isinstance(error, Unavailable) and program[-1] == "create"
+                if left == 1 or not (slow or "accurate CPU usage" in error.message):
                     raise
     raise AssertionError("unreachable")
 

@@ -35,7 +35,7 @@ def create_layer(target: Path, backing: Backing | None, size_bytes: int, key: Ke
     on = [] if backing is None else ["-u", "-F", backing.format, "-b", backing.path]
     _keys.run(
         ["qemu-img", "create"], "-q", "-f", "qcow2", *_keys.encryption(key), *on, target, str(size_bytes), keys=(key,),
-        timeout_s=_QUICK_S,
+        timeout_s=_QUICK_S / 4,
     )  # fmt: skip
 
 

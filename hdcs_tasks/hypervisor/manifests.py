@@ -28,12 +28,14 @@ _SEAL = "manifest_sha256"
 
 @dataclass(frozen=True)
 class BaseImage:
-    """The image below the VM's own layer. ``sha256``: of its file, and its name in the repository (``bases.py``)."""
+    """The image below the VM's own layer. ``sha256``, ``file_bytes``: of its file; the first is also its name in the
+    repository (``bases.py``)."""
 
     name: str
     version: int
     sha256: str
     format: str = "qcow2"
+    file_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,8 @@ def _check_base(base: BaseImage) -> None:
     if not _SHA256.fullmatch(base.sha256) or base.format not in ("qcow2", "raw"):
         raise Invalid(f"base image {base.name} has a bad hash or format", next="Give its SHA-256 and qcow2 or raw")
     check_label("image", base.name)
+    if type(base.file_bytes) is not int or base.file_bytes < 0:
+        raise Invalid(f"base image {base.name} has {base.file_bytes!r} bytes", next="Give the size of its file")
     if type(base.version) is not int or base.version < 1:
         raise Invalid(f"base image {base.name} has version {base.version!r}", next="Versions count from 1")
 
@@ -154,6 +158,11 @@ def load(data: bytes, where: str) -> Point:
         return check_point(_build(body))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, Invalid) as error:
         raise BackupBroken(f"{where} is not a backup manifest: {error}", next="Restore another point") from error
+
+
+def from_dict(body: dict[str, Any]) -> Point:
+    """The point that ``dataclasses.asdict`` made this of, checked; raises Invalid, ValueError, TypeError."""
+    return check_point(_build(dict(body)))
 
 
 def _build(body: dict[str, Any]) -> Point:

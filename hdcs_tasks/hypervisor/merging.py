@@ -15,11 +15,11 @@ from pathlib import Path
 
 from hdcs_tasks.errors import BackupBroken, Invalid
 from hdcs_tasks.hypervisor import disks, manifests
-from hdcs_tasks.hypervisor.bases import storage_errors
+from hdcs_tasks.hypervisor.bases import storage_errors, write_durably
 from hdcs_tasks.hypervisor.jobs import IsCancelled, OnProgress
 from hdcs_tasks.hypervisor.layers import flatten, same_content
 from hdcs_tasks.hypervisor.manifests import Point
-from hdcs_tasks.hypervisor.repository import Repository, write_durably
+from hdcs_tasks.hypervisor.repository import Repository
 
 _INTENT = ".merge.partial"
 

@@ -21,15 +21,13 @@ from typing import Any
 
 from hdcs_tasks.errors import BackupBroken, Conflict, NotFound
 from hdcs_tasks.hypervisor import keys, manifests
-from hdcs_tasks.hypervisor.bases import Bases, storage_errors
+from hdcs_tasks.hypervisor.bases import PARTIAL, Bases, storage_errors, write_durably
 from hdcs_tasks.hypervisor.bitmaps import ensure_seed
 from hdcs_tasks.hypervisor.disks import sha256, sync
 from hdcs_tasks.hypervisor.jobs import IsCancelled, OnProgress
 from hdcs_tasks.hypervisor.keys import Key, KeyRing, Keys
 from hdcs_tasks.hypervisor.layers import Backing, flatten, header, same_content
 from hdcs_tasks.hypervisor.manifests import BaseImage, Point
-
-_PARTIAL = ".partial"
 
 
 class Repository:
@@ -59,7 +57,7 @@ class Repository:
         folder = self.chain_folder(vm_id, chain)
         with storage_errors(f"making {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
-        return folder / f".{seq:04d}.{manifests.check_name('attempt', attempt)}{_PARTIAL}"
+        return folder / f".{seq:04d}.{manifests.check_name('attempt', attempt)}{PARTIAL}"
 
     def backing(self, below: Point | BaseImage, vm_id: str, chain: str) -> Backing:
         """What a new file of the chain must stand on: the previous ``Point``, or the ``BaseImage`` for a full one."""
@@ -96,6 +94,32 @@ class Repository:
             sync(final.parent)
             write_durably(final.with_name(point.manifest_name), manifests.dump(point))
         return point
+
+    def receive(self, point: Point) -> None:
+        """Make a point of a file that was brought here under its own name, from another repository.
+
+        Raises BackupBroken (it does not stand on what its manifest says), HypervisorRefused.
+        """
+        file = self.file(point)
+        below = self.get(point.vm_id, point.parent) if point.parent else None
+        self._check_backing(file, point, below, header(file))
+        with self.bases.locked(), storage_errors(f"writing backup point {point.id}"):
+            if point.base is not None and not self.bases.file(point.base).is_file():
+                raise BackupBroken(f"base image {point.base.name} of {point.id} is missing", next="Copy it once more")
+            sync(file.parent)
+            write_durably(file.with_name(point.manifest_name), manifests.dump(point))
+
+    def drop_partials(self, point: Point) -> None:
+        """Remove what dead attempts to rewrite this point left; a merge's intent is ended by ``merging.settle``."""
+        for left in self.file(point).parent.glob(f".*{point.seq:04d}.*"):
+            if PARTIAL in left.name and not left.name.endswith(f".merge{PARTIAL}"):
+                left.unlink(missing_ok=True)
+
+    def discard(self, point: Point) -> None:
+        """Remove the point's file and manifest, whatever stands on it: it is about to be brought here anew."""
+        file = self.file(point)
+        file.with_name(point.manifest_name).unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
 
     def complete(
         self, partial: Path, draft: Point, *, on_progress: OnProgress | None, cancelled: IsCancelled | None
@@ -192,6 +216,7 @@ class Repository:
         *,
         image: Path | None,
         key: Key | None = None,
+        bitmap: bool = True,
         attempt: str = "restore",
         on_progress: OnProgress | None = None,
         cancelled: IsCancelled | None = None,
@@ -200,14 +225,14 @@ class Repository:
         """Make ``target`` a disk with the content of ``point``: one overlay on ``image``, ready to be cloned from.
 
         ``image``: the file of the point's base image (``bases.bring_back``), None where it has none. The disk holds
-        just what differs from it, and a seed bitmap, and is encrypted with ``key``. ``verify`` first. Written to a
-        partial file of ``attempt`` beside ``target``. Raises Conflict (``target`` exists), BackupBroken, Cancelled,
-        HypervisorRefused.
+        just what differs from it, and a seed bitmap (unless ``bitmap`` is False), and is encrypted with ``key``.
+        ``verify`` first. Written to a partial file of ``attempt`` beside ``target``. Raises Conflict (``target``
+        exists), BackupBroken, Cancelled, HypervisorRefused.
         """
         if target.exists():
             raise Conflict(f"{target.name} exists", next="Restore under another name, or delete that VM first")
         self.check_headers(self.links(point))
-        partial = target.with_name(f".{target.name}.{manifests.check_name('attempt', attempt)}{_PARTIAL}")
+        partial = target.with_name(f".{target.name}.{manifests.check_name('attempt', attempt)}{PARTIAL}")
         partial.unlink(missing_ok=True)
         backing = None if image is None or point.base is None else Backing(os.path.abspath(image), point.base.format)
         try:
@@ -216,7 +241,8 @@ class Repository:
                     self.file(point), partial, backing, _as(on_progress, "restore"), cancelled, deadline_s,
                     keys=self.keys_of(point), key=key,
                 )  # fmt: skip
-                ensure_seed(partial, key=key)
+                if bitmap:
+                    ensure_seed(partial, key=key)
                 sync(partial)
                 os.link(partial, target)  # fails, where a rename would overwrite, if somebody made it meanwhile
         except FileExistsError:
@@ -276,7 +302,7 @@ class Repository:
         points = [p for p in self.points(vm_id) if p.chain == chain]
         for point in sorted(points, key=lambda p: -p.seq):
             self.delete(point.vm_id, point.chain, point.seq, point.id)
-        for left in [*folder.glob("*.json"), *folder.glob("*.qcow2"), *folder.glob(f".*{_PARTIAL}*")]:
+        for left in [*folder.glob("*.json"), *folder.glob("*.qcow2"), *folder.glob(f".*{PARTIAL}*")]:
             left.unlink(missing_ok=True)
         self._remove_empty(folder)
         return len(points)
@@ -285,8 +311,8 @@ class Repository:
         """Files that are no point (partial, or without manifest): of dead attempts, or just being made."""
         pattern = "*/*/*" if vm_id is None else f"{manifests.check_vm_id(vm_id)}/*/*"
         for path in self.folder.glob(pattern):
-            orphan = path.suffix == ".qcow2" and not path.with_suffix(".json").exists()
-            if orphan or (path.name.startswith(".") and _PARTIAL in path.name):
+            orphan = path.suffix == ".transfer" or (path.suffix == ".qcow2" and not path.with_suffix(".json").exists())
+            if orphan or (path.name.startswith(".") and PARTIAL in path.name):
                 yield path
 
     def forget_empty(self, vm_id: str, chain: str) -> None:
@@ -364,17 +390,3 @@ def _share(on_progress: OnProgress | None, number: int, steps: int, phase: str) 
         on_progress((number * 100.0 + percent) / steps, phase, None)
 
     return tell
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Replace ``path`` by a file of ``content``: whole and on disk, or not at all."""
-    partial = path.with_name(f".{path.name}{_PARTIAL}")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync(path.parent)

@@ -308,13 +308,29 @@ class Backup(Base):
     file_bytes: Mapped[Bytes | None]
     created_at: Mapped[datetime] = mapped_column(default=now)
     proven_at: Mapped[datetime | None]
+    copies: Mapped[list[BackupCopy]] = relationship(
+        back_populates="backup", cascade="all, delete-orphan", lazy="selectin"
+    )
+
+
+class BackupCopy(Base):
+    """A backup point as a second domain node's storage holds it; ``verified_at``: when it was last read there."""
+
+    __tablename__ = "backup_copy"
+
+    backup_id: Mapped[str] = mapped_column(ForeignKey("backup.id"), primary_key=True)
+    domain_node: Mapped[str] = mapped_column(ForeignKey("domain_node.name"), primary_key=True)
+    state: Mapped[BackupState] = mapped_column(StateColumn(BackupState))
+    verified_at: Mapped[datetime | None]
+    backup: Mapped[Backup] = relationship(back_populates="copies")
 
 
 class BackupPolicy(Base):
     """Which VMs are backed up when, what is kept, and what is proven.
 
     ``selector``: equalities as ``vm.control.list_vms`` takes them. ``slot_at``, ``drill_slot_at``: the moment of the
-    newest run; a sweep claims the next by moving it on. ``pending``: ids of VMs the present run has not begun with.
+    newest run; a sweep claims the next by moving it on. ``copy_to``: the domain node that
+    gets a second copy. ``pending``: ids of VMs the present run has not begun with.
     """
 
     __tablename__ = "backup_policy"
@@ -328,6 +344,7 @@ class BackupPolicy(Base):
     merge: Mapped[bool] = mapped_column(default=False)
     bandwidth_mib_s: Mapped[int | None]
     concurrency: Mapped[int]
+    copy_to: Mapped[str | None] = mapped_column(String(63))
     drill_schedule: Mapped[str | None] = mapped_column(String(40))
     drill_points: Mapped[int] = mapped_column(default=1)
     enabled: Mapped[bool] = mapped_column(default=True)

@@ -13,10 +13,10 @@ from sqlalchemy.orm.attributes import set_committed_value
 from hdcs_tasks.errors import Conflict
 from hdcs_tasks.states import MACHINES, check
 from hdcs_tasks.store import metering
-from hdcs_tasks.store.models import Backup, ImageCopy, Operation, ServerNode, Step, Vm, now
+from hdcs_tasks.store.models import Backup, BackupCopy, ImageCopy, Operation, ServerNode, Step, Vm, now
 from hdcs_tasks.store.models_watch import Alarm
 
-Stateful: TypeAlias = Vm | Operation | Step | ServerNode | ImageCopy | Backup | Alarm
+Stateful: TypeAlias = Vm | Operation | Step | ServerNode | ImageCopy | Backup | BackupCopy | Alarm
 
 
 def move(record: Stateful, new: StrEnum) -> None:

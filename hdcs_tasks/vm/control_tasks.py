@@ -19,6 +19,7 @@ from hdcs_tasks.vm import (
     control_migrate,
     control_rebalance,
     control_refresh,
+    control_shape,
     control_storm,
     control_warm,
 )
@@ -38,6 +39,16 @@ def clone(
 @request_task("vm.start")
 def start(vm: str, node: str | None = None, by: str = "celery", reason: str = "") -> dict[str, Any]:
     return view(vm_control.start(control(), vm, asked_by_task(by, reason), pin=node))
+
+
+@request_task("vm.grow")
+def grow(vm: str, disk_bytes: int, by: str = "celery", reason: str = "") -> dict[str, Any]:
+    return view(control_shape.grow(control(), vm, disk_bytes, asked_by_task(by, reason)))
+
+
+@request_task("vm.rename")
+def rename(vm: str, new: str, by: str = "celery", reason: str = "") -> dict[str, Any]:
+    return control_shape.rename(control(), vm, new)
 
 
 @request_task("vm.start_all")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from hdcs_tasks.operations.node_tasks import step_task
-from hdcs_tasks.vm import node, node_export, node_migrate, node_move, node_refresh
+from hdcs_tasks.vm import node, node_export, node_migrate, node_move, node_refresh, node_shape
 
 clone = step_task("vm.clone_on_node", node.clone)
 start = step_task("vm.start_on_node", node.start)
 delete = step_task("vm.delete_on_node", node.delete)
 discard = step_task("vm.discard_on_node", node.delete)
+grow = step_task("vm.grow_on_node", node_shape.grow)
 save = step_task("vm.save_on_node", node.save)
 stop = step_task("vm.stop_on_node", node.stop)
 suspend = step_task("vm.suspend_on_node", node.suspend)

@@ -77,6 +77,7 @@ _OTHERS = {
     "start": frozenset({_S.STOPPED, _S.SAVED}),
     "restore": frozenset({_S.SAVED}),
     "migrate": MOVABLE,
+    "grow": frozenset({_S.RUNNING, _S.SUSPENDED, _S.STOPPED}),
     "backup": frozenset({_S.RUNNING, _S.SUSPENDED, _S.STOPPED}),
     "export": frozenset({_S.RUNNING, _S.SUSPENDED, _S.STOPPED}),
     "refresh": frozenset({_S.STOPPED}),

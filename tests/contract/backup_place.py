@@ -153,13 +153,16 @@ class Place:
             return self._backup(spec)
         if name == "vm.start_on_node":
             return {"node": "node1", "port": 20001, "ip": "10.128.0.9"}
+        if name == "vm.grow_on_node":
+            disks.resize(self.layout.disk(spec["vm_id"]), spec["disk_bytes"])
+            return {"node": "node1", "disk_bytes": spec["disk_bytes"]}
         if name == "vm.delete_on_node":
             shutil.rmtree(self.layout.vm_dir(spec["vm_id"]))
         return {"node": "node1"}
 
     def _backup(self, spec: dict[str, Any]) -> dict[str, Any]:
         vm_id, repository = spec["vm_id"], self.repository
-        base = BaseImage(**spec["image"])
+        base = BaseImage(**spec["image"], file_bytes=self.image.stat().st_size)
         repository.bases.keep(base, self.image)
         below = repository.get(vm_id, spec["parent"]) if spec["parent"] else base
         partial = repository.partial(vm_id, spec["chain"], spec["seq"], "1")
@@ -178,6 +181,7 @@ QUEUES = ("east", "east@node1.dq2", "east.quick@node1.dq2")
 REAL: dict[str, Handler] = {
     "backup.restore_on_node": node_restore.restore,
     "backup.verify_on_node": node_chains.verify,
+    "backup.extract_on_node": node_restore.extract,
     "backup.delete_on_node": node_chains.delete,
     "backup.prune_on_node": node_chains.prune,
     "backup.scan_on_node": node_chains.scan,

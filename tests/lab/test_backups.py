@@ -112,6 +112,7 @@ def test_the_chain_goes_on_and_every_point_comes_back(desk: Desk) -> None:
     desk.start()
     desk.note("started")
     points.append(desk.backup(bandwidth_mib_s=50))
+    _grows(desk, points)
     assert [p["kind"] for p in points] == ["full", *["increment"] * 4]
     assert len({p["chain"] for p in points}) == 1
     sizes = [p["file_bytes"] for p in points]
@@ -121,6 +122,20 @@ def test_the_chain_goes_on_and_every_point_comes_back(desk: Desk) -> None:
     _set_back(desk, points[1])
     _drill(desk, points[4])
     _prune(desk)
+
+
+def _grows(desk: Desk, points: list[dict[str, Any]]) -> None:
+    """Under the running guest, which sees it; the chain of the smaller disk is not gone on with."""
+    size = int(desk.vm.show()["disk_bytes"]) + 64 * MIB
+    desk.vm.grow(size).result(timeout_s=LONG_S)
+    assert int(desk.sh("cat /sys/block/vda/size")) * 512 == size
+    grown = desk.backup()
+    assert (grown["kind"], grown["chain"] != points[-1]["chain"], grown["manifest"]["disk_bytes"]) == (
+        "full",
+        True,
+        size,
+    )
+    assert desk.backup()["kind"] == "increment"
 
 
 def kill_libvirtd(desk: Desk) -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hdcs_tasks.backup import rules
 from hdcs_tasks.backup.rules import (
     FullRule,
     Keep,
@@ -166,3 +167,41 @@ def test_what_to_prove_next() -> None:
     assert [p.id for p in choose_drills(by_vm, 9)] == ["n-2", "o-1", "l-2"]
     assert [p.id for p in choose_drills(by_vm, 1)] == ["n-2"]
     assert choose_drills(by_vm, 0) == []
+
+
+# --- where and how fast
+
+
+@pytest.mark.parametrize(
+    ("places", "up", "wanted", "found"),
+    [
+        ({"east": "ready"}, {"east"}, None, ("east", False)),
+        ({"east": "ready", "west": "ready"}, {"west"}, None, ("west", False)),
+        ({"east": "broken", "west": "ready"}, {"east", "west"}, None, ("west", False)),
+        ({"east": "broken", "west": "broken"}, {"east", "west"}, None, None),
+        ({"east": "ready"}, {"west"}, None, None),
+        ({"east": "ready"}, {"east", "west"}, "west", ("west", True)),
+        ({"east": "ready", "west": "ready"}, {"east", "west"}, "west", ("west", False)),
+        ({"east": "ready", "west": "broken"}, {"east", "west"}, "west", ("west", True)),
+        ({"east": "ready"}, {"west"}, "west", None),
+        ({"east": "ready"}, {"east"}, "west", None),
+    ],
+)
+def test_where_a_point_is_restored(
+    places: dict[str, str], up: set[str], wanted: str | None, found: tuple[str, bool] | None
+) -> None:
+    states = {place: BackupState(state) for place, state in places.items()}
+    assert rules.restore_in(states, up, wanted) == found
+
+
+def test_the_bandwidth_of_a_storage_is_shared() -> None:
+    assert rules.bandwidth_share(None, 4) is None
+    assert rules.bandwidth_share(100, 4) == 25
+    assert rules.bandwidth_share(2, 4) == 1
+
+
+def test_a_grown_disk_begins_a_new_chain() -> None:
+    last = rules.Point("p", "c", 1, BackupState.READY, "east", "hdcs-p", disk_bytes=10)
+    assert rules.next_point([last], home="east", full=False, disk_bytes=10).kind == "increment"
+    assert rules.next_point([last], home="east", full=False, disk_bytes=11).kind == "full"
+    assert rules.next_point([last], home="east", full=False).kind == "increment", "its size is not known"

@@ -96,6 +96,16 @@ def upgrade() -> None:
     op.create_index(op.f("ix_backup_chain"), "backup", ["chain"], unique=False)
     op.create_index(op.f("ix_backup_vm_id"), "backup", ["vm_id"], unique=False)
     op.create_table(
+        "backup_copy",
+        sa.Column("backup_id", sa.String(length=36), nullable=False),
+        sa.Column("domain_node", sa.String(length=63), nullable=False),
+        sa.Column("state", sa.String(length=20), nullable=False),
+        sa.Column("verified_at", sa.DateTime(timezone=True), nullable=True),
+        sa.ForeignKeyConstraint(["backup_id"], ["backup.id"], name=op.f("fk_backup_copy_backup_id")),
+        sa.ForeignKeyConstraint(["domain_node"], ["domain_node.name"], name=op.f("fk_backup_copy_domain_node")),
+        sa.PrimaryKeyConstraint("backup_id", "domain_node", name=op.f("pk_backup_copy")),
+    )
+    op.create_table(
         "backup_policy",
         sa.Column("name", sa.String(length=63), nullable=False),
         sa.Column("selector", sa.JSON(), nullable=False),
@@ -106,6 +116,7 @@ def upgrade() -> None:
         sa.Column("merge", sa.Boolean(), nullable=False),
         sa.Column("bandwidth_mib_s", sa.Integer(), nullable=True),
         sa.Column("concurrency", sa.Integer(), nullable=False),
+        sa.Column("copy_to", sa.String(length=63), nullable=True),
         sa.Column("drill_schedule", sa.String(length=40), nullable=True),
         sa.Column("drill_points", sa.Integer(), nullable=False),
         sa.Column("enabled", sa.Boolean(), nullable=False),
@@ -449,6 +460,7 @@ def downgrade() -> None:
     op.drop_table("warm_pool")
     op.drop_table("storm")
     op.drop_table("backup_policy")
+    op.drop_table("backup_copy")
     op.drop_index(op.f("ix_backup_vm_id"), table_name="backup")
     op.drop_index(op.f("ix_backup_chain"), table_name="backup")
     op.drop_table("backup")
