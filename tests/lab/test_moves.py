@@ -346,6 +346,8 @@ def test_the_source_worker_dies_and_the_move_goes_on(moves: Center, victim: Desk
 
 def test_the_target_dies_when_the_guest_has_come(moves: Center, victim: Desk) -> None:
     """It is recorded where it was lost, and starts there again with all it had written to its disk."""
+    if victim.vm.show()["home"] != "west":
+        victim.vm.migrate("west").result(timeout_s=LONG_S)
     operation = victim.vm.migrate("node1")
     with control_stopped(moves, operation, "vm.move_on_node"):
         finished(moves, operation)
