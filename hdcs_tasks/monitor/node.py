@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,13 +55,16 @@ class Sampler:
         self._ports: dict[tuple[str, int], int | None] = {}
         self._host: tuple[float, int, int] | None = None
         self.clock_skew_s: float | None = None
+        # The kernel takes some 15 ms for its tables of connections: meanwhile QEMU answers.
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="console-clients")
 
     def sample(self, host: Host, node: str) -> dict[str, Any]:
         """What runs here and how busy the host is: ``{node, at, host, guests}``, guests as ``Samples.FIELDS`` and
         ``{vm_id, console_port}``. Asks libvirt one question for all guests."""
+        clients_seen = self._beside.submit(console_clients)
         found = [guest for guest in stats.sample(host) if guest.state in ("running", "paused")]
         ports = self._console_ports(host, found)
-        clients = console_clients()
+        clients = clients_seen.result()
         at = time.time()
         with self._lock:
             guests_seen = [self._guest(guest, at, port, clients.get(port, 0)) for guest, port in ports]

@@ -35,6 +35,7 @@ class AddressBook:
     def __init__(self, link: Link, mac_prefix: str) -> None:
         self._link = link
         self._mac_prefix = mac_prefix
+        self._known: dict[tuple[str, str], Sequence[str]] = {}
 
     def take(self, domain_node: str, server_node: str, vm: str) -> Addresses:
         """Of one VM. NoCapacity: no port or IP is free, or no MAC was found. ``pool.release`` gives IP and port back,
@@ -76,9 +77,13 @@ class AddressBook:
         return [found[vm] for vm in vms]
 
     def _keys(self, domain_node: str, server_node: str) -> Sequence[str]:
-        key = self._link.key
-        return (key("epoch", "run_id"), key("ports", domain_node), key("ips", server_node), key("mac", "all"),
-                key("claims", domain_node))  # fmt: skip
+        keys = self._known.get((domain_node, server_node))
+        if keys is None:
+            key = self._link.key
+            keys = (key("epoch", "run_id"), key("ports", domain_node), key("ips", server_node), key("mac", "all"),
+                    key("claims", domain_node))  # fmt: skip
+            self._known[domain_node, server_node] = keys
+        return keys
 
     def _call(self, keys: Sequence[str], vms: Sequence[str]) -> Call:
         chance, prefix = random_hex(3 * len(vms)), self._mac_prefix

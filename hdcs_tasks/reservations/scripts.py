@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from hdcs_tasks.errors import Unavailable
 
@@ -85,9 +87,13 @@ class Scripts:
         except IndexError:
             connection = self._pool.get_connection()
         try:
-            answers: list[Any] = connection.retry.call_with_retry(
-                lambda: _send_and_read(connection, commands), lambda _error: connection.disconnect()
-            )
+            try:
+                answers = _send_and_read(connection, commands)
+            except (RedisConnectionError, RedisTimeoutError):
+                connection.disconnect()
+                answers = connection.retry.call_with_retry(
+                    lambda: _send_and_read(connection, commands), lambda _error: connection.disconnect()
+                )
         except BaseException:  # also a signal's, between question and answer: nobody else may read that answer
             connection.disconnect()
             self._pool.release(connection)
@@ -112,8 +118,11 @@ class Scripts:
 
 
 def _send_and_read(connection: Any, commands: Sequence[tuple[Value, ...]]) -> list[Any]:
-    for at in range(0, len(commands), _CHUNK):
-        connection.send_packed_command(connection.pack_commands(commands[at : at + _CHUNK]))
+    if len(commands) == 1:
+        connection.send_packed_command(connection.pack_commands(commands))
+    else:
+        for at in range(0, len(commands), _CHUNK):
+            connection.send_packed_command(connection.pack_commands(commands[at : at + _CHUNK]))
     answers: list[Any] = []
     for _ in commands:
         try:

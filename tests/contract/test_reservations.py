@@ -583,6 +583,20 @@ def test_addresses_that_cool_go_back_to_their_vm_only(reservations: Reservations
     assert reservations.pool.nodes("east")[0].free_ips == 3  # a and c hold one each
 
 
+def test_addresses_draw_a_mac_again_that_is_taken_or_drawn_twice(
+    reservations: Reservations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reservations.ports.set_range("east", 20000, 20009)
+    reservations.pool.put_node("east", PoolNode("n1", 8, 8192, "10.128.0.0/24"))
+    draws = iter(["aabbcc" * 3, "aabbcc010101", "020202", "020202", "030303"])
+    monkeypatch.setattr("hdcs_tasks.reservations.addresses.random_hex", lambda _size: next(draws))
+    found = reservations.addresses.take_many("east", "n1", ["a", "b", "c"])
+    one = reservations.addresses.take("east", "n1", "d")
+    macs = [got.mac[9:] for got in [*found, one] if isinstance(got, Addresses)]
+    assert macs == ["aa:bb:cc", "02:02:02", "01:01:01", "03:03:03"]
+    assert reservations.ports.usage("east") == (4, 0, 6)
+
+
 def test_addresses_where_one_part_is_missing_take_nothing(reservations: Reservations) -> None:
     reservations.ports.set_range("east", 20000, 20009)
     reservations.pool.put_node("east", PoolNode("dry", 8, 8192))
@@ -615,3 +629,14 @@ def test_packing_keeps_the_last_places_of_the_largest(reservations: Reservations
     assert reservations.pool.place(asked).node == "tight"
     reservations.pool.release("east", "a", "tight", 0)
     assert reservations.pool.place(replace(asked, mix=mix)).node == "odd"
+
+
+def test_a_server_node_gives_more_than_a_thousand_addresses(reservations: Reservations) -> None:
+    """The default subnet is a /22: all but network, gateway and broadcast."""
+    subnet = reservations.subnets.take("n1", Settings().supernet, Settings().subnet_prefix)
+    reservations.ports.set_range("east", 20000, 23999)
+    reservations.pool.put_node("east", PoolNode("n1", 8, 8192, subnet))
+    found = reservations.addresses.take_many("east", "n1", [f"vm{i}" for i in range(1100)])
+    ips = {one.ip for one in found if isinstance(one, Addresses)}
+    assert len(ips) == 1021
+    assert all(ipaddress.IPv4Address(ip) in ipaddress.IPv4Network(subnet) for ip in ips)

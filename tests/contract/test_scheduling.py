@@ -21,7 +21,7 @@ from hdcs_tasks.pool.profiles import ensure_built_in
 from hdcs_tasks.pool.proof import JoinRequest
 from hdcs_tasks.pool.rebuild import reservation_sweep
 from hdcs_tasks.pool.waiting import waiting_sweep
-from hdcs_tasks.reservations import PlaceRequest
+from hdcs_tasks.reservations import MixEntry, PlaceRequest
 from tests.services import RedisServer
 
 pytestmark = pytest.mark.contract
@@ -101,7 +101,8 @@ class Center:
         placed = self.pool.place(PlaceRequest(
             step["queue"], vm_id, step["id"], **spec["need"], pin=spec["pin"], exclude=tuple(spec["exclude"]),
             order=spec["order"], tags=tuple(spec["node_tags"]), marks=tuple(spec["marks"]),
-            shuns=tuple(spec["shuns"]), seeks=tuple(spec["seeks"]), label=spec["label"], hint=spec["hint"],
+            shuns=tuple(spec["shuns"]), seeks=tuple(spec["seeks"]),
+            mix=tuple(MixEntry(*entry) for entry in spec["mix"]), label=spec["label"], hint=spec["hint"],
         ))  # fmt: skip
         # The played guests boot at once: they do not count as starts under way.
         self.pool.started(step["queue"], placed.node, vm_id)
@@ -284,6 +285,42 @@ def test_a_pinned_clone_waits_and_a_clone_without_another_home_too(center: Cente
     assert waiting_sweep(center.control) == 1
     center.play()
     assert center.running() == {"pinned"}
+
+
+def test_storage_counts_in_capacity_and_in_layer_one(center: Center) -> None:
+    """East has memory for 512 and, with 2 bytes promised for each it has, storage for 6; west the other way round."""
+    center.node("east", "node1", 65536, cores=512, disk_gib=3)
+    center.node("west", "node9", 256, disk_gib=1000)
+    center.image()
+    center.cloud.profiles.create("room", vcpus=1, memory_mib=128, disk_bytes=GIB)
+    found = center.cloud.capacity("room")["domain_nodes"]
+    assert [(found[d]["vms"], found[d]["limit"]) for d in ("east", "west")] == [(6, "disk"), (2, "server nodes")]
+    for number in range(8):
+        center.clone(f"d{number}", profile="room")  # not started: storage is promised at the clone
+    homes = [vm["home"] for vm in center.cloud.vms.list()]
+    disks = center.control.reservations.disks
+    assert {d: disks.used(d) // GIB for d in ("east", "west")} == {d: homes.count(d) for d in ("east", "west")}
+    assert homes.count("east") <= 6
+    with pytest.raises(NoCapacity, match="storage"):
+        for number in range(7):
+            center.clone(f"e{number}", profile="room", domain_node="east")
+    assert disks.used("east") == 6 * GIB
+
+
+def test_packing_goes_by_what_the_domain_node_has(center: Center) -> None:
+    center.node("east", "node1", 65536)
+    center.image()
+    center.cloud.profiles.create("big", vcpus=4, memory_mib=1024)
+    for number in range(3):
+        center.clone(f"s{number}")
+    center.clone("b", profile="big")
+    assert center.cloud.vms["b"].start() and not center.spec(center.steps("published")[0])["mix"]  # spread: no need
+    center.play()
+    center.cloud.domain_nodes.set("east", placement="pack")
+    center.cloud.vms.start_all(home="east")
+    assert center.spec(center.steps("published")[0])["mix"] == [[1, 128, 0.75], [4, 1024, 0.25]]
+    center.play()
+    assert center.running() == {"s0", "s1", "s2", "b"}
 
 
 # --- rules
