@@ -64,7 +64,7 @@ def _ensure_event_loop() -> None:
         _loop_pid = os.getpid()
 
 
-def _probe(uri: str, timeout_s: float) -> None:
+def probe(uri: str, timeout_s: float) -> None:
     """Connect to the TCP port of a remote ``uri``: libvirt itself waits 38 s for a dead host."""
     parts = urlsplit(uri)
     transport = parts.scheme.partition("+")[2]
@@ -132,7 +132,7 @@ class Host:
         """Connect to ``uri``; raises Unreachable when nothing answers within ``timeout_s`` seconds."""
         deadline = time.monotonic() + timeout_s
         _ensure_event_loop()
-        _probe(uri, timeout_s)
+        probe(uri, timeout_s)
         host = cls(uri, _open_bounded(uri, max(deadline - time.monotonic(), 0.1)))
         host._watch()
         return host

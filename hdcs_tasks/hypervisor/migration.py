@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 import libvirt
 
 from hdcs_tasks.errors import Cancelled, HdcsError, HypervisorRefused, OutcomeUnknown, Unreachable
-from hdcs_tasks.hypervisor.connection import Host
+from hdcs_tasks.hypervisor.connection import Host, probe
 from hdcs_tasks.hypervisor.errors import libvirt_errors, translate
 from hdcs_tasks.hypervisor.jobs import (
     ABORT_TIMEOUT_S,
@@ -35,6 +35,7 @@ from hdcs_tasks.hypervisor.jobs import (
 )
 
 _STATS_WAIT_S = 2.0
+_PROBE_S = 5.0
 # Post-copy starts after this many passes over the memory, as what a guest keeps dirtying never ends otherwise.
 _POSTCOPY_AFTER = 2
 
@@ -268,6 +269,11 @@ class _Migration:
         self.deadline = time.monotonic() + deadline_s
 
     def run(self, flags: int, params: dict[str, Any], console: _Console) -> MigrationResult:
+        try:
+            # The source's libvirtd would wait two minutes for a host that is off.
+            probe(self.target_uri, _PROBE_S)
+        except Unreachable as error:
+            raise HypervisorRefused(error.message, next="The guest runs on at its source") from error
         with libvirt_errors(self.what):
             params = params | console.params(self.guest)
         started = time.monotonic()

@@ -40,7 +40,14 @@ def convert(server_node: str, disk: Path, folder: Path, name: str, watch: Watch)
     """Convert ``disk`` (qcow2, left alone) into a new qcow2 in ``folder`` (empty); returns it. Raises
     HypervisorRefused (it could not: what virt-v2v says), Invalid (not installed), Cancelled, Unavailable."""
     argv = arguments(require(server_node), disk, folder, name)
-    run(argv, timeout_s=watch.timeout_s, cancelled=watch.stop)
+    try:
+        # Its appliance as a child of its own: a guest of this libvirt would be one that the record has not.
+        run(["env", "LIBGUESTFS_BACKEND=direct", *argv], timeout_s=watch.timeout_s, cancelled=watch.stop)
+    except HypervisorRefused as error:
+        raise HypervisorRefused(
+            f"virt-v2v could not put in drivers: {error.message}",
+            next="Is a Windows or Linux that it knows on this disk? Else import without --drivers",
+        ) from error
     made = [path for path in sorted(folder.iterdir()) if path.suffix != ".xml"]
     if len(made) != 1:
         raise HypervisorRefused(

@@ -21,6 +21,7 @@ from hdcs_tasks.vm import node as vm_node
 log = logger(__name__)
 
 AT_ONCE = 8
+SAMPLES_SEEN = 5
 AGENT_S = 5
 LAST_AGENT_S = 10
 """How long an agent may take to answer before it counts as silent: on a busy server node it takes seconds."""
@@ -93,13 +94,15 @@ def check_unused(run: Run, spec: dict[str, Any]) -> None:
     """The last look before an idle policy's step: raises Cancelled if somebody uses the VM. An absent guest is nobody's
     (an earlier attempt ended it)."""
     ctx, guard = run.ctx, spec["guard"]
+    # Samples first: one that is taken while we look tells of our own work.
+    samples = ctx.reservations.samples.vm_history(spec["vm_id"], SAMPLES_SEEN)
+    seen = next((sample for sample in samples if not sample.get("looked")), None)
     try:
         used = use_inside(look(ctx.host(), spec["vm_id"], inside=guard["inside"], agent_s=LAST_AGENT_S))
     except NotFound:
         return
-    if not used:
-        seen = ctx.reservations.samples.vms([spec["vm_id"]]).get(spec["vm_id"])
-        used = sample_use(Limits(**guard["limits"]), seen) if seen is not None else ""
+    if not used and seen is not None:
+        used = sample_use(Limits(**guard["limits"]), seen)
     if used:
         raise Cancelled(f"left alone: {used}", details={"used": used})
 
