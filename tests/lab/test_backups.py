@@ -128,7 +128,7 @@ def _grows(desk: Desk, points: list[dict[str, Any]]) -> None:
     """Under the running guest, which sees it; the chain of the smaller disk is not gone on with."""
     size = int(desk.vm.show()["disk_bytes"]) + 64 * MIB
     desk.vm.grow(size).result(timeout_s=LONG_S)
-    assert int(desk.sh("cat /sys/block/vda/size")) * 512 == size
+    wait_for("the guest to see it", lambda: int(desk.sh("cat /sys/block/vda/size")) * 512 == size, LONG_S)
     grown = desk.backup()
     assert (grown["kind"], grown["chain"] != points[-1]["chain"], grown["manifest"]["disk_bytes"]) == (
         "full",
