@@ -60,6 +60,10 @@ class Flower:
         self.browser.get(f"http://{LOGIN}@127.0.0.1:{self.port}{path}")
         self.wait(lambda: "Updated" in self.browser.find_element(By.ID, "hdcs-status").text, f"{path} has its data")
 
+    def metrics(self) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=10) as answer:
+            return str(answer.read().decode())
+
     def wait(self, look: Callable[[], bool], why: str) -> None:
         def fresh() -> bool:
             try:
@@ -96,6 +100,8 @@ def flower(center: Center) -> Iterator[Flower]:  # noqa: F811
         with chromium() as browser:
             made = Flower(port, browser)
             eventually(lambda: made.status("/healthcheck") == 200, SLOW_S, "Flower answers")
+            # It tells of a task by the events it hears, and answers before it listens.
+            eventually(lambda: "east@node1" in made.metrics(), SLOW_S, "Flower hears the workers")
             yield made
     except Missing as missing:
         require(missing)
