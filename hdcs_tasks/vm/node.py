@@ -37,6 +37,7 @@ from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.node import HandOver, NodeContext, Run
 from hdcs_tasks.pool.identity import virt_type
 from hdcs_tasks.reservations import MixEntry, Placed, PlaceRequest
+from hdcs_tasks.vm.node_address import give_address
 
 log = logger(__name__)
 
@@ -230,7 +231,7 @@ def _start_here(run: Run, spec: dict[str, Any], placed: Placed) -> None:
     place, host = layout(ctx), ctx.host()
     run.check()
     if not spec.get("isolated"):
-        networks.add_dhcp_host(host, ctx.settings.network_name, guest["mac"], placed.ip, guest["name"])
+        give_address(ctx, guest["mac"], placed.ip, guest["name"])
     saved = saved_memory(place, guest["vm_id"]) if spec.get("saved") else None
     key = KeyRing.of(ctx.settings).find(guest.get("disk_key"))
     wanted = _guest_spec(run, guest, place, placed, "" if spec.get("isolated") else ctx.settings.network_name)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from hdcs_tasks.errors import Conflict, HdcsError, HypervisorRefused, NotFound, OutcomeUnknown
-from hdcs_tasks.hypervisor import agent, guests, migration, networks, whereabouts
+from hdcs_tasks.hypervisor import agent, guests, migration, whereabouts
 from hdcs_tasks.hypervisor.connection import Host, peer_uri
 from hdcs_tasks.hypervisor.keys import KeyRing, give_to_libvirt
 from hdcs_tasks.hypervisor.spec import GuestInfo
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.node import HandOver, NodeContext, Run
 from hdcs_tasks.vm.node import choose, decision, layout, lock, place_request, release, restore_checkpoints
+from hdcs_tasks.vm.node_address import give_address
 
 log = logger(__name__)
 
@@ -28,7 +29,7 @@ def prepare(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     layout(ctx)
     give_to_libvirt(ctx.host(), KeyRing.of(ctx.settings).find(spec.get("disk_key")))
     run.check()
-    networks.add_dhcp_host(ctx.host(), ctx.settings.network_name, spec["mac"], placed.ip, spec["name"])
+    give_address(ctx, spec["mac"], placed.ip, spec["name"])
     return {
         "node": placed.node, "ip": placed.ip, "port": placed.port, "address": ctx.settings.server_node_ip,
         "decision": decision(run, spec, placed),

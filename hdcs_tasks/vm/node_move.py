@@ -33,6 +33,7 @@ from hdcs_tasks.vm.node import (
     remove_folder,
     saved_memory,
 )
+from hdcs_tasks.vm.node_address import give_address
 
 log = logger(__name__)
 
@@ -47,7 +48,7 @@ def prepare(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     with lock(ctx, spec["vm_id"]):
         run.check()
         allocated = _make_room(run, spec, place)
-        networks.add_dhcp_host(ctx.host(), ctx.settings.network_name, spec["mac"], placed.ip, spec["name"])
+        give_address(ctx, spec["mac"], placed.ip, spec["name"])
     return {
         "node": placed.node, "ip": placed.ip, "port": placed.port, "address": ctx.settings.server_node_ip,
         "root": str(place.root), "listen": ctx.settings.console_listen, "overlay_bytes": allocated,
