@@ -96,6 +96,8 @@ def _record_storage(tx: Tx, node: ServerNode, storage: dict[str, int]) -> None:
 
 def _record_seen(tx: Tx, guests: list[tuple[Any, dict[str, Any]]], at: datetime) -> None:
     """State, and who is used: by the limits of the idle policy that is a VM's, or the usual ones."""
+    if not guests:
+        return
     for state in ("running", "paused"):
         _update(tx, (vm.id for vm, guest in guests if guest["state"] == state), observed_state=state, observed_at=at)
     policies, usual = load(tx.session), Limits()

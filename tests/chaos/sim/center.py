@@ -68,6 +68,8 @@ SWEEPS: dict[str, tuple[str, Callable[[Control], Any]]] = {
     "monitor.sample_sweep": ("monitor", monitor_control.sample_sweep),
 }
 
+LOOKS = ("monitor.sample_sweep", "pool.tidy_sweep", "pool.dhcp_sweep")
+
 
 def settings(folder: Path, domain_node: str = "", server_node: str = "", ip: str = "") -> Settings:
     return Settings(
@@ -329,7 +331,8 @@ class Center:
 
     def _beat(self, task: str, period_s: float, delay_s: float) -> None:
         def tick() -> None:
-            if self.broker.up and self._has_work(task):
+            # Every second time for those that look at everything: they take most of a history's time.
+            if self.broker.up and self._has_work(task) and (task not in LOOKS or self.kernel.rng.random() < 0.5):
                 self.broker.put(task, {"period_s": period_s}, CONTROL, max(period_s, 1.0))
             self._beat(task, period_s, period_s)
 
@@ -350,8 +353,6 @@ class Center:
         if task == "pool.reservation_sweep":
             open_ = self.redis.run("GET", "hdcs:epoch:run_id") == self.redis.run_id
             return not open_ or self.kernel.rng.random() < 0.1
-        if task in ("pool.tidy_sweep", "pool.dhcp_sweep"):
-            return self.kernel.rng.random() < 0.5
         if task == "monitor.sample_sweep":
             return bool(self.ground.live.execute("SELECT 1 FROM vm WHERE server_node IS NOT NULL").fetchone())
         return True
