@@ -125,6 +125,13 @@ class Tx:
             self.session.execute(select(func.pg_advisory_xact_lock(key)))
         return self.session.scalar(select(Operation).where(Operation.idempotency_key == asked.idempotency_key))
 
+    def known_by(self, live: Operation, asked: Asked) -> bool:
+        """Whether ``live``, which does what is asked for already, can be the answer also when the same is asked again:
+        it takes the request's key. One that has another key cannot."""
+        if asked.idempotency_key and live.idempotency_key is None:
+            live.idempotency_key = asked.idempotency_key
+        return not asked.idempotency_key or live.idempotency_key == asked.idempotency_key
+
     def open(
         self,
         kind: str,
@@ -135,10 +142,11 @@ class Tx:
         request: dict[str, Any] | None = None,
         parent: Operation | None = None,
         supersede: bool = False,
+        behind: bool = False,
     ) -> Operation:
         """Open an operation. With a VM it becomes that VM's one live operation; else Conflict names the one in the way.
 
-        ``supersede``: cancel what is in the way and start when it has ended.
+        ``supersede``: cancel what is in the way and start when it has ended; ``behind``: let that end by itself.
         """
         blocking = self._in_the_way(vm, supersede) if vm is not None else None
         if blocking is not None and not supersede:
@@ -162,7 +170,8 @@ class Tx:
         if blocking is not None:
             operation.phase = f"waits for {blocking.kind} {blocking.id} to end"
             self.session.flush()
-            self.ask_cancel(blocking)
+            if not behind:
+                self.ask_cancel(blocking)
         elif kind in ON_START:
             ON_START[kind](self, operation)
         return operation

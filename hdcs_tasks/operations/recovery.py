@@ -92,8 +92,9 @@ def _retry_later(tx: Tx, step: Step, error: dict[str, Any]) -> None:
     """Back off. No capacity costs no attempt and ends at the deadline; anything else ends at the attempts' cap."""
     waiting = is_waiting(error)
     if waiting and now() < step.deadline_at:
-        # Nothing was touched: any server node may try next.
-        step.node = None
+        if error["code"] == NoCapacity.code or not attempts_spent(step.history):
+            # Nothing was touched, or is any more: any server node may try next.
+            step.node = None
         if error["code"] == NoCapacity.code:
             _wait_for_room(tx, step, error)
             return

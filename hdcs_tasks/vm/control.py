@@ -288,12 +288,16 @@ def command(
         if vm.server_node is not None:
             check_reachable(tx.session, vm)
         supersede = verb == "stop" and force and guard is None
-        if supersede and (live := tx.live_operation(vm)) is not None and _same_command(live, "vm.stop"):
+        live = tx.live_operation(vm) if supersede else None
+        same_under_way = live is not None and _same_command(live, "vm.stop")
+        if live is not None and same_under_way and tx.known_by(live, asked):
             return live
         request: dict[str, Any] = {"was": vm.state.value, "force": force, "timeout_s": timeout_s}
         if guard is not None:
             request["guard"] = dict(guard)
-        return tx.open(f"vm.{verb}", asked=asked, vm=vm, request=request, supersede=supersede)
+        return tx.open(
+            f"vm.{verb}", asked=asked, vm=vm, request=request, supersede=supersede, behind=same_under_way
+        )  # fmt: skip
 
 
 def _same_command(live: Operation, kind: str) -> bool:
@@ -398,10 +402,12 @@ def delete(control: Control, name: str, asked: Asked) -> Operation:
         vm = get_vm(tx.session, name)
         if vm.server_node is not None:
             check_reachable(tx.session, vm)
-        if (live := tx.live_operation(vm)) is not None and _same_command(live, "vm.delete"):
+        live = tx.live_operation(vm)
+        same_under_way = live is not None and _same_command(live, "vm.delete")
+        if live is not None and same_under_way and tx.known_by(live, asked):
             return live
         request = {"was": vm.state.value, "force": True}
-        return tx.open("vm.delete", asked=asked, vm=vm, request=request, supersede=True)
+        return tx.open("vm.delete", asked=asked, vm=vm, request=request, supersede=True, behind=same_under_way)
 
 
 plan_steps("vm.delete", {"vm.stop_on_node": 80, "vm.delete_on_node": 20})

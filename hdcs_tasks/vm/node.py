@@ -161,10 +161,35 @@ def start(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
 def _place_here(run: Run, spec: dict[str, Any]) -> Placed:
     """Layer two's choice; HandOver where it is another server node."""
     ctx = run.ctx
-    placed = choose(ctx, place_request(run, spec, spec["guest"]["vm_id"], start_s=ctx.settings.boot_slot_s))
+    try:
+        placed = choose(ctx, place_request(run, spec, spec["guest"]["vm_id"], start_s=ctx.settings.boot_slot_s))
+    except NoCapacity:
+        _end_earlier(run, spec)
+        raise
     if placed.node != ctx.server_node:
+        _end_earlier(run, spec)
         raise HandOver(placed.node, spec)
     return placed
+
+
+def _end_earlier(run: Run, spec: dict[str, Any]) -> None:
+    """Before another server node is asked: what an earlier attempt of this start left running here ends.
+
+    It held a claim here that Redis has lost, and nobody was told that it runs. Raises OutcomeUnknown for one that used
+    up its saved memory: it cannot be started again as it was.
+    """
+    vm_id = spec["guest"]["vm_id"]
+    seen = guests.info(run.ctx.host(), vm_id) if run.attempt > 1 else None
+    if seen is None or not seen.active or seen.step != run.step:
+        return
+    if spec.get("saved"):
+        raise OutcomeUnknown(
+            f"VM {seen.name} runs on {run.ctx.server_node}, which the pool has no place on for it",
+            next="It is looked at again; if the server node left its pool, bring it back",
+        )
+    run.check()
+    guests.stop(run.ctx.host(), vm_id, force=True)
+    release(run.ctx, vm_id, spec["guest"]["mac"])
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from hdcs_tasks.vm.node_address import give_address
 
 log = logger(__name__)
 
+ENDED = "it arrived, and has ended since"
+
 UNSEEN = {"total_ms": -1, "downtime_ms": -1, "bytes": -1, "memory_bytes": -1, "disk_bytes": -1}
 """Figures of a move whose end nobody watched; the target's libvirt may know them (``finish``)."""
 
@@ -129,20 +131,25 @@ def finish(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     """On the target: the guest runs here; its checkpoints and network follow."""
     ctx, vm_id = run.ctx, spec["vm_id"]
     with lock(ctx, vm_id):
-        see_it_here(run, spec)
+        if not see_it_here(run, spec).active:
+            return {"network": ENDED}
         run.check()
         restore_checkpoints(ctx.host(), layout(ctx), vm_id)
         return {"network": renew(run, spec)} | figures(ctx, spec)
 
 
 def see_it_here(run: Run, spec: dict[str, Any]) -> GuestInfo:
-    """The guest, seen at the target; one that libvirt left paused half-way is let run. Raises OutcomeUnknown."""
+    """The guest, seen at the target; one that libvirt left paused half-way is let run. Raises OutcomeUnknown.
+
+    Not active: it arrived and has ended since (its host lost power, say). libvirt keeps a definition at the target only
+    from the moment the guest runs there, so what may stand still at the source is not it any more.
+    """
     ctx = run.ctx
     seen = guests.info(ctx.host(), spec["vm_id"])
     if seen is not None and seen.state == "paused" and spec["was"] == "running":
         _held_by(run, spec)
         seen = guests.info(ctx.host(), spec["vm_id"])
-    if seen is None or not seen.active:
+    if seen is None:
         raise OutcomeUnknown(
             f"VM {spec['name']} is neither at {spec['source']['name']} nor at {ctx.server_node}",
             next="Look at both server nodes' libvirt before starting it again",

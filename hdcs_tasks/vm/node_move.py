@@ -135,7 +135,8 @@ def _checkpoints(place: storage.StorageLayout, vm_id: str) -> list[str]:
 def finish(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     """On the target: the guest runs here. Its backup chain stays where it is, so the bitmaps that came with it go."""
     with lock(run.ctx, spec["vm_id"]):
-        node_migrate.see_it_here(run, spec)
+        if not node_migrate.see_it_here(run, spec).active:
+            return {"network": node_migrate.ENDED}
         run.check()
         bitmaps = _forget_points(run, spec)
         network = node_migrate.renew(run, spec)
