@@ -282,7 +282,7 @@ class _Push:
                 flags = libvirt.VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL if self.key else 0
                 self.guest.backupBegin(backup_xml, point_xml, flags)
             self.begun = True
-        self._limit()
+            self._limit()  # before the thaw, which takes as long as copying many MiB
         return "filesystem" if held else "crash"
 
     def _limit(self) -> None:

@@ -183,7 +183,7 @@ def _prune(desk: Desk) -> None:
 
 
 def test_a_killed_worker_s_backup_is_done_by_the_next(desk: Desk) -> None:
-    desk.note("before", 12)
+    desk.note("before", 24)
     node = desk.node
     operation = desk.cloud.backups.create(desk.name, bandwidth_mib_s=1)
     wait_for("the copy to begin", lambda: list(desk.repository.leftovers(desk.id)), LONG_S)
