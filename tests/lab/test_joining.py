@@ -109,7 +109,7 @@ def test_the_name_of_a_living_node_is_refused(unchanged: Center, tmp_path: Path)
 
 def test_a_domain_node_nobody_made_is_refused(unchanged: Center, tmp_path: Path) -> None:
     (tmp_path / ".hdcs-domain-node").write_text("north\n")
-    for kind in storage.KINDS:
+    for kind in KINDS:
         (tmp_path / kind).mkdir()
     north = {"HDCS_DOMAIN_NODE": "north", "HDCS_STORAGE_ROOT": str(tmp_path), "HDCS_SERVER_NODE": "node9"}
     said = refusal(unchanged, "node2", tmp_path, **north)
