@@ -17,6 +17,7 @@ from deploy.lab.center import Center, wait_for
 from hdcs_tasks.errors import HdcsError, Unreachable
 from hdcs_tasks.hypervisor import agent, networks
 from hdcs_tasks.hypervisor.connection import Host
+from hdcs_tasks.hypervisor.storage import KINDS
 from tests.lab.data_center import BOOT_S, add_image, at_guest, data_center, libvirt_of, picture, wait_idle
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(600)]
