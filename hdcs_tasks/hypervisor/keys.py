@@ -127,8 +127,8 @@ def named(path: Path, keys: Keys) -> str:
 def encryption(key: Key | None) -> list[str]:
     """Options of a file to be made. A key of 16 random bytes needs no slow derivation to be safe.
 
-    SHA-512: QEMU times 32,768 rounds first, and those of SHA-256 can be too few for the clock (a third of all tries on a
-    machine that counts CPU time by ticks; one in 180 with this).
+    SHA-512: QEMU times 32,768 rounds first, and those of SHA-256 can be too few for the clock: on a machine that counts
+    CPU time by ticks a third of all tries failed, with this one in 180.
     """
     if key is None:
         return []
