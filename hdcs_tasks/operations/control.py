@@ -370,8 +370,8 @@ class Tx:
             return
         if step.state is StepState.PUBLISHED:
             step.operation.phase = f"cancelling {step.name}"
-            step_id, touched = step.id, is_touched(step.attempt, step.node)
-            self._after.append(lambda: request_cancel(self.control.reservations, step_id, touched))
+            step_id, attempt, touched = step.id, step.attempt, is_touched(step.attempt, step.node)
+            self._after.append(lambda: request_cancel(self.control.reservations, step_id, attempt, touched))
         elif step.error is not None and step.error.get("code") == OutcomeUnknown.code:
             # Its outcome must be observed first; the next attempt does that at once.
             step.not_before = now()
@@ -398,7 +398,7 @@ class Tx:
         self.control.publisher.publish(self._to_publish)
 
 
-def request_cancel(reservations: Reservations, step_id: str, touched: bool) -> None:
+def request_cancel(reservations: Reservations, step_id: str, attempt: int, touched: bool) -> None:
     """Ask the executor to stop. An attempt nobody holds is thereby over, which must not happen to one that is to
     observe what an earlier one left behind: there the sweep asks as soon as it has an executor."""
     if touched:
@@ -406,7 +406,7 @@ def request_cancel(reservations: Reservations, step_id: str, touched: bool) -> N
         if status is None or status.holder is None:
             return
     # Nobody can claim it once the flag is set; the sweep settles what nobody holds.
-    reservations.steps.request_cancel(step_id)
+    reservations.steps.request_cancel(step_id, attempt)
 
 
 def settle_failed(tx: Tx, step: Step, error: HdcsError, *, needs_operator: bool = False) -> None:

@@ -89,6 +89,8 @@ class Run:
     deadline: float
     queue: str
     """Where its message came from, and goes when this worker stops."""
+    renewed: float
+    """When the lease was last asked for and granted (s, monotonic)."""
     _stopped: threading.Event = field(default_factory=threading.Event)
     _lost: bool = False
     _cancel: bool = False
@@ -96,15 +98,20 @@ class Run:
     _sent: tuple[float, float, str] = (0.0, -1.0, "")
 
     def check(self) -> None:
-        """The fence, asked before each side effect: ClaimLost or Cancelled unless this attempt is ours right now."""
+        """The fence, asked before each side effect: ClaimLost or Cancelled unless this attempt is ours right now.
+
+        A lease that ran out by our own clock is lost, whatever Redis says: a newer attempt may have come and gone, and
+        a Redis that lost its last second may know of neither.
+        """
+        self._lost = self._lost or self._is_overdue()
         try:
             answer = self.ctx.reservations.steps.check(self.step, self.attempt, self.holder)
         except Unreachable as error:
             raise ClaimLost(f"the claim of step {self.step} cannot be checked: {error}") from error
-        if answer == "cancel":
+        if not self._lost and answer == "cancel":
             self._cancel = True
             raise Cancelled("cancelled by request")
-        if answer != "ok" or monotonic_s() > self.deadline:
+        if self._lost or answer != "ok" or monotonic_s() > self.deadline:
             self._lost = True
             raise ClaimLost(f"step {self.step} attempt {self.attempt} is no longer ours")
         if self._hand_back:
@@ -133,19 +140,28 @@ class Run:
     def renew_forever(self) -> None:
         """Body of the lease thread: renew until stopped, lost, or past the deadline (a hung call must end somewhen)."""
         ttl = self.ctx.settings.lease_ttl_s
-        last = monotonic_s()
         while not wait(self._stopped, min(1.0, ttl / 6)) and monotonic_s() < self.deadline:
             self._hand_back = self._hand_back or self.ctx.is_stopping()
+            self._lost = self._lost or self._is_overdue()
+            if self._lost:
+                return
             try:
-                if monotonic_s() - last > ttl / 3:
-                    self._lost = not self.ctx.reservations.steps.renew(self.step, self.attempt, self.holder, ttl)
-                    last = monotonic_s()
+                if monotonic_s() - self.renewed > ttl / 3:
+                    self._renew(ttl)
                 else:
                     self._watch()
             except Unreachable:
-                self._lost = monotonic_s() - last > ttl
-            if self._lost:
-                return
+                continue  # until it is overdue
+
+    def _is_overdue(self) -> bool:
+        return monotonic_s() - self.renewed > self.ctx.settings.lease_ttl_s
+
+    def _renew(self, ttl_s: float) -> None:
+        asked = monotonic_s()
+        if self.ctx.reservations.steps.renew(self.step, self.attempt, self.holder, ttl_s):
+            self.renewed = asked
+        else:
+            self._lost = True
 
     def _watch(self) -> None:
         answer = self.ctx.reservations.steps.check(self.step, self.attempt, self.holder)
@@ -165,8 +181,8 @@ def execute(
     Returns what became of it, for the log: claimed work ends as done, failed, handed or lost.
     """
     holder = f"{ctx.server_node}:{os.getpid()}:{random_hex(4)}"
-    ttl = ctx.settings.lease_ttl_s
-    answer = ctx.reservations.steps.claim(step, attempt, holder, ctx.server_node, ttl)
+    began = monotonic_s()
+    answer = ctx.reservations.steps.claim(step, attempt, holder, ctx.server_node, ctx.settings.lease_ttl_s)
     if answer is ClaimAnswer.CANCELLED:
         report = _report(ctx, step, attempt, now_s()) | {"error": Cancelled("cancelled before it began").to_dict()}
         deliver(ctx, report)
@@ -174,9 +190,9 @@ def execute(
     if answer is not ClaimAnswer.CLAIMED:
         log.info("message without a claim: nothing to do", step=step, attempt=attempt, answer=str(answer))
         return str(answer)
-    run = Run(ctx, step, attempt, operation, holder, on_progress, monotonic_s() + ctx.settings.step_deadline_s, queue)
+    deadline = began + ctx.settings.step_deadline_s
+    run = Run(ctx, step, attempt, operation, holder, on_progress, deadline, queue, renewed=began)
     start_thread(run.renew_forever, f"lease-{step[:8]}")
-    began = monotonic_s()
     log.info("step begins", step_name=name)
     ended = "without an outcome"
     try:

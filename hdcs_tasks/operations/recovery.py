@@ -212,12 +212,12 @@ def _recover(tx: Tx, step: Step, status: StepStatus | None) -> Verdict:
             return Verdict.LEAVE
         if _is_cancelled(step) and not status.cancel:
             # The flag was set while Redis was away, or was lost with it or with the last attempt.
-            request_cancel(tx.control.reservations, step.id, is_touched(step.attempt, step.node))
+            request_cancel(tx.control.reservations, step.id, step.attempt, is_touched(step.attempt, step.node))
     if ends_with_its_node(step.spec) and not (known and status is not None and status.leased) and _is_lost(tx, step):
         words = f"server node {step.node} was lost before {step.name} had ended"
-        step_id = step.id
+        step_id, attempt = step.id, step.attempt
         # Before what comes instead is published: an executor that comes to again finds its claim gone.
-        tx.after(lambda: tx.control.reservations.steps.forget(step_id))
+        tx.after(lambda: tx.control.reservations.steps.close(step_id, attempt))
         settle_failed(tx, step, Unreachable(words, next="Bring it back: hdcs node list"))
         return Verdict.LEAVE
     verdict = judge(_facts(tx, step, status if known else None))

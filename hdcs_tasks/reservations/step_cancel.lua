@@ -1,7 +1,9 @@
--- Ask whoever holds, or will hold, the present attempt to stop. Returns 1, or 0 where no attempt was issued.
+-- Ask whoever holds, or will hold, this attempt to stop. Returns 1, or 0 where it is not the present one: whoever asked
+-- looked before a newer one was issued, which may have to observe first.
 --
--- KEYS[1]  step:<step>   hash EX   cancel
-if redis.call('EXISTS', KEYS[1]) == 0 then
+-- KEYS[1]  step:<step>   hash EX   attempt, cancel
+-- ARGV     attempt
+if redis.call('HGET', KEYS[1], 'attempt') ~= ARGV[1] then
   return 0
 end
 redis.call('HSET', KEYS[1], 'cancel', 1)

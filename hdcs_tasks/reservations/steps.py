@@ -66,10 +66,10 @@ class Steps:
         """The attempt has its outcome: nobody claims it again; the lease ends."""
         return self._hold(step, attempt, holder, "finish")
 
-    def request_cancel(self, step: str) -> bool:
-        """Ask the executor to stop at its next check; an unclaimed attempt can no longer be claimed.
-        False: no such step."""
-        return bool(self._link.call("step_cancel", self._keys(step)[:1]))
+    def request_cancel(self, step: str, attempt: int) -> bool:
+        """Ask the attempt's executor to stop at its next check; an unclaimed attempt can no longer be claimed.
+        False: it is not the step's present attempt."""
+        return bool(self._link.call("step_cancel", self._keys(step)[:1], attempt))
 
     def progress(
         self, step: str, attempt: int, holder: str, percent: float, phase: str, eta_s: float | None = None
@@ -90,9 +90,10 @@ class Steps:
         answers = self._link.commands(commands)
         return [_status(fields, bool(leased)) for fields, leased in zip(answers[::2], answers[1::2], strict=True)]
 
-    def forget(self, step: str) -> None:
-        """Remove all that is known of a settled step."""
-        self._link.do("DEL", *self._keys(step))
+    def close(self, step: str, attempt: int) -> None:
+        """The step has ended with ``attempt``, whoever may hold it still: that one's claim is gone, and a message of it
+        or of an older one, sent late, can no longer be claimed."""
+        self.issue(step, attempt + 1)
 
     def ack(self, step: str, attempt: int) -> None:
         """Control settled this outcome: the node may drop it from its spool."""

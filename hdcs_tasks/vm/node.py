@@ -23,6 +23,7 @@ from hdcs_tasks.errors import (
     NoCapacity,
     NotFound,
     OutcomeUnknown,
+    RebuildPending,
     Unavailable,
     Unreachable,
 )
@@ -141,55 +142,64 @@ def saved_memory(place: storage.StorageLayout, vm_id: str) -> Path:
 
 def start(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     """Layer two, then the start: claim the best server node of the pool; if that is another one, hand over."""
-    ctx = run.ctx
-    guest = spec["guest"]
     run.progress(10, "choosing a server node")
+    if run.attempt == 1:
+        _place_here(run, spec)  # nobody's lock is waited for to hand over
+    with _lock_for_start(run, spec["guest"]):
+        try:
+            return _start_placed(run, spec)
+        except (ClaimLost, HandOver):
+            raise  # a newer attempt observes and settles; the claim on capacity stays with the VM
+        except Exception as error:  # whatever it was: what was claimed is given back, or known to be in doubt
+            _undo_start(run, spec, error)
+            raise
+
+
+def _start_placed(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
+    # In the lock: whoever had it before may have given back what was placed.
     placed = _place_here(run, spec)
     run.progress(40, f"starting on {placed.node}")
     # Before the guest runs: from then on nothing that fails may pass for a start that failed.
     why = decision(run, spec, placed)
-    with _lock_for_start(run, guest):
-        # Once more: whoever had the lock before may have given back what was placed above.
-        placed = _place_here(run, spec)
-        _start_or_undo(run, spec, placed)
+    _start_here(run, spec, placed)
     if spec.get("saved"):
         # It comes back as it was and boots nothing; a booting guest counts until its agent answers.
-        _start_ended(ctx, guest["vm_id"])
+        _start_ended(run.ctx, spec["guest"]["vm_id"])
     return {"node": placed.node, "port": placed.port, "ip": placed.ip, "decision": why}
 
 
 def _place_here(run: Run, spec: dict[str, Any]) -> Placed:
     """Layer two's choice; HandOver where it is another server node."""
     ctx = run.ctx
-    try:
-        placed = choose(ctx, place_request(run, spec, spec["guest"]["vm_id"], start_s=ctx.settings.boot_slot_s))
-    except NoCapacity:
-        _end_earlier(run, spec)
-        raise
+    placed = choose(ctx, place_request(run, spec, spec["guest"]["vm_id"], start_s=ctx.settings.boot_slot_s))
     if placed.node != ctx.server_node:
-        _end_earlier(run, spec)
+        if (seen := _left_running(run, spec)) is not None:
+            _end_earlier(run, spec, seen)
         raise HandOver(placed.node, spec)
     return placed
 
 
-def _end_earlier(run: Run, spec: dict[str, Any]) -> None:
-    """Before another server node is asked: what an earlier attempt of this start left running here ends.
+def _left_running(run: Run, spec: dict[str, Any]) -> guests.GuestInfo | None:
+    """What an earlier attempt of this start left running here, if anything: nobody was told that it runs."""
+    if run.attempt == 1:
+        return None
+    seen = guests.info(run.ctx.host(), spec["guest"]["vm_id"])
+    return seen if seen is not None and seen.active and seen.step == run.step else None
 
-    It held a claim here that Redis has lost, and nobody was told that it runs. Raises OutcomeUnknown for one that used
-    up its saved memory: it cannot be started again as it was.
+
+def _end_earlier(run: Run, spec: dict[str, Any], seen: guests.GuestInfo) -> None:
+    """End what an earlier attempt of this start left running: it has no place here, or is not wanted any more.
+
+    Raises OutcomeUnknown for one that used up its saved memory: it cannot be started again as it was.
     """
-    vm_id = spec["guest"]["vm_id"]
-    seen = guests.info(run.ctx.host(), vm_id) if run.attempt > 1 else None
-    if seen is None or not seen.active or seen.step != run.step:
-        return
     if spec.get("saved"):
         raise OutcomeUnknown(
             f"VM {seen.name} runs on {run.ctx.server_node}, which the pool has no place on for it",
             next="It is looked at again; if the server node left its pool, bring it back",
         )
-    run.check()
-    guests.stop(run.ctx.host(), vm_id, force=True)
-    release(run.ctx, vm_id, spec["guest"]["mac"])
+    _still_ours(run)
+    guests.stop(run.ctx.host(), seen.vm_id, force=True)
+    release(run.ctx, seen.vm_id, spec["guest"]["mac"])
 
 
 @contextmanager
@@ -203,16 +213,6 @@ def _lock_for_start(run: Run, guest: dict[str, Any]) -> Iterator[None]:
                 raise OutcomeUnknown(f"an earlier attempt holds VM {guest['name']}: {error.message}") from error
             raise
         yield
-
-
-def _start_or_undo(run: Run, spec: dict[str, Any], placed: Placed) -> None:
-    try:
-        _start_here(run, spec, placed)
-    except ClaimLost:
-        raise  # a newer attempt observes and settles; the claim on capacity stays with the VM
-    except Exception as error:  # whatever it was: what was claimed is given back, or known to be in doubt
-        _undo_start(run, spec["guest"], error)
-        raise
 
 
 def place_request(run: Run, spec: dict[str, Any], vm_id: str, *, start_s: float) -> PlaceRequest:
@@ -254,13 +254,15 @@ def choose(ctx: NodeContext, request: PlaceRequest) -> Placed:
 def _start_here(run: Run, spec: dict[str, Any], placed: Placed) -> None:
     ctx, guest = run.ctx, spec["guest"]
     place, host = layout(ctx), ctx.host()
-    run.check()
+    # What runs from its saved memory already cannot be taken back: a cancel comes too late.
+    check = _still_ours if spec.get("saved") and _left_running(run, spec) else Run.check
+    check(run)
     if not spec.get("isolated"):
         give_address(ctx, guest["mac"], placed.ip, guest["name"])
     saved = saved_memory(place, guest["vm_id"]) if spec.get("saved") else None
     key = KeyRing.of(ctx.settings).find(guest.get("disk_key"))
     wanted = _guest_spec(run, guest, place, placed, "" if spec.get("isolated") else ctx.settings.network_name)
-    run.check()
+    check(run)
     if guests.info(host, guest["vm_id"]) is None:
         _mend_bitmaps(place, guest["vm_id"], key)
     give_to_libvirt(host, key)
@@ -308,25 +310,28 @@ def _start_ended(ctx: NodeContext, vm_id: str) -> None:
         log.info("end of a start not noted", vm=vm_id, error=str(error))
 
 
-def _undo_start(run: Run, guest: dict[str, Any], error: Exception) -> None:
+def _undo_start(run: Run, spec: dict[str, Any], error: Exception) -> None:
     """After a failed start: whatever was claimed is free again, once the guest is seen not to run here.
 
-    Running under this step: a cancelled start ends it, any other leaves it to the next attempt, which finds it. What
-    cannot be seen is not guessed. Raises OutcomeUnknown, or ClaimLost: what is here may be a newer attempt's.
+    Running under this step: a start that is cancelled or has no place here ends it, any other leaves it to the next
+    attempt, which finds it. What cannot be seen is not guessed. Raises OutcomeUnknown, or ClaimLost: what is here may
+    be a newer attempt's.
     """
-    ctx, vm_id = run.ctx, guest["vm_id"]
+    ctx, guest = run.ctx, spec["guest"]
     _still_ours(run)
     try:
-        seen = guests.info(ctx.host(), vm_id)
-        if seen is not None and seen.active and seen.step == run.step and run.is_cancelled():
-            guests.stop(ctx.host(), vm_id, force=True)
-            seen = None
+        seen = guests.info(ctx.host(), guest["vm_id"])
         if seen is None or not seen.active:
-            release(ctx, vm_id, guest["mac"])
+            release(ctx, guest["vm_id"], guest["mac"])
             return
         if seen.step != run.step:
             return  # another's guest: the error is a Conflict that says so
+        if run.is_cancelled() or isinstance(error, NoCapacity | RebuildPending):
+            _end_earlier(run, spec, seen)
+            return
         what = f"it runs, but its start did not end: {error}"
+    except OutcomeUnknown:
+        raise
     except HdcsError as blind:
         what = f"its start failed ({error}), and what it left cannot be seen: {blind}"
     raise OutcomeUnknown(f"VM {guest['name']}: {what}", next="The next attempt observes") from error

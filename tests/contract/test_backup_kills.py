@@ -40,7 +40,7 @@ def attempt(place: Place, handler: Handler, spec: dict[str, Any], step: str, num
     holder = f"node1:{number}"
     steps.issue(step, number)
     steps.claim(step, number, holder, "node1", 60)
-    run = Run(ctx, step, number, "op", holder, lambda _: None, time.monotonic() + 600, "east")
+    run = Run(ctx, step, number, "op", holder, lambda _: None, time.monotonic() + 600, "east", time.monotonic() + 600)
     return handler(run, spec)
 
 

@@ -16,6 +16,7 @@ from queue import Empty
 from typing import Any
 
 import pytest
+import redis
 from sqlalchemy import select
 
 from hdcs_tasks.app import make_app
@@ -87,6 +88,11 @@ class Desk:
         with self.control.transaction() as tx:
             vm = tx.session.get_one(Vm, vm_id)
             return tx.open("test.on_vm", asked=Asked(), vm=vm, request=request, supersede=supersede).id
+
+    def lose(self, operation: str) -> None:
+        """Its step, as if Redis had never heard of it."""
+        key = f"{self.control.settings.key_prefix}step:{self.step(operation).id}"
+        assert redis.Redis.from_url(self.control.settings.redis_url).delete(key)
 
     # ---- messages
 
@@ -386,9 +392,21 @@ def test_a_lost_message_is_sent_again_as_the_same_attempt(desk: Desk) -> None:
     assert desk.step(operation).attempt == 1
 
 
+def test_a_lease_that_ran_out_by_its_own_clock_is_lost_whatever_redis_says(desk: Desk) -> None:
+    operation = desk.ask()
+
+    def stopped_for_long(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
+        run.renewed -= 2 * run.ctx.settings.lease_ttl_s
+        run.check()
+        return {}
+
+    assert desk.run(stopped_for_long) == ["lost"]
+    assert desk.state(operation) == "running"
+
+
 def test_nothing_is_spent_while_reservations_are_closed(desk: Desk) -> None:
     operation = desk.ask()
-    desk.control.reservations.steps.forget(desk.step(operation).id)
+    desk.lose(operation)
     desk.due(operation, published_at=ago(60))
     desk.control.reservations.epoch.close()
     assert recovery_sweep(desk.control)["new_attempt"] == 0
@@ -419,7 +437,7 @@ def test_a_step_that_cannot_be_recovered_does_not_keep_the_others(desk: Desk) ->
     with desk.control.store.session() as session:
         session.scalars(select(Step).where(Step.operation_id == bad)).one().history = "not a list"  # type: ignore[assignment]
         session.scalars(select(Step).where(Step.operation_id == bad)).one().state = StepState.PUBLISHED
-    desk.control.reservations.steps.forget(desk.step(bad).id)
+    desk.lose(bad)
     desk.due(bad, published_at=ago(60))
     recovery_sweep(desk.control)
     assert desk.step(fine).state is StepState.PUBLISHED

@@ -197,7 +197,17 @@ def start_without_libvirt(center: Control, tmp_path: Path, step: Step) -> None:
     hosts = HostPool("qemu+tcp://127.0.0.1:1/system", timeout_s=0.3)
     ctx = NodeContext(config, center.celery, center.reservations, hosts, Spool(tmp_path / "spool"))
     center.reservations.steps.claim(step.id, 1, "me", "node1", 9)
-    run = Run(ctx, step.id, 1, step.operation_id, "me", lambda _text: None, time.monotonic() + 60, "east")
+    run = Run(
+        ctx,
+        step.id,
+        1,
+        step.operation_id,
+        "me",
+        lambda _text: None,
+        time.monotonic() + 60,
+        "east",
+        time.monotonic() + 600,
+    )
     node.start(run, step.spec)
 
 

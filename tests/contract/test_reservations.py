@@ -76,8 +76,16 @@ def test_step_attempt_has_one_executor(reservations: Reservations) -> None:
     assert steps.claim("s", 1, "b", "n2", 30) is ClaimAnswer.DONE
     assert steps.issue_many([("s", 2, ""), ("t", 1, ""), ("t", 1, "")]) == [True, True, False]
     assert [s and s.attempt for s in steps.statuses(["s", "t", "u"])] == [2, 1, None]
-    steps.forget("s")
-    assert steps.status("s") is None
+
+
+def test_a_closed_step_is_nobodys(reservations: Reservations) -> None:
+    steps = reservations.steps
+    steps.issue("s", 1)
+    steps.claim("s", 1, "a", "n1", 30)
+    steps.close("s", 1)
+    assert steps.check("s", 1, "a") == "lost"
+    assert not steps.issue("s", 1)  # whoever was to send it was away for long
+    assert steps.claim("s", 1, "b", "n2", 30) is ClaimAnswer.STALE
 
 
 def test_newer_attempt_silences_the_old_executor(reservations: Reservations) -> None:
@@ -105,11 +113,11 @@ def test_hand_over_and_cancel(reservations: Reservations) -> None:
     assert steps.check("s", 1, "a") == "lost"
     assert steps.claim("s", 1, "b", "n2", 30) is ClaimAnswer.CLAIMED
     assert not steps.hand_over("s", 1, "a")
-    assert steps.request_cancel("s")
+    assert steps.request_cancel("s", 1)
     assert steps.check("s", 1, "b") == "cancel"
-    assert not steps.request_cancel("none")
+    assert not steps.request_cancel("none", 1)
     steps.issue("t", 1)
-    steps.request_cancel("t")
+    steps.request_cancel("t", 1)
     assert steps.claim("t", 1, "a", "n1", 30) is ClaimAnswer.CANCELLED
 
 
@@ -640,3 +648,11 @@ def test_a_server_node_gives_more_than_a_thousand_addresses(reservations: Reserv
     ips = {one.ip for one in found if isinstance(one, Addresses)}
     assert len(ips) == 1021
     assert all(ipaddress.IPv4Address(ip) in ipaddress.IPv4Network(subnet) for ip in ips)
+
+
+def test_a_cancel_meant_for_an_older_attempt_is_not_the_newer_ones(reservations: Reservations) -> None:
+    steps = reservations.steps
+    steps.issue("s", 1)
+    steps.issue("s", 2, node="n1")
+    assert not steps.request_cancel("s", 1)
+    assert steps.claim("s", 2, "a", "n1", 30) is ClaimAnswer.CLAIMED

@@ -42,7 +42,12 @@ class Node:
         steps, holder = ctx.reservations.steps, f"node1:{number}"
         steps.issue(step, number)
         steps.claim(step, number, holder, "node1", 120)
-        handler(Run(ctx, step, number, "op", holder, lambda _: None, time.monotonic() + 600, "east"), spec)
+        handler(
+            Run(
+                ctx, step, number, "op", holder, lambda _: None, time.monotonic() + 600, "east", time.monotonic() + 600
+            ),
+            spec,
+        )
         return ctx
 
     def everywhere(
