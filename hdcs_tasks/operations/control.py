@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 from celery import Celery
-from sqlalchemy import func, select
+from sqlalchemy import bindparam, func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -32,8 +32,30 @@ from hdcs_tasks.store.transitions import move
 log = logger(__name__)
 
 # FOR NO KEY UPDATE on PostgreSQL: a row updated twice in a transaction takes a key-share lock on every row it refers
-# to, so two children that end at once would deadlock on a parent locked FOR UPDATE.
-ROW_LOCK = {"key_share": True}
+# to, so two children that end at once would deadlock on a parent locked FOR UPDATE. Read anew: what was read before the
+# lock may have changed while waiting for it.
+_LOCKED_OPERATION = (
+    select(Operation).where(Operation.id == bindparam("id")).with_for_update(key_share=True)
+    .execution_options(populate_existing=True)
+)  # fmt: skip
+_LOCKED_STEP = (
+    select(Step).where(Step.id == bindparam("id")).with_for_update(key_share=True)
+    .execution_options(populate_existing=True)
+)  # fmt: skip
+# Asked in nearly every transaction; made once, since making a statement costs as much as running it.
+_ABOVE = select(Operation.parent_id, Operation.id).join(Step).where(Step.id == bindparam("step"))
+_BY_KEY = select(Operation).where(Operation.idempotency_key == bindparam("key"))
+_LIVE_ON = select(Operation).where(Operation.live_vm == bindparam("vm"))
+_WAITING_FOR = (
+    select(Operation).where(Operation.waits_for == bindparam("ended")).order_by(Operation.created_at)
+    .with_for_update(key_share=True)
+)  # fmt: skip
+_CHILDREN = (
+    select(Operation).where(Operation.parent_id == bindparam("parent")).order_by(Operation.created_at)
+    .execution_options(populate_existing=True)
+)  # fmt: skip
+_LAST_SEQ = select(Step.seq).where(Step.operation_id == bindparam("operation")).order_by(Step.seq.desc()).limit(1)
+_LIVE_STEP = select(Step.id).where(Step.operation_id == bindparam("operation"), Step.state.in_(STEP_LIVE)).limit(1)
 
 
 @dataclass(frozen=True)
@@ -111,6 +133,7 @@ class Tx:
         self._undo = undo
         self._to_publish: list[Step] = []
         self._opened: set[str] = set()  # operations of this transaction that have no step yet
+        self._locked: list[object] = []  # the session forgets, and reads again, what nobody holds
         self._after: list[Callable[[], object]] = []
 
     # --- opening
@@ -123,7 +146,7 @@ class Tx:
             # SQLite has one writer at a time anyway.
             key = func.hashtextextended(asked.idempotency_key, 0)
             self.session.execute(select(func.pg_advisory_xact_lock(key)))
-        return self.session.scalar(select(Operation).where(Operation.idempotency_key == asked.idempotency_key))
+        return self.session.scalar(_BY_KEY, {"key": asked.idempotency_key})
 
     def known_by(self, live: Operation, asked: Asked) -> bool:
         """Whether ``live``, which does what is asked for already, can be the answer also when the same is asked again:
@@ -177,7 +200,7 @@ class Tx:
         return operation
 
     def live_operation(self, vm: Vm) -> Operation | None:
-        return self.session.scalar(select(Operation).where(Operation.live_vm == vm.id))
+        return self.session.scalar(_LIVE_ON, {"vm": vm.id})
 
     def _in_the_way(self, vm: Vm, lock: bool) -> Operation | None:
         """The VM's live operation; locked, so that it cannot end before the one that waits for it is recorded."""
@@ -196,16 +219,15 @@ class Tx:
         for key in in_order:
             if key is not None:
                 # Read anew: what was read before the lock may have changed while waiting for it.
-                self.session.get(Operation, key, with_for_update=ROW_LOCK, populate_existing=True)
+                self._locked.append(self.session.scalar(_LOCKED_OPERATION, {"id": key}))
 
     def lock_step(self, step_id: str) -> Step | None:
         """The step, locked with the operations above it and read anew; None where there is none."""
-        above = select(Operation.parent_id, Operation.id).join(Step).where(Step.id == step_id)
-        found = self.session.execute(above).one_or_none()
+        found = self.session.execute(_ABOVE, {"step": step_id}).one_or_none()
         if found is None:
             return None
         self._lock_operations(*found)
-        return self.session.get(Step, step_id, with_for_update=ROW_LOCK, populate_existing=True)
+        return self.session.scalar(_LOCKED_STEP, {"id": step_id})
 
     def step(
         self, operation: Operation, name: str, queue: str, spec: dict[str, Any], *, node: str | None = None,
@@ -229,8 +251,7 @@ class Tx:
         if operation.id in self._opened:
             self._opened.remove(operation.id)  # from its second step on, the record is asked
             return 1
-        last = select(Step.seq).where(Step.operation_id == operation.id).order_by(Step.seq.desc()).limit(1)
-        return 1 + (self.session.scalar(last) or 0)
+        return 1 + (self.session.scalar(_LAST_SEQ, {"operation": operation.id}) or 0)
 
     def publish(self, step: Step, *, queue: str | None = None) -> None:
         """Issue the step's next attempt and send it after the commit, to its own queue or this time to another."""
@@ -287,9 +308,8 @@ class Tx:
 
     def start_waiting(self, ended_id: str) -> None:
         """Begin what waited for an operation that has ended: the oldest; the others wait for that one now."""
-        waiting = select(Operation).where(Operation.waits_for == ended_id).order_by(Operation.created_at)
         first: Operation | None = None
-        for operation in self.session.scalars(waiting.with_for_update(key_share=True)).all():
+        for operation in self.session.scalars(_WAITING_FOR, {"ended": ended_id}).all():
             if first is not None and first.state in OPERATION_LIVE:
                 operation.waits_for = first.id
                 operation.phase = f"waits for {first.kind} {first.id} to end"
@@ -312,7 +332,7 @@ class Tx:
 
     def _child_ended(self, parent_id: str) -> None:
         self.session.flush()
-        parent = self.session.get(Operation, parent_id, with_for_update=ROW_LOCK, populate_existing=True)
+        parent = self.session.scalar(_LOCKED_OPERATION, {"id": parent_id})
         if parent is None or parent.state not in OPERATION_LIVE:
             return
         children = self._children(parent_id)
@@ -344,8 +364,7 @@ class Tx:
         self.fail(parent, error)
 
     def _children(self, parent_id: str) -> list[Operation]:
-        siblings = select(Operation).where(Operation.parent_id == parent_id).order_by(Operation.created_at)
-        return list(self.session.scalars(siblings.execution_options(populate_existing=True)))
+        return list(self.session.scalars(_CHILDREN, {"parent": parent_id}))
 
     # --- cancelling
 
@@ -447,8 +466,7 @@ def advance(operation: Operation, percent: float) -> None:
 
 def has_live_step(tx: Tx, operation: Operation) -> bool:
     tx.session.flush()
-    query = select(Step.id).where(Step.operation_id == operation.id, Step.state.in_(STEP_LIVE)).limit(1)
-    return tx.session.scalar(query) is not None
+    return tx.session.scalar(_LIVE_STEP, {"operation": operation.id}) is not None
 
 
 def get_operation(session: Session, operation_id: str) -> Operation:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import bindparam, select
 
 from hdcs_tasks.clock import monotonic_s, now_s, random_hex
 from hdcs_tasks.errors import Cancelled, HdcsError, NoCapacity, OutcomeUnknown, Unreachable, from_dict
@@ -167,16 +167,27 @@ def _each(control: Control, ids: list[str], action: Callable[[Tx, Step], None]) 
     return len(ids)
 
 
+_WAITED_FOR = (
+    select(Operation.waits_for)
+    .where(Operation.waits_for.in_(select(Operation.id).where(Operation.state.not_in(OPERATION_LIVE))))
+    .distinct()
+)
+_AT_WORK_OR_DUE = (
+    select(Step.id, Step.state)
+    .where(
+        (Step.state == StepState.PUBLISHED)
+        | ((Step.state == StepState.PARKED) & (Step.not_before <= bindparam("now", type_=Step.not_before.type)))
+    )
+    .order_by(Step.created_at)
+)
+
+
 def _found(control: Control) -> tuple[list[str], list[str], list[str]]:
     """Ended operations that others wait for still (nothing else would begin these), parked steps that are due, oldest
     first, and published steps."""
     with control.store.read() as session:
-        ended = select(Operation.id).where(Operation.state.not_in(OPERATION_LIVE))
-        waited_for = select(Operation.waits_for).where(Operation.waits_for.in_(ended)).distinct()
-        stranded = [found for found in session.scalars(waited_for) if found is not None]
-        is_due = (Step.state == StepState.PARKED) & (Step.not_before <= now())
-        steps = select(Step.id, Step.state).where(is_due | (Step.state == StepState.PUBLISHED))
-        rows = session.execute(steps.order_by(Step.created_at)).all()
+        stranded = [found for found in session.scalars(_WAITED_FOR) if found is not None]
+        rows = session.execute(_AT_WORK_OR_DUE, {"now": now()}).all()
     return (
         stranded, [step_id for step_id, state in rows if state is StepState.PARKED],
         [step_id for step_id, state in rows if state is StepState.PUBLISHED],

@@ -12,7 +12,7 @@ from collections.abc import Collection
 from datetime import datetime
 from enum import StrEnum
 
-from sqlalchemy import select
+from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 
 from hdcs_tasks.states import BackupState, ServerNodeState, VmState
@@ -27,6 +27,9 @@ _LEVELS: dict[StrEnum, str | None] = {
 _KEPT = frozenset({BackupState.READY, BackupState.BROKEN, BackupState.DELETING})
 _UNSEEN = frozenset({ServerNodeState.LOST, ServerNodeState.LEFT})
 _HAPPENED = "hdcs_happened_at"
+
+
+_OPEN_OF = select(UsageSpan).where(UsageSpan.open_key == bindparam("key"))
 
 
 def happened_at(session: Session, at: datetime) -> None:
@@ -119,7 +122,7 @@ def _span(vm: Vm, kind: str, key: str, at: datetime, *, server_node: str | None,
 
 
 def _open(session: Session, key: str) -> UsageSpan | None:
-    return session.scalar(select(UsageSpan).where(UsageSpan.open_key == key))
+    return session.scalar(_OPEN_OF, {"key": key})
 
 
 def _end(span: UsageSpan, at: datetime) -> datetime:

@@ -45,7 +45,9 @@ def _compare_and_set(session: Session, record: Stateful, old: StrEnum, new: StrE
     mapper: Mapper[Any] = inspect(kind)
     row = zip(mapper.primary_key, mapper.primary_key_from_instance(record), strict=True)
     keys = {f"row_{column.name}": value for column, value in row}
-    done = session.execute(_statement(kind), {**values, **keys, "old": old})
+    # What else has changed is written once, at the end, not before every move.
+    with session.no_autoflush:
+        done = session.execute(_statement(kind), {**values, **keys, "old": old})
     if getattr(done, "rowcount", 0) != 1:
         raise Conflict(f"{subject_of(record)} changed while it was moved from {old} to {new}", next="Try again")
     for name, value in values.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 
 from hdcs_tasks.errors import (
@@ -31,11 +31,14 @@ from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control_quota import check_quota, starting
 from hdcs_tasks.vm.rules import COMMANDS, Command, check_usb, given_in, wrong_state_hint
 
+_BY_NAME = select(Vm).where(
+    (Vm.name == bindparam("name")) | (Vm.id == bindparam("name")), Vm.deleted_at.is_(None)
+)  # fmt: skip
+
 
 def get_vm(session: Session, name: str) -> Vm:
     """The living VM of this name or id; else NotFound."""
-    query = select(Vm).where((Vm.name == name) | (Vm.id == name), Vm.deleted_at.is_(None))
-    vm = session.scalar(query)
+    vm = session.scalar(_BY_NAME, {"name": name})
     if vm is None:
         raise NotFound(f"there is no VM {name!r}", next="See: hdcs vm list")
     return vm

@@ -259,6 +259,7 @@ class Center:
         self.world.by_state_dir = {c.state_dir: self.world.hosts[n] for n, c in ground.nodes.items()}
         self.nodes = {name: Node(self, config, self.world.hosts[name]) for name, config in ground.nodes.items()}
         self.controls: dict[str, Process] = {}
+        self.swept_by_hand = False
         self._reservations: dict[Process, Reservations] = {}
         self.vm_ids: dict[str, str] = {}
         self.fence = Fence(kernel, server)
@@ -331,12 +332,17 @@ class Center:
 
     def _beat(self, task: str, period_s: float, delay_s: float) -> None:
         def tick() -> None:
-            # Every second time for those that look at everything: they take most of a history's time.
-            if self.broker.up and self._has_work(task) and (task not in LOOKS or self.kernel.rng.random() < 0.5):
+            if self.broker.up and self._is_worth(task):
                 self.broker.put(task, {"period_s": period_s}, CONTROL, max(period_s, 1.0))
             self._beat(task, period_s, period_s)
 
         self.kernel.at(delay_s, tick)
+
+    def _is_worth(self, task: str) -> bool:
+        """Those that look at everything take most of a history's time: they come every second time, and not at all
+        while ``sweep`` asks for them."""
+        looks = 0.0 if self.swept_by_hand else 0.5
+        return self._has_work(task) and (task not in LOOKS or self.kernel.rng.random() < looks)
 
     def _has_work(self, task: str) -> bool:
         """Whether a sweep could find anything: one that cannot is left out, it costs and shows nothing."""
