@@ -17,7 +17,8 @@ from hdcs_tasks.operations.handlers import on_done, on_failed, plan_steps
 from hdcs_tasks.routing import direct_queue
 from hdcs_tasks.states import VmState
 from hdcs_tasks.store.models import Backup, Operation, Step, now
-from hdcs_tasks.vm.control import add_delete_step, add_start_step, begin_delete, leave_via, vm_of
+from hdcs_tasks.vm.control import add_start_step, leave_via, vm_of
+from hdcs_tasks.vm.control_delete import add_delete_step, begin_delete
 
 plan_steps("backup.drill", {
     "backup.restore_on_node": 50, "vm.start_on_node": 5, "backup.prove_on_node": 40, "vm.stop_on_node": 3,

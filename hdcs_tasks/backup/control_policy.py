@@ -22,9 +22,10 @@ from hdcs_tasks.backup.control_prune import add_prune_steps
 from hdcs_tasks.backup.rules import CHAIN_MAX, Keep, Point, bandwidth_share, choose_drills
 from hdcs_tasks.errors import Conflict, HdcsError, Invalid, NotFound, Unavailable, WrongState
 from hdcs_tasks.logs import logger
-from hdcs_tasks.operations.control import Asked, Control, Tx, has_live_step
+from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed
 from hdcs_tasks.operations.sending import send
+from hdcs_tasks.operations.settling import has_live_step
 from hdcs_tasks.pool.control import get_domain_node
 from hdcs_tasks.routing import CONTROL, check_name
 from hdcs_tasks.states import OPERATION_LIVE

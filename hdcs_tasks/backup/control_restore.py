@@ -17,8 +17,9 @@ from hdcs_tasks.routing import check_name
 from hdcs_tasks.states import BackupState, ImageState, VmState
 from hdcs_tasks.store.models import Backup, Image, ImageCopy, Operation, ServerNode, Step, Vm, new_id, now
 from hdcs_tasks.store.transitions import move
-from hdcs_tasks.vm.control import add_start_step, forget, get_vm, vm_of
+from hdcs_tasks.vm.control import add_start_step, get_vm, vm_of
 from hdcs_tasks.vm.control_clone import Shape, choose_homes, new_vm, rooms_of
+from hdcs_tasks.vm.control_delete import forget
 from hdcs_tasks.vm.control_quota import check_quota
 from hdcs_tasks.vm.rules import expand_names
 

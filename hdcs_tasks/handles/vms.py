@@ -15,6 +15,7 @@ from hdcs_tasks.vm import control as vm_control
 from hdcs_tasks.vm import (
     control_clone,
     control_console,
+    control_delete,
     control_export,
     control_migrate,
     control_plan,
@@ -77,7 +78,7 @@ class Vm(Part):
         return self._op(control_shape.grow(self._control, self.name, disk_bytes, asked))
 
     def delete(self, *, idempotency_key: str | None = None, reason: str = "") -> Operation:
-        return self._op(vm_control.delete(self._control, self.name, self._asked(idempotency_key, reason)))
+        return self._op(control_delete.delete(self._control, self.name, self._asked(idempotency_key, reason)))
 
     def migrate(
         self, to: str | None = None, *, live: bool = True, bandwidth_mib_s: int | None = None, postcopy: bool = False,

@@ -13,16 +13,27 @@ from datetime import timedelta
 from typing import Any
 
 from celery import Celery
-from sqlalchemy import bindparam, func, select
+from sqlalchemy import func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from hdcs_tasks.config import Settings
-from hdcs_tasks.errors import Cancelled, Conflict, HdcsError, NotFound, OutcomeUnknown, from_dict
+from hdcs_tasks.errors import Cancelled, Conflict, HdcsError, OutcomeUnknown, from_dict
 from hdcs_tasks.logs import logger
-from hdcs_tasks.operations.handlers import ON_CHILD_ENDED, ON_DONE, ON_FAILED, ON_START, PLANS
+from hdcs_tasks.operations.handlers import ON_CHILD_ENDED, ON_START
+from hdcs_tasks.operations.lookups import (
+    ABOVE,
+    BY_KEY,
+    CHILDREN,
+    LAST_SEQ,
+    LIVE_ON,
+    LOCKED_OPERATION,
+    LOCKED_STEP,
+    WAITING_FOR,
+)  # fmt: skip
 from hdcs_tasks.operations.publishing import Publisher
-from hdcs_tasks.operations.rules import bulk_percent, is_binding, is_touched, operation_percent
+from hdcs_tasks.operations.rules import bulk_percent, is_binding, is_touched
+from hdcs_tasks.operations.settling import settle_failed
 from hdcs_tasks.reservations import Reservations
 from hdcs_tasks.states import OPERATION_LIVE, STEP_LIVE, OperationState, StepState
 from hdcs_tasks.store.engine import Store
@@ -30,32 +41,6 @@ from hdcs_tasks.store.models import Event, Operation, Step, Vm, new_id, now
 from hdcs_tasks.store.transitions import move
 
 log = logger(__name__)
-
-# FOR NO KEY UPDATE on PostgreSQL: a row updated twice in a transaction takes a key-share lock on every row it refers
-# to, so two children that end at once would deadlock on a parent locked FOR UPDATE. Read anew: what was read before the
-# lock may have changed while waiting for it.
-_LOCKED_OPERATION = (
-    select(Operation).where(Operation.id == bindparam("id")).with_for_update(key_share=True)
-    .execution_options(populate_existing=True)
-)  # fmt: skip
-_LOCKED_STEP = (
-    select(Step).where(Step.id == bindparam("id")).with_for_update(key_share=True)
-    .execution_options(populate_existing=True)
-)  # fmt: skip
-# Asked in nearly every transaction; made once, since making a statement costs as much as running it.
-_ABOVE = select(Operation.parent_id, Operation.id).join(Step).where(Step.id == bindparam("step"))
-_BY_KEY = select(Operation).where(Operation.idempotency_key == bindparam("key"))
-_LIVE_ON = select(Operation).where(Operation.live_vm == bindparam("vm"))
-_WAITING_FOR = (
-    select(Operation).where(Operation.waits_for == bindparam("ended")).order_by(Operation.created_at)
-    .with_for_update(key_share=True)
-)  # fmt: skip
-_CHILDREN = (
-    select(Operation).where(Operation.parent_id == bindparam("parent")).order_by(Operation.created_at)
-    .execution_options(populate_existing=True)
-)  # fmt: skip
-_LAST_SEQ = select(Step.seq).where(Step.operation_id == bindparam("operation")).order_by(Step.seq.desc()).limit(1)
-_LIVE_STEP = select(Step.id).where(Step.operation_id == bindparam("operation"), Step.state.in_(STEP_LIVE)).limit(1)
 
 
 @dataclass(frozen=True)
@@ -146,7 +131,7 @@ class Tx:
             # SQLite has one writer at a time anyway.
             key = func.hashtextextended(asked.idempotency_key, 0)
             self.session.execute(select(func.pg_advisory_xact_lock(key)))
-        return self.session.scalar(_BY_KEY, {"key": asked.idempotency_key})
+        return self.session.scalar(BY_KEY, {"key": asked.idempotency_key})
 
     def known_by(self, live: Operation, asked: Asked) -> bool:
         """Whether ``live``, which does what is asked for already, can be the answer also when the same is asked again:
@@ -200,7 +185,7 @@ class Tx:
         return operation
 
     def live_operation(self, vm: Vm) -> Operation | None:
-        return self.session.scalar(_LIVE_ON, {"vm": vm.id})
+        return self.session.scalar(LIVE_ON, {"vm": vm.id})
 
     def _in_the_way(self, vm: Vm, lock: bool) -> Operation | None:
         """The VM's live operation; locked, so that it cannot end before the one that waits for it is recorded."""
@@ -219,15 +204,15 @@ class Tx:
         for key in in_order:
             if key is not None:
                 # Read anew: what was read before the lock may have changed while waiting for it.
-                self._locked.append(self.session.scalar(_LOCKED_OPERATION, {"id": key}))
+                self._locked.append(self.session.scalar(LOCKED_OPERATION, {"id": key}))
 
     def lock_step(self, step_id: str) -> Step | None:
         """The step, locked with the operations above it and read anew; None where there is none."""
-        found = self.session.execute(_ABOVE, {"step": step_id}).one_or_none()
+        found = self.session.execute(ABOVE, {"step": step_id}).one_or_none()
         if found is None:
             return None
         self._lock_operations(*found)
-        return self.session.scalar(_LOCKED_STEP, {"id": step_id})
+        return self.session.scalar(LOCKED_STEP, {"id": step_id})
 
     def step(
         self, operation: Operation, name: str, queue: str, spec: dict[str, Any], *, node: str | None = None,
@@ -251,7 +236,7 @@ class Tx:
         if operation.id in self._opened:
             self._opened.remove(operation.id)  # from its second step on, the record is asked
             return 1
-        return 1 + (self.session.scalar(_LAST_SEQ, {"operation": operation.id}) or 0)
+        return 1 + (self.session.scalar(LAST_SEQ, {"operation": operation.id}) or 0)
 
     def publish(self, step: Step, *, queue: str | None = None) -> None:
         """Issue the step's next attempt and send it after the commit, to its own queue or this time to another."""
@@ -309,7 +294,7 @@ class Tx:
     def start_waiting(self, ended_id: str) -> None:
         """Begin what waited for an operation that has ended: the oldest; the others wait for that one now."""
         first: Operation | None = None
-        for operation in self.session.scalars(_WAITING_FOR, {"ended": ended_id}).all():
+        for operation in self.session.scalars(WAITING_FOR, {"ended": ended_id}).all():
             if first is not None and first.state in OPERATION_LIVE:
                 operation.waits_for = first.id
                 operation.phase = f"waits for {first.kind} {first.id} to end"
@@ -332,7 +317,7 @@ class Tx:
 
     def _child_ended(self, parent_id: str) -> None:
         self.session.flush()
-        parent = self.session.scalar(_LOCKED_OPERATION, {"id": parent_id})
+        parent = self.session.scalar(LOCKED_OPERATION, {"id": parent_id})
         if parent is None or parent.state not in OPERATION_LIVE:
             return
         children = self._children(parent_id)
@@ -364,7 +349,7 @@ class Tx:
         self.fail(parent, error)
 
     def _children(self, parent_id: str) -> list[Operation]:
-        return list(self.session.scalars(_CHILDREN, {"parent": parent_id}))
+        return list(self.session.scalars(CHILDREN, {"parent": parent_id}))
 
     # --- cancelling
 
@@ -426,55 +411,3 @@ def request_cancel(reservations: Reservations, step_id: str, attempt: int, touch
             return
     # Nobody can claim it once the flag is set; the sweep settles what nobody holds.
     reservations.steps.request_cancel(step_id, attempt)
-
-
-def settle_failed(tx: Tx, step: Step, error: HdcsError, *, needs_operator: bool = False) -> None:
-    """End a step as failed or cancelled and let its feature undo the record; then the operation has ended."""
-    step.error = error.to_dict()
-    step.ended_at = now()
-    move(step, StepState.CANCELLED if error.code == "cancelled" else StepState.FAILED)
-    operation = step.operation
-    for key in (step.name, f"{operation.kind}:{step.name}"):
-        if key in ON_FAILED:
-            ON_FAILED[key](tx, operation, step, error)
-    if operation.state in OPERATION_LIVE and not has_live_step(tx, operation):
-        tx.fail(operation, error, needs_operator=needs_operator)
-
-
-def settle_done(tx: Tx, step: Step, result: dict[str, Any]) -> None:
-    """End a step as done and let its feature move the record on; with no further step the operation is done."""
-    step.outcome = result
-    step.ended_at = now()
-    move(step, StepState.DONE)
-    operation = step.operation
-    for key in (step.name, f"{operation.kind}:{step.name}"):
-        if key in ON_DONE:
-            ON_DONE[key](tx, operation, step, result)
-    if operation.state in OPERATION_LIVE and not has_live_step(tx, operation):
-        tx.finish(operation, result)
-    elif operation.state in OPERATION_LIVE:
-        advance(operation, 0.0)
-
-
-def advance(operation: Operation, percent: float) -> None:
-    """Record that the operation's last step is at ``percent``. What was shown once is never taken back: a step tried
-    again, or another one instead, begins before where the last came to."""
-    names = [step.name for step in operation.steps]
-    reached = operation_percent(PLANS.get(operation.kind, {}), names, percent)
-    operation.percent = max(operation.percent, reached)
-
-
-def has_live_step(tx: Tx, operation: Operation) -> bool:
-    tx.session.flush()
-    return tx.session.scalar(_LIVE_STEP, {"operation": operation.id}) is not None
-
-
-def get_operation(session: Session, operation_id: str) -> Operation:
-    """The operation of this id (or unique id prefix of at least 6 characters); else NotFound."""
-    found = session.get(Operation, operation_id)
-    if found is None and len(operation_id) >= 6:
-        matches = session.scalars(select(Operation).where(Operation.id.startswith(operation_id, autoescape=True))).all()
-        found = matches[0] if len(matches) == 1 else None
-    if found is None:
-        raise NotFound(f"there is no operation {operation_id!r}", next="See: hdcs op list")
-    return found

@@ -11,7 +11,7 @@ from sqlalchemy import bindparam, select
 from hdcs_tasks.clock import monotonic_s, now_s, random_hex
 from hdcs_tasks.errors import Cancelled, HdcsError, NoCapacity, OutcomeUnknown, Unreachable, from_dict
 from hdcs_tasks.logs import bound_contextvars, logger
-from hdcs_tasks.operations.control import Control, Tx, advance, request_cancel, settle_done, settle_failed
+from hdcs_tasks.operations.control import Control, Tx, request_cancel
 from hdcs_tasks.operations.handlers import ON_NO_ROOM
 from hdcs_tasks.operations.rules import (
     StepFacts,
@@ -25,6 +25,7 @@ from hdcs_tasks.operations.rules import (
     is_waiting,
     judge,
 )
+from hdcs_tasks.operations.settling import advance, settle_done, settle_failed
 from hdcs_tasks.reservations import StepStatus
 from hdcs_tasks.routing import direct_queue, quick_queue
 from hdcs_tasks.states import OPERATION_LIVE, STEP_LIVE, OperationState, ServerNodeState, StepState

@@ -8,9 +8,10 @@ from typing import Any
 
 from sqlalchemy import select
 
-from hdcs_tasks.operations.control import Control, get_operation
+from hdcs_tasks.operations.control import Control
 from hdcs_tasks.operations.handlers import PLANS
 from hdcs_tasks.operations.line import places_of
+from hdcs_tasks.operations.lookups import get_operation
 from hdcs_tasks.operations.rules import operation_percent
 from hdcs_tasks.reservations import StepStatus
 from hdcs_tasks.states import OPERATION_LIVE, OperationState

@@ -1,4 +1,4 @@
-"""VMs on the control plane: looking them up, starting, stopping, the short commands, deleting."""
+"""VMs on the control plane: looking them up, starting, stopping, the short commands."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hdcs_tasks.errors import (
     WrongState,
 )
 from hdcs_tasks.operations.control import Asked, Control, Tx, busy
-from hdcs_tasks.operations.handlers import on_done, on_failed, on_start, plan_steps
+from hdcs_tasks.operations.handlers import on_done, on_failed, on_start
 from hdcs_tasks.pool import rules as pool_rules
 from hdcs_tasks.pool.control import IN_POOL, get_domain_node, get_server_node
 from hdcs_tasks.pool.rooms import expected_mix, order_of, vm_shape, vm_terms
@@ -292,7 +292,7 @@ def command(
             check_reachable(tx.session, vm)
         supersede = verb == "stop" and force and guard is None
         live = tx.live_operation(vm) if supersede else None
-        same_under_way = live is not None and _same_command(live, "vm.stop")
+        same_under_way = live is not None and is_same(live, "vm.stop")
         if live is not None and same_under_way and tx.known_by(live, asked):
             return live
         request: dict[str, Any] = {"was": vm.state.value, "force": force, "timeout_s": timeout_s}
@@ -303,7 +303,7 @@ def command(
         )  # fmt: skip
 
 
-def _same_command(live: Operation, kind: str) -> bool:
+def is_same(live: Operation, kind: str) -> bool:
     """Whether what is asked for is under way already: it must not supersede itself."""
     return live.kind == kind and bool(live.request.get("force")) and not live.cancel_asked
 
@@ -354,16 +354,11 @@ def _begin_command(verb: str, what: Command) -> None:
         if "guard" not in operation.request:
             vm.active_at = now()  # somebody asked for it
         leave_via(vm, what.via, what.to)
-        if operation.kind == "vm.delete":
-            add_delete_step(tx, operation, vm)
 
     @on_failed(what.step)
     def failed(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
         vm = vm_of(tx, operation)
         was = VmState(operation.request.get("was", VmState.RUNNING))
-        if operation.kind == "vm.delete":
-            leave_via(vm, VmState.DELETING, VmState.FAILED)
-            return
         known = error.code != OutcomeUnknown.code and was in (VmState.RUNNING, VmState.SUSPENDED)
         leave_via(vm, what.via, was if known else VmState.FAILED)
 
@@ -392,69 +387,3 @@ def wake_others(tx: Tx, domain_node: str) -> None:
     """Room was freed there: whoever waits for it and fits goes on, the oldest first."""
     control = tx.control
     tx.after(lambda: wake_waiting(control, domain_node))
-
-
-# --- delete
-
-
-def delete(control: Control, name: str, asked: Asked) -> Operation:
-    """Delete a VM: its guest is stopped at once, its disk removed. Its backups stay. Supersedes what is in its way."""
-    with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
-            return same
-        vm = get_vm(tx.session, name)
-        if vm.server_node is not None:
-            check_reachable(tx.session, vm)
-        live = tx.live_operation(vm)
-        same_under_way = live is not None and _same_command(live, "vm.delete")
-        if live is not None and same_under_way and tx.known_by(live, asked):
-            return live
-        request = {"was": vm.state.value, "force": True}
-        return tx.open("vm.delete", asked=asked, vm=vm, request=request, supersede=True, behind=same_under_way)
-
-
-plan_steps("vm.delete", {"vm.stop_on_node": 80, "vm.delete_on_node": 20})
-
-
-@on_start("vm.delete")
-def begin_delete(tx: Tx, operation: Operation) -> None:
-    vm = vm_of(tx, operation)
-    if vm.state is VmState.DELETED:
-        tx.finish(operation)
-        return
-    if vm.state is not VmState.DELETING:
-        move(vm, VmState.DELETING)
-    if vm.server_node is None:
-        add_delete_step(tx, operation, vm)
-        return
-    node = get_server_node(tx.session, vm.server_node)
-    spec = command_spec(vm, operation)
-    tx.step(operation, "vm.stop_on_node", quick_queue(node.domain_node, node.name), spec, node=node.name)
-
-
-def add_delete_step(tx: Tx, operation: Operation, vm: Vm) -> Step:
-    spec = {"shown": {"vm": vm.name, "pool": vm.home}, "vm_id": vm.id, "name": vm.name}
-    return tx.step(operation, "vm.delete_on_node", vm.home, spec)
-
-
-@on_done("vm.delete_on_node")
-def _deleted(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
-    forget(tx, vm_of(tx, operation))
-
-
-@on_failed("vm.delete_on_node")
-def _not_deleted(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
-    leave_via(vm_of(tx, operation), VmState.DELETING, VmState.FAILED)
-
-
-def forget(tx: Tx, vm: Vm) -> None:
-    """The VM is gone: its name, MAC, port and disk promise are free."""
-    control, vm_id, home = tx.control, vm.id, vm.home
-    if vm.state is not VmState.DELETED:
-        move(vm, VmState.DELETED)
-    vm.deleted_at = now()
-    cool_port(tx, vm)
-    tx.after(lambda: control.reservations.macs.release(vm_id))
-    tx.after(lambda: control.reservations.disks.release(home, vm_id))
-    if vm.tags or vm.rules:
-        tx.after(lambda: control.reservations.marks.forget(home, vm_id))

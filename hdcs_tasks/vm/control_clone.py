@@ -22,7 +22,8 @@ from hdcs_tasks.pool.rooms import candidate, disk_limit_bytes
 from hdcs_tasks.states import ImageState, VmState
 from hdcs_tasks.store.models import DomainNode, Image, Operation, Profile, Step, Vm, new_id
 from hdcs_tasks.store.transitions import move
-from hdcs_tasks.vm.control import add_start_step, forget, vm_of
+from hdcs_tasks.vm.control import add_start_step, vm_of
+from hdcs_tasks.vm.control_delete import forget
 from hdcs_tasks.vm.control_quota import check_quota
 from hdcs_tasks.vm.control_take import take
 from hdcs_tasks.vm.quota_rules import Amounts

@@ -14,6 +14,7 @@ from hdcs_tasks.operations.views import view
 from hdcs_tasks.vm import control as vm_control
 from hdcs_tasks.vm import (
     control_clone,
+    control_delete,
     control_drain,
     control_export,
     control_migrate,
@@ -87,7 +88,7 @@ def save(vm: str, by: str = "celery", reason: str = "") -> dict[str, Any]:
 
 @request_task("vm.delete")
 def delete(vm: str, by: str = "celery", reason: str = "") -> dict[str, Any]:
-    return view(vm_control.delete(control(), vm, asked_by_task(by, reason)))
+    return view(control_delete.delete(control(), vm, asked_by_task(by, reason)))
 
 
 @request_task("vm.migrate")

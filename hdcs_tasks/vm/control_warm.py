@@ -25,6 +25,7 @@ from hdcs_tasks.routing import check_name
 from hdcs_tasks.states import VmState
 from hdcs_tasks.store.models import Profile, Vm, WarmPool
 from hdcs_tasks.vm import control as vms
+from hdcs_tasks.vm import control_delete
 from hdcs_tasks.vm.control_clone import CloneRequest, clone
 from hdcs_tasks.vm.control_take import busy_of, top_up_soon
 from hdcs_tasks.vm.warm_rules import Member, WarmPlan, is_ready, plan
@@ -172,7 +173,7 @@ def _carry_out(control: Control, pool: WarmPool, wanted: WarmPlan) -> int:
 
 
 def _give(control: Control, verb: str, vm: str, asked: Asked) -> bool:
-    short = {"delete": vms.delete, "start": vms.start}.get(verb)
+    short = {"delete": control_delete.delete, "start": vms.start}.get(verb)
     return _guarded(partial(short, control, vm, asked) if short else partial(vms.command, control, verb, vm, asked), vm)
 
 

@@ -11,8 +11,9 @@ from hdcs_tasks.hypervisor.keys import KeyRing, give_to_libvirt
 from hdcs_tasks.hypervisor.spec import GuestInfo
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.node import HandOver, NodeContext, Run
-from hdcs_tasks.vm.node import choose, decision, layout, lock, place_request, release, restore_checkpoints
+from hdcs_tasks.vm.node import layout, lock, release
 from hdcs_tasks.vm.node_address import give_address
+from hdcs_tasks.vm.node_start import choose, decision, place_request, restore_checkpoints
 
 log = logger(__name__)
 

@@ -23,17 +23,15 @@ from hdcs_tasks.vm import node_migrate
 from hdcs_tasks.vm.node import (
     CHECKPOINTS,
     OPEN,
-    choose,
-    decision,
     image_path,
     layout,
     lock,
-    place_request,
     release,
     remove_folder,
     saved_memory,
 )
 from hdcs_tasks.vm.node_address import give_address
+from hdcs_tasks.vm.node_start import choose, decision, place_request
 
 log = logger(__name__)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from hdcs_tasks.operations.node_tasks import step_task
-from hdcs_tasks.vm import node, node_export, node_migrate, node_move, node_refresh, node_shape
+from hdcs_tasks.vm import node, node_export, node_migrate, node_move, node_refresh, node_shape, node_start
 
 clone = step_task("vm.clone_on_node", node.clone)
-start = step_task("vm.start_on_node", node.start)
+start = step_task("vm.start_on_node", node_start.start)
 delete = step_task("vm.delete_on_node", node.delete)
 discard = step_task("vm.discard_on_node", node.delete)
 grow = step_task("vm.grow_on_node", node_shape.grow)

@@ -20,6 +20,7 @@ from hdcs_tasks.operations.views import show
 from hdcs_tasks.states import BackupState, ImageState, VmState
 from hdcs_tasks.store.models import Backup, BackupPolicy, Event, Image, ImageCopy, Operation, Vm
 from hdcs_tasks.vm import control as vms
+from hdcs_tasks.vm import control_delete
 from tests.contract.backup_place import Place
 from tests.contract.test_operations import Desk, desk  # noqa: F401 - desk is a fixture
 
@@ -67,7 +68,7 @@ def test_a_vm_deleted_during_its_backup(place: Place) -> None:
     vm = place.vm()
     kept = place.take("desk-01")
     backup = backups.create(place.control, "desk-01", Asked())
-    gone = vms.delete(place.control, "desk-01", Asked())
+    gone = control_delete.delete(place.control, "desk-01", Asked())
     assert show(place.control, gone.id)["waits_for"] == backup.id
     assert "vm.delete_on_node" in place.work()
     assert show(place.control, backup.id)["state"] == "cancelled"
@@ -321,7 +322,7 @@ def test_a_busy_vm_stays_in_line_and_one_that_never_rests_is_told(place: Place) 
     place.work()
     with place.control.store.read() as session:
         assert session.scalars(select(Event).where(Event.kind == "backup.missed")).one().data["vms"] == [vm]
-    vms.delete(place.control, "desk-02", Asked())
+    control_delete.delete(place.control, "desk-02", Asked())
     place.work()
     control_policy.open_pending(place.control)
     assert control_policy.show(place.control, "p")["pending"] == 0

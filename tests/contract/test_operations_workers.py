@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from hdcs_tasks.app import make_app
-from hdcs_tasks.operations.control import Asked, Control, get_operation
+from hdcs_tasks.operations.control import Asked, Control
+from hdcs_tasks.operations.lookups import get_operation
 from hdcs_tasks.operations.publishing import Publisher
 from hdcs_tasks.operations.recovery import recovery_sweep
 from hdcs_tasks.operations.sending import send

@@ -28,7 +28,7 @@ from hdcs_tasks.states import ServerNodeState, VmState
 from hdcs_tasks.store.models import DomainNode, ServerNode, Step, Vm, new_id
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm import control as vm_control
-from hdcs_tasks.vm import control_migrate, node
+from hdcs_tasks.vm import control_migrate, node_start
 
 pytestmark = pytest.mark.contract
 
@@ -208,7 +208,7 @@ def start_without_libvirt(center: Control, tmp_path: Path, step: Step) -> None:
         "east",
         time.monotonic() + 600,
     )
-    node.start(run, step.spec)
+    node_start.start(run, step.spec)
 
 
 def test_a_start_that_cannot_look_what_it_left_is_unknown(center: Control, tmp_path: Path) -> None:

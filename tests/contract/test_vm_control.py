@@ -14,6 +14,7 @@ from hdcs_tasks.routing import quick_queue
 from hdcs_tasks.states import VmState
 from hdcs_tasks.store.models import Vm
 from hdcs_tasks.vm import control as vms
+from hdcs_tasks.vm import control_delete
 from tests.contract.test_operations import Desk, desk, failing  # noqa: F401 - desk is a fixture
 from tests.contract.test_store import vm_row
 
@@ -76,12 +77,12 @@ def test_a_bulk_start_fails_alone(desk: Desk) -> None:  # noqa: F811
 
 def test_a_delete_whose_stop_failed_ends(desk: Desk) -> None:  # noqa: F811
     vm = add(desk, "desk-01", 1, state=VmState.RUNNING, server_node="node1")
-    operation = vms.delete(desk.control, "desk-01", Asked())
-    assert vms.delete(desk.control, "desk-01", Asked()).id == operation.id, "asked again it is the same"
+    operation = control_delete.delete(desk.control, "desk-01", Asked())
+    assert control_delete.delete(desk.control, "desk-01", Asked()).id == operation.id, "asked again it is the same"
     desk.run(failing(HypervisorRefused("no")), queue=quick_queue("east", "node1"))
     assert desk.state(operation.id) == "failed"
     assert vm_of(desk, vm).state is VmState.FAILED
-    again = vms.delete(desk.control, "desk-01", Asked())
+    again = control_delete.delete(desk.control, "desk-01", Asked())
     desk.run(lambda run, spec: {}, queue=quick_queue("east", "node1"))
     desk.run(lambda run, spec: {})
     assert desk.state(again.id) == "done"

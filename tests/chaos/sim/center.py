@@ -31,7 +31,7 @@ from hdcs_tasks.states import ImageState, VmState
 from hdcs_tasks.store.engine import Store, make_engine
 from hdcs_tasks.store.models import Base, Image, ImageCopy, Profile
 from hdcs_tasks.store.transitions import move
-from hdcs_tasks.vm import control_drain, node_migrate
+from hdcs_tasks.vm import control_drain, node_migrate, node_start
 from hdcs_tasks.vm import node as vm_node
 from hdcs_tasks.vm.control_clone import Shape, new_vm
 from tests.chaos.sim.broker import Broker, Worker
@@ -50,7 +50,7 @@ FENCE = ("attempt", "holder", "done", "cancel")
 """What ``Steps.check`` reads: the fence."""
 
 STEPS: dict[str, Any] = {
-    "vm.clone_on_node": vm_node.clone, "vm.start_on_node": vm_node.start, "vm.delete_on_node": vm_node.delete,
+    "vm.clone_on_node": vm_node.clone, "vm.start_on_node": node_start.start, "vm.delete_on_node": vm_node.delete,
     "vm.save_on_node": vm_node.save, "vm.stop_on_node": vm_node.stop, "vm.suspend_on_node": vm_node.suspend,
     "vm.resume_on_node": vm_node.resume, "vm.reboot_on_node": vm_node.reboot,
     "vm.migrate_prepare_on_node": node_migrate.prepare, "vm.migrate_on_node": node_migrate.perform,

@@ -14,7 +14,7 @@ from hdcs_tasks.operations.views import cancel
 from hdcs_tasks.states import OPERATION_LIVE, STEP_LIVE
 from hdcs_tasks.store.models import Operation, Step
 from hdcs_tasks.vm import control as vm_control
-from hdcs_tasks.vm import control_clone, control_drain, control_migrate
+from hdcs_tasks.vm import control_clone, control_delete, control_drain, control_migrate
 from hdcs_tasks.vm.control_clone import CloneRequest
 from tests.chaos.sim.center import VMS, Center, Ground, Node
 from tests.chaos.sim.checks import judge
@@ -109,7 +109,7 @@ class History:
             "start": lambda c, a: vm_control.start(c, vm, a),
             "force": lambda c, a: vm_control.command(c, "stop", vm, a, force=True),
             "migrate": lambda c, a: control_migrate.migrate(c, vm, a),
-            "delete": lambda c, a: vm_control.delete(c, vm, a),
+            "delete": lambda c, a: control_delete.delete(c, vm, a),
             "many": lambda c, a: vm_control.start_many(c, self.names[:4], a),
         }
         return f"{kind} {vm}", asks.get(kind, lambda c, a: vm_control.command(c, kind, vm, a, timeout_s=20))
