@@ -21,6 +21,7 @@ from hdcs_tasks.reservations.model import (
     Check,
     Claim,
     ClaimAnswer,
+    Fence,
     MixEntry,
     NodeCapacity,
     Orphans,
@@ -41,8 +42,8 @@ from hdcs_tasks.reservations.samples import Samples
 from hdcs_tasks.reservations.steps import Steps
 
 __all__ = [
-    "Addresses", "Check", "Claim", "ClaimAnswer", "MixEntry", "NodeCapacity", "Orphans", "PlaceRequest", "Placed",
-    "PoolNode", "PoolNodeView", "PoolSnapshot", "PortUsage", "Reservations", "Snapshot", "Standing", "StepStatus",
+    "Addresses", "Check", "Claim", "ClaimAnswer", "Fence", "MixEntry", "NodeCapacity", "Orphans", "PlaceRequest",
+    "Placed", "PoolNode", "PoolNodeView", "PoolSnapshot", "PortUsage", "Reservations", "Snapshot", "Standing", "StepStatus",
 ]  # fmt: skip
 
 

@@ -116,6 +116,14 @@ class PlaceRequest:
     hint: str = ""
 
 
+class Fence(NamedTuple):
+    """The attempt of a step that must be in its holder's hands for something to be done."""
+
+    step: str
+    attempt: int
+    holder: str
+
+
 class Placed(NamedTuple):
     """Where a VM goes. ``port`` 0, ``ip`` '' and ``mac`` '' where not asked for."""
 
