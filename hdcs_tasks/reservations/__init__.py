@@ -43,7 +43,8 @@ from hdcs_tasks.reservations.steps import Steps
 
 __all__ = [
     "Addresses", "Check", "Claim", "ClaimAnswer", "Fence", "MixEntry", "NodeCapacity", "Orphans", "PlaceRequest",
-    "Placed", "PoolNode", "PoolNodeView", "PoolSnapshot", "PortUsage", "Reservations", "Snapshot", "Standing", "StepStatus",
+    "Placed", "PoolNode", "PoolNodeView", "PoolSnapshot", "PortUsage", "Reservations", "Snapshot", "Standing",
+    "StepStatus",
 ]  # fmt: skip
 
 
