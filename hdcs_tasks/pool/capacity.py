@@ -46,7 +46,7 @@ def capacity(
             "domain_nodes": {c.domain_node: _shown(c) for c in counts},
         }  # fmt: skip
     if mix is not None:
-        entries = [(name, shapes[name][0], _times(name, times)) for name, times in mix.items()]
+        entries = [(name, *shapes[name], _times(name, times)) for name, times in mix.items()]
         found["mix"] = asdict(capacity_rules.count_mix(rooms, entries, control.settings.capacity))
     return found
 

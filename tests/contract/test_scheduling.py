@@ -314,9 +314,13 @@ def test_packing_goes_by_what_the_domain_node_has(center: Center) -> None:
     for number in range(3):
         center.clone(f"s{number}")
     center.clone("b", profile="big")
-    assert center.cloud.vms["b"].start() and not center.spec(center.steps("published")[0])["mix"]  # spread: no need
+    assert center.cloud.vms["b"].start()
+    assert center.spec(center.steps("published")[0])["mix"] == [[1, 128, 0.75], [4, 1024, 0.25]]  # to spread too
     center.play()
     center.cloud.domain_nodes.set("east", placement="pack")
+    plan = center.cloud.vms["s0"].start(dry_run=True).explain()["vms"][0]["decision"]
+    assert (plan["order"], plan["mix"]) == ("pack", [[1, 128, 0.75], [4, 1024, 0.25]])
+    assert plan["nodes"][0]["score"] > 0
     center.cloud.vms.start_all(home="east")
     assert center.spec(center.steps("published")[0])["mix"] == [[1, 128, 0.75], [4, 1024, 0.25]]
     center.play()
