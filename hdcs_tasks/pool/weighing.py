@@ -34,7 +34,7 @@ def tried(candidate: Candidate, verdicts: Sequence[NodeVerdict], need: Need) -> 
     by taking it, weighted (the least wins); None where the order alone decides.
 
     By the order alone (free memory, vCPUs, name; ``spread`` from the emptiest, ``pack`` from the fullest): without a
-    mix, and to spread while more than half of the server nodes still take the largest of the mix.
+    mix, and to spread while more than three quarters of the server nodes still take the largest of the mix.
     """
     fitting = {v.node: v for v in verdicts if not v.why}
     rows = [(_rank(n), n) for n in candidate.nodes if n.schedulable and n.free.vcpus > 0 and n.free.memory_mib > 0]
@@ -61,7 +61,7 @@ def _look_at(candidate: Candidate, rows: Sequence[Row]) -> tuple[int, list[tuple
         return 2, []
     takers = [sum(rank >= memory * 65536 + vcpus for rank, _ in rows) for vcpus, memory, _ in candidate.mix]
     largest = max(range(len(takers)), key=lambda i: (candidate.mix[i][1], -i))
-    if candidate.order == "spread" and 2 * takers[largest] > len(rows):
+    if candidate.order == "spread" and 4 * takers[largest] > 3 * len(rows):
         return 2, []
     if takers[largest] > CAREFUL:
         return 5, [(*entry, 0.1) for entry in candidate.mix]

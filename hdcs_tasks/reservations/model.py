@@ -89,7 +89,7 @@ class PlaceRequest:
     ``step`` names the request: asked again, the same placement. ``pin``: this server node or none.
     ``order``: ``pack`` fills nodes (room stays for big VMs), ``spread`` takes the emptiest.
     ``mix``: the VMs expected next; with it ``pack`` takes the node where the fewest of them are lost, and so does
-    ``spread`` from when no more than half of the nodes take the largest of them.
+    ``spread`` from when only three quarters of the nodes take the largest of them.
     ``tags``: a node must have them all. ``mac``: take the VM's MAC too.
     ``start_s``: how long a start counts against ``max_starts`` unless ``Pool.started`` says it ended; 0: is no start.
     ``marks``: what this VM is to others; ``shuns``: marks it must not meet on a node, ``seeks``: marks it must meet

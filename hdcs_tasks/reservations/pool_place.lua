@@ -137,7 +137,7 @@ end
 -- VMs that fitted elsewhere. So while few nodes still take the largest every node is looked at, up to `careful`, and a
 -- place weighs the more, the fewer nodes have one for that profile (by memory: what a count in the pool's order can
 -- tell). While many take it there is nothing to be careful about. To spread is to look at the emptiest alone while more
--- than half of the nodes still take the largest. The same in Python, of a snapshot: pool/weighing.py.
+-- than three quarters of the nodes still take the largest. The same in Python, of a snapshot: pool/weighing.py.
 local careful = 20
 local function look_at()
   local largest, few
@@ -147,7 +147,7 @@ local function look_at()
     if not largest or mix[i][2] > largest[2] then largest = mix[i] end
   end
   few = redis.call('ZCOUNT', pool_key, largest[2] * 65536 + largest[1], '+inf')
-  if order == 'spread' and 2 * few > redis.call('ZCARD', pool_key) then
+  if order == 'spread' and 4 * few > 3 * redis.call('ZCARD', pool_key) then
     mix = {}
     return by_order
   end

@@ -14,12 +14,14 @@ from typing import Any
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
+from hdcs_tasks.errors import HdcsError
 from hdcs_tasks.operations.control import Tx
+from hdcs_tasks.operations.handlers import on_done, on_failed
 from hdcs_tasks.operations.sending import send
 from hdcs_tasks.pool.rules import marks_of
 from hdcs_tasks.routing import CONTROL
 from hdcs_tasks.states import VmState
-from hdcs_tasks.store.models import Image, Operation, Vm, now
+from hdcs_tasks.store.models import Image, Operation, Step, Vm, now
 
 
 def busy_of(session: Session, vm_ids: Sequence[str]) -> set[str | None]:
@@ -82,9 +84,22 @@ def take(tx: Tx, names: Sequence[str], wish: Wish, *, owner: str, rules: dict[st
         found.append((vm, pool))
         if running and wish.tags:
             _mark(tx, vm, marks_of(wish.tags, ()))
-    if found:
+    if any(vm.state is VmState.RUNNING for vm, _ in found):
         top_up_soon(tx)
     return found
+
+
+@on_done("vm.clone:vm.start_on_node")
+def _served(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
+    """Another one in its place, now that the taker of saved memory has his: the boot of it would slow him down."""
+    if operation.request.get("warm_pool"):
+        top_up_soon(tx)
+
+
+@on_failed("vm.clone:vm.start_on_node")
+def _not_served(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
+    if operation.request.get("warm_pool"):
+        top_up_soon(tx)
 
 
 def _is_shunned(tx: Tx, vm: Vm, tags: Sequence[str]) -> bool:

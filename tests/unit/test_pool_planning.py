@@ -125,7 +125,7 @@ def test_to_spread_keeps_the_last_places_of_the_largest() -> None:
     """Evenly while most server nodes take the largest of the mix; from then on where the fewest of them are lost."""
     mix = ((1, 256, 0.5), (1, 4096, 0.5))
     shape = Shape(1, 256)
-    pool = Candidate("east", (room("n1", 9000), room("n2", 5000), room("n3", 1000)), mix=mix)
+    pool = Candidate("east", (room("n1", 9000), room("n2", 5000)), mix=mix)
     first = decision(pool, judge_nodes(pool.nodes, shape, Terms(), BARE), shape, BARE)
     assert (first["node"], first["best"][0]["score"]) == ("n1", None)
     scarce = Candidate("east", (room("n1", 4200), room("n2", 900), room("n3", 1000)), mix=mix)
