@@ -87,7 +87,7 @@ class Center:
         try:
             if step["name"] in ("vm.start_on_node", "vm.migrate_prepare_on_node"):
                 report |= self._placed(step, spec)
-            elif step["name"] == "vm.stop_on_node":
+            elif step["name"] in ("vm.stop_on_node", "vm.save_on_node"):
                 self.pool.release(self.home(spec["vm_id"]), spec["vm_id"], self.node_of(spec["vm_id"]), 0)
                 report["result"] = {"node": step["node"], "ran": True}
             else:
