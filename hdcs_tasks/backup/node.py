@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+from hdcs_tasks.clock import monotonic_s
 from hdcs_tasks.errors import BackupBroken, HdcsError, NotFound, OutcomeUnknown
 from hdcs_tasks.hypervisor import backup as guest_backup
 from hdcs_tasks.hypervisor import guests, merging, storage
 from hdcs_tasks.hypervisor.bases import storage_errors
-from hdcs_tasks.hypervisor.bitmaps import ensure_seed
-from hdcs_tasks.hypervisor.checkpoints import delete_checkpoint, keep_checkpoints
+from hdcs_tasks.hypervisor.bitmaps import bitmaps, ensure_seed
+from hdcs_tasks.hypervisor.checkpoints import delete_checkpoint, keep_checkpoints, name_of
 from hdcs_tasks.hypervisor.keys import KeyRing
 from hdcs_tasks.hypervisor.layers import Backing
 from hdcs_tasks.hypervisor.locks import vm_lock
@@ -126,16 +127,22 @@ def _copy(
         return guest_backup.backup_running(host, vm_id, **how)
     disk = layout.disk(vm_id)
     disk_key = ring.find(spec["definition"].get("disk_key"))
-    ensure_seed(disk, keep=[spec["parent_checkpoint"] or ""], key=disk_key)
-    return guest_backup.backup_stopped(
-        host, vm_id, disk=disk, disk_key=disk_key, checkpoints=tuple(_kept(layout, vm_id)), **how
-    )
+    kept = {name_of(xml): xml for xml in _kept(layout, vm_id)}
+    # Also for a full one: until that is safe, the chain there is goes on.
+    ensure_seed(disk, keep=kept, key=disk_key)
+    sound = bitmaps(disk)
+    checkpoints = tuple(xml for name, xml in kept.items() if name in sound)
+    return guest_backup.backup_stopped(host, vm_id, disk=disk, disk_key=disk_key, checkpoints=checkpoints, **how)
 
 
 def part(run: Run, first: float, last: float) -> Callable[[float, str, float | None], None]:
-    """Progress of one part of the step as progress of the whole."""
+    """Progress of one part of the step as progress of the whole. What cannot tell when it will be through is judged by
+    how fast it was so far."""
+    began = monotonic_s()
 
     def tell(percent: float, phase: str, eta_s: float | None) -> None:
+        if eta_s is None and percent > 0:
+            eta_s = (monotonic_s() - began) * (100.0 - percent) / percent
         run.progress(first + (last - first) * percent / 100.0, phase, eta_s)
 
     return tell

@@ -44,7 +44,7 @@ def redefine_checkpoints(host: Host, vm_id: str, xmls: Sequence[str]) -> None:
     known = set(checkpoint_names(guest))
     try:
         for xml in xmls:
-            name = _name_of(xml)
+            name = name_of(xml)
             if name not in known:
                 with libvirt_errors(f"redefine checkpoint {name} of guest {vm_id}"):
                     guest.checkpointCreateXML(_without_lost_parent(xml, known), _REDEFINE)
@@ -139,5 +139,5 @@ def _without_lost_parent(xml: str, known: set[str]) -> str:
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def _name_of(xml: str) -> str:
+def name_of(xml: str) -> str:
     return ElementTree.fromstring(xml).findtext("name") or ""

@@ -21,6 +21,7 @@ from hdcs_tasks.reservations.model import (
     Check,
     Claim,
     ClaimAnswer,
+    Fence,
     MixEntry,
     NodeCapacity,
     Orphans,
@@ -42,9 +43,9 @@ from hdcs_tasks.reservations.samples import Samples
 from hdcs_tasks.reservations.steps import Steps
 
 __all__ = [
-    "Addresses", "Check", "Claim", "ClaimAnswer", "MixEntry", "NodeCapacity", "Orphans", "PlaceRequest", "Placed",
-    "PoolNode", "PoolNodeView", "PoolSnapshot", "PortUsage", "Reservations", "Snapshot", "Standing", "StepStatus",
-    "Weighed",
+    "Addresses", "Check", "Claim", "ClaimAnswer", "Fence", "MixEntry", "NodeCapacity", "Orphans", "PlaceRequest",
+    "Placed", "PoolNode", "PoolNodeView", "PoolSnapshot", "PortUsage", "Reservations", "Snapshot", "Standing",
+    "StepStatus", "Weighed",
 ]  # fmt: skip
 
 

@@ -130,6 +130,14 @@ class Weighed(NamedTuple):
     why: str
 
 
+class Fence(NamedTuple):
+    """The attempt of a step that must be in its holder's hands for something to be done."""
+
+    step: str
+    attempt: int
+    holder: str
+
+
 class Placed(NamedTuple):
     """Where a VM goes. ``port`` 0, ``ip`` '' and ``mac`` '' where not asked for. ``weighed``: the best of those that
     were weighed, as the choice tried them; empty where not asked for, and where the VM held its claim already."""

@@ -11,6 +11,7 @@ from hdcs_tasks.errors import Conflict, HdcsError, Invalid, NoCapacity
 from hdcs_tasks.reservations.link import Link, check_token
 from hdcs_tasks.reservations.model import (
     Claim,
+    Fence,
     MixEntry,
     NodeCapacity,
     Placed,
@@ -286,17 +287,21 @@ class Pool:
 
     def release(
         self, domain_node: str, vm: str, node: str, ip_cooling_s: float, port_cooling_s: float | None = None,
-        step: str | None = None,
+        step: str | None = None, fence: Fence | None = None,
     ) -> bool:  # fmt: skip
         """The VM was observed stopped on this node: capacity is free at once, the IP after ``ip_cooling_s``. With
         ``port_cooling_s`` and no other claim left, its port cools too. ``step``: only what that step claimed ('' is
-        what a rebuild wrote). False: it held nothing there."""
+        what a rebuild wrote); ``fence``: only while that attempt is its holder's. False: it held nothing there."""
         key = self._link.key
         keys = [key("pool", domain_node), key("claims", domain_node), key("node", node), key("ips", node),
-                key("starts", node), key("ports", domain_node), key("starting", domain_node)]  # fmt: skip
+                key("starts", node), key("ports", domain_node), key("starting", domain_node),
+                key("step", fence.step if fence else "none")]  # fmt: skip
         port_ms: Value = "" if port_cooling_s is None else round(port_cooling_s * 1000)
         by_step = "" if step is None else f"={step}"
-        return bool(self._link.call("pool_release", keys, vm, node, round(ip_cooling_s * 1000), port_ms, by_step))
+        held: tuple[Value, Value] = (fence.attempt, fence.holder) if fence else ("", "")
+        return bool(
+            self._link.call("pool_release", keys, vm, node, round(ip_cooling_s * 1000), port_ms, by_step, *held)
+        )
 
     # ---- reading
 

@@ -9,8 +9,14 @@
 -- KEYS[5]  starts:<server node>   zset   see pool_place.lua
 -- KEYS[6]  ports:<domain node>    see span.lua
 -- KEYS[7]  starting:<domain node> zset   see pool_place.lua
+-- KEYS[8]  step:<step>            hash   see step_claim.lua; read only with a fence
 -- ARGV     vm, server node, ip_cooling_ms, port_cooling_ms or '': the caller sees to the port,
---          '=<step>': only a claim made by that step, or '': any
+--          '=<step>': only a claim made by that step, or '': any,
+--          the fence: attempt and holder that must have the step in hand, or '' and '': none
+if ARGV[6] ~= '' then
+  local attempt, holder = unpack(redis.call('HMGET', KEYS[8], 'attempt', 'holder'))
+  if attempt ~= ARGV[6] or holder ~= ARGV[7] then return 0 end
+end
 local kept, gone, elsewhere = {}, nil, true
 for _, claim in ipairs(claims_read(redis.call('HGET', KEYS[2], ARGV[1]))) do
   local fits = ARGV[5] == '' or ARGV[5] == '=' .. claim.step

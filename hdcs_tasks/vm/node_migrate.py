@@ -26,7 +26,7 @@ UNSEEN = {"total_ms": -1, "downtime_ms": -1, "bytes": -1, "memory_bytes": -1, "d
 def prepare(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     """On the target: claim capacity and IP by layer two, and tell this node's DHCP of the VM."""
     ctx = run.ctx
-    placed = choose(ctx, place_request(run, spec, spec["vm_id"], start_s=0))
+    placed = choose(run, place_request(run, spec, spec["vm_id"], start_s=0))
     if placed.node != ctx.server_node:
         raise HandOver(placed.node, noted(spec, placed))
     layout(ctx)

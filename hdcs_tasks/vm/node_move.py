@@ -39,7 +39,7 @@ log = logger(__name__)
 def prepare(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     """On the target: claim capacity, IP and a port of this domain node; DHCP host; an empty overlay on the image."""
     ctx = run.ctx
-    placed = choose(ctx, place_request(run, spec, spec["vm_id"], start_s=0))
+    placed = choose(run, place_request(run, spec, spec["vm_id"], start_s=0))
     if placed.node != ctx.server_node:
         raise HandOver(placed.node, noted(spec, placed))
     place = layout(ctx)

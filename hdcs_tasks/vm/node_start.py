@@ -27,7 +27,7 @@ from hdcs_tasks.hypervisor.spec import GuestSpec
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.node import HandOver, NodeContext, Run
 from hdcs_tasks.pool.identity import virt_type
-from hdcs_tasks.reservations import MixEntry, Placed, PlaceRequest, Weighed
+from hdcs_tasks.reservations import Fence, MixEntry, Placed, PlaceRequest, Weighed
 from hdcs_tasks.vm.node import CHECKPOINTS, OPEN, layout, lock, release, saved_memory, still_ours
 from hdcs_tasks.vm.node_address import give_address
 
@@ -69,7 +69,7 @@ def _start_placed(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
 def _place_here(run: Run, spec: dict[str, Any]) -> Placed:
     """Layer two's choice; HandOver where it is another server node."""
     ctx = run.ctx
-    placed = choose(ctx, place_request(run, spec, spec["guest"]["vm_id"], start_s=ctx.settings.boot_slot_s))
+    placed = choose(run, place_request(run, spec, spec["guest"]["vm_id"], start_s=ctx.settings.boot_slot_s))
     if placed.node != ctx.server_node:
         if (seen := _left_running(run, spec)) is not None:
             _end_earlier(run, spec, seen)
@@ -143,19 +143,24 @@ def decision(run: Run, spec: dict[str, Any], placed: Placed) -> dict[str, Any]:
     return {"node": placed.node, "order": spec["order"], "mix": spec["mix"], "counts": counts, "best": best}
 
 
-def choose(ctx: NodeContext, request: PlaceRequest) -> Placed:
+def choose(run: Run, request: PlaceRequest) -> Placed:
     """Layer two's choice, which must be a living server node.
 
     One that died may be chosen until the lease sweep sees it, and an attempt that was handed to it still has its claim
-    there. Nothing of this step can have begun on it: control sends a step that has to its own queue alone.
+    there. Nothing of this attempt can have begun on it: control sends a step that has to its own queue alone. A newer
+    attempt's may: the claim is given back only while the step is ours.
     """
+    ctx = run.ctx
     placed = ctx.reservations.pool.place(request)
     if placed.node == ctx.server_node or ctx.reservations.leases.holder("node", placed.node):
         return placed
     log.warning("placed on a server node without a lease: placing again", vm=request.vm, node=placed.node)
+    still_ours(run)
     ctx.reservations.pool.release(
-        request.domain_node, request.vm, placed.node, ctx.settings.dhcp_lease_s, step=request.step
+        request.domain_node, request.vm, placed.node, ctx.settings.dhcp_lease_s, step=request.step,
+        fence=Fence(run.step, run.attempt, run.holder),
     )  # fmt: skip
+    still_ours(run)
     return ctx.reservations.pool.place(replace(request, exclude=(*request.exclude, placed.node)))
 
 

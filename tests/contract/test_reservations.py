@@ -14,6 +14,7 @@ from hdcs_tasks.reservations import (
     Addresses,
     Claim,
     ClaimAnswer,
+    Fence,
     MixEntry,
     Placed,
     PlaceRequest,
@@ -656,3 +657,15 @@ def test_a_cancel_meant_for_an_older_attempt_is_not_the_newer_ones(reservations:
     steps.issue("s", 2, node="n1")
     assert not steps.request_cancel("s", 1)
     assert steps.claim("s", 2, "a", "n1", 30) is ClaimAnswer.CLAIMED
+
+
+def test_a_fenced_release_is_only_the_holders(reservations: Reservations) -> None:
+    """An executor that was away for long must not give back what a newer attempt has started on."""
+    steps, pool = reservations.steps, reservations.pool
+    pool.put_node("east", PoolNode("n1", 8, 8192))
+    pool.place(request("a", "s"))
+    steps.issue("s", 2)
+    steps.claim("s", 2, "new", "n1", 30)
+    for old in (Fence("s", 1, "new"), Fence("s", 2, "old"), Fence("t", 2, "new")):
+        assert not pool.release("east", "a", "n1", 0, step="s", fence=old)
+    assert pool.release("east", "a", "n1", 0, step="s", fence=Fence("s", 2, "new"))
