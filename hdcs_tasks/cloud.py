@@ -74,11 +74,14 @@ class Cloud:
 
     def capacity(
         self, profile: str | None = None, *, without: Sequence[str] = (), with_nodes: Sequence[Mapping[str, Any]] = (),
-        mix: Mapping[str, int] | None = None,
+        mix: Mapping[str, int] | None = None, image: str | None = None,
     ) -> View:  # fmt: skip
         """How many more VMs of a profile fit: per server node, per domain node and in all, also with one server node
-        kept free (``n_plus_one``); as things are, or as ``pool.capacity`` tells the what-ifs."""
-        return pool_capacity.capacity(self.control, profile, without=without, with_nodes=with_nodes, mix=mix)
+        kept free (``n_plus_one``); as things are, or as ``pool.capacity`` tells the what-ifs. ``image``: whose disk
+        counts (None: the largest)."""
+        return pool_capacity.capacity(
+            self.control, profile, without=without, with_nodes=with_nodes, mix=mix, image=image
+        )  # fmt: skip
 
     def rebalance(
         self, domain_node: str, *, max_moves: int = control_rebalance.MOVES,

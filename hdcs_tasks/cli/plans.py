@@ -11,10 +11,11 @@ from hdcs_tasks.cli import output
 from hdcs_tasks.errors import from_dict
 
 VMS = output.columns("name", "domain_node", "server_node")
+WARM = (output.column("warm_pool", "warm pool"), output.column("was", "is now"))
 NODES = (
     output.column("domain_node"), output.column("node", "server node"), output.Column("rank"),
     output.Column("free_vcpus", "free vcpus"), output.column("free_memory_mib", "free memory"), output.Column("vms"),
-    output.Column("why"),
+    output.Column("score"), output.Column("why"),
 )  # fmt: skip
 
 
@@ -23,7 +24,8 @@ def conclude(plan: dict[str, Any], form: str) -> None:
     if form == "json":
         output.print_json(plan)
     else:
-        output.print_rows([_brief(vm) for vm in plan["vms"]], VMS, form)
+        warm = WARM if any(vm.get("warm_pool") for vm in plan["vms"]) else ()
+        output.print_rows([_brief(vm) for vm in plan["vms"]], (*VMS, *warm), form)
         if form == "table":
             _explain(plan)
     if not plan["fits"]:
@@ -42,7 +44,8 @@ def conclude_look(plan: dict[str, Any], form: str) -> None:
 
 
 def _brief(vm: dict[str, Any]) -> dict[str, Any]:
-    return {key: vm[key] for key in ("name", "domain_node", "server_node")}
+    keys = ("name", "domain_node", "server_node", "warm_pool", "was", "message")
+    return {key: vm[key] for key in keys if key in vm}
 
 
 def _explain(plan: dict[str, Any]) -> None:
@@ -73,4 +76,4 @@ def print_decision(decision: dict[str, Any]) -> None:
     output.print_table([{"why": word, "n": n} for word, n in counts.items()],
                        (output.Column("why", "placement"), output.Column("n", "server nodes")))  # fmt: skip
     if decision.get("best"):
-        output.print_table(decision["best"], (output.Column("node", "best server nodes"), *NODES[3:5]))
+        output.print_table(decision["best"], (output.Column("node", "best server nodes"), *NODES[3:5], *NODES[6:]))

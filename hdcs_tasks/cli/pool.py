@@ -76,11 +76,12 @@ class NodeShape(click.ParamType[dict[str, Any]]):
     default=None,
     help='JSON file {"profile": how many, …}: how often that mix fits.',
 )
+@click.option("--image", default=None, help="Count storage by this image's disk. Default: the image with the largest.")
 @format_option
 @pass_face
 def capacity(
     face: Face, profile: str | None, without: tuple[str, ...], with_nodes: tuple[dict[str, Any], ...],
-    n_plus_one: bool, mix: Path | None, form: str,
+    n_plus_one: bool, mix: Path | None, image: str | None, form: str,
 ) -> None:  # fmt: skip
     """How many more VMs of a profile fit: per server node, per domain node and in all, with what limits each.
 
@@ -91,15 +92,20 @@ def capacity(
       hdcs pool capacity small
       hdcs pool capacity small --without node2 --n-plus-one
       hdcs pool capacity small --with-node east:64x262144 -f json
+      hdcs pool capacity small --image office
       hdcs pool capacity --mix office.json
     """
     if profile is None and mix is None:
         raise click.UsageError("Name a profile, or give a mix of profiles with --mix FILE.")
-    found = face.cloud.capacity(profile, without=without, with_nodes=with_nodes, mix=None if mix is None else _mix(mix))
+    found = face.cloud.capacity(
+        profile, without=without, with_nodes=with_nodes, mix=None if mix is None else _mix(mix), image=image
+    )
     if form == "json":
         output.print_json(found)
     else:
         output.print_rows(_capacity_rows(found), CAPACITY, form)
+        if form == "table" and profile is not None:
+            output.message(f"storage counted: {output.in_bytes(found['disk_bytes'])} a VM, by {found['disk_by']}")
     if n_plus_one and profile is not None and not found["n_plus_one"]:
         raise NoCapacity(f"no VM of profile {profile} fits with a server node kept free", next="Add a server node")
 

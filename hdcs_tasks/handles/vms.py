@@ -164,7 +164,7 @@ class Vms(Part):
             image, name, count, profile, domain_node, start, owner or self._by, tuple(tags), rules or {}, warm
         )
         if dry_run:
-            return Plan(control_clone.plan_clone(self._control, request))
+            return Plan(control_plan.plan_clone(self._control, request))
         return self._op(control_clone.clone(self._control, request, self._asked(idempotency_key, reason)))
 
     def start_all(
@@ -172,7 +172,7 @@ class Vms(Part):
         reason: str = "", **selector: Any,
     ) -> Any:  # fmt: skip
         """Start every named or selected VM: one parent operation, or with ``dry_run`` a Plan."""
-        chosen = list(names) or [v["name"] for v in self.list(**(selector | {"state": "stopped"}))]
+        chosen = list(names) or [vm["name"] for vm in self.that_can("start", **selector)]
         if dry_run:
             return Plan(control_plan.plan_start(self._control, chosen))
         return self._op(vm_control.start_many(self._control, chosen, self._asked(idempotency_key, reason)))

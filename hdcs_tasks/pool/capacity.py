@@ -15,19 +15,20 @@ from hdcs_tasks.pool import capacity_rules
 from hdcs_tasks.pool.policy import VmPolicy, read
 from hdcs_tasks.pool.rooms import candidate
 from hdcs_tasks.pool.rules import Candidate, Shape, Terms
-from hdcs_tasks.store.models import DomainNode, Profile
+from hdcs_tasks.store.models import DomainNode, Image, Profile
 
 MIX_MAX = 1000
 
 
 def capacity(
     control: Control, profile_name: str | None = None, *, without: Sequence[str] = (),
-    with_nodes: Sequence[Mapping[str, Any]] = (), mix: Mapping[str, int] | None = None,
+    with_nodes: Sequence[Mapping[str, Any]] = (), mix: Mapping[str, int] | None = None, image: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Per server node, per domain node and in all; each with what limits it.
 
     ``without``: as if these server nodes were gone; ``with_nodes``: as if there were more, each ``{vcpus, memory_mib,
-    domain_node}`` as promised to guests (domain_node may be left out where there is one). Returns ``{profile, vms,
+    domain_node}`` as promised to guests (domain_node may be left out where there is one). Storage counts by the disk a
+    clone of ``image`` gets; None: of the image with the largest. Returns ``{profile, disk_bytes, disk_by, vms,
     n_plus_one, domain_nodes: {name: {vms, n_plus_one, limit, server_nodes: {name: {vms, limit}}}}}``; in all,
     ``n_plus_one`` keeps one server node free in every domain node. With ``mix`` (profile -> how many) also ``mix:
     {rounds, vms, stopped_by}``. Raises NotFound, Invalid.
@@ -35,29 +36,52 @@ def capacity(
     with control.store.read() as session:
         rows = list(session.scalars(select(DomainNode).order_by(DomainNode.name)))
         rooms = [candidate(control, session, row) for row in rows]
-        shapes = {name: _profile(session, name) for name in [*(mix or {}), *([profile_name] if profile_name else [])]}
+        disk_bytes, disk_by = _image_disk(session, image)
+        named = [*(mix or {}), *([profile_name] if profile_name else [])]
+        shapes = {name: _profile(session, name, disk_bytes) for name in named}
     rooms = _what_if(rooms, without, with_nodes)
     found: dict[str, Any] = {"profile": profile_name}
     if profile_name is not None:
         shape, terms = shapes[profile_name]
         counts = [capacity_rules.count(room, shape, terms, control.settings.capacity) for room in rooms]
+        own = shape.disk_bytes > disk_bytes
         found |= {
+            "disk_bytes": shape.disk_bytes, "disk_by": f"profile {profile_name}" if own else disk_by,
             "vms": sum(c.vms for c in counts), "n_plus_one": sum(c.n_plus_one for c in counts),
             "domain_nodes": {c.domain_node: _shown(c) for c in counts},
         }  # fmt: skip
     if mix is not None:
-        entries = [(name, shapes[name][0], _times(name, times)) for name, times in mix.items()]
+        entries = [(name, *shapes[name], _times(name, times)) for name, times in mix.items()]
         found["mix"] = asdict(capacity_rules.count_mix(rooms, entries, control.settings.capacity))
     return found
 
 
-def _profile(session: Session, name: str) -> tuple[Shape, Terms]:
+def _image_disk(session: Session, name: str | None) -> tuple[int, str]:
+    """Bytes of the disk a clone gets by its image (``name`` or ``name:version``; None: the one with the largest), and
+    whose they are in words."""
+    wanted, _, version = (name or "").partition(":")
+    query = select(Image).where(Image.deleted_at.is_(None))
+    if wanted:
+        query = query.where(Image.name == wanted)
+    if version:
+        query = query.where(Image.version == (int(version) if version.isdecimal() else -1))
+    images = list(session.scalars(query))
+    if name is not None and not images:
+        raise NotFound(f"there is no image {name!r}", next="See: hdcs image list")
+    largest = max(images, key=lambda image: image.virtual_size_bytes or 0, default=None)
+    if largest is None or not largest.virtual_size_bytes:
+        return 0, "nothing: neither profile nor image tells of a disk"
+    return largest.virtual_size_bytes, f"image {largest.name}:{largest.version}"
+
+
+def _profile(session: Session, name: str, disk_bytes: int) -> tuple[Shape, Terms]:
+    """The shape its clones have, and the rules; ``disk_bytes``: of their image."""
     profile = session.get(Profile, name)
     if profile is None:
         raise NotFound(f"there is no profile {name!r}", next="See: hdcs profile list")
     ruled = read(VmPolicy, profile.rules)
     shape = Shape(
-        profile.vcpus, profile.memory_mib, disk_bytes=profile.disk_bytes or 0,
+        profile.vcpus, profile.memory_mib, disk_bytes=max(profile.disk_bytes or 0, disk_bytes),
         memory_overcommit=ruled.memory_overcommit, vcpu_overcommit=ruled.vcpu_overcommit,
     )  # fmt: skip
     return shape, Terms(pin=ruled.pin, node_tags=ruled.node_tags, together=ruled.together, apart=ruled.apart)

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from hdcs_tasks.config import CapacitySettings
-from hdcs_tasks.pool.rules import Candidate, Free, NodeRoom, Shape, Terms, in_order, judge_nodes, put_on
+from hdcs_tasks.pool.rules import Candidate, Free, NodeRoom, Shape, Terms, judge_nodes, put_on
+from hdcs_tasks.pool.weighing import taken
 
 
 class NodeCount(NamedTuple):
@@ -96,37 +97,36 @@ def _pool_limit(candidate: Candidate, shape: Shape, by_nodes: int) -> tuple[int,
 def _placed(candidate: Candidate, shape: Shape, terms: Terms, settings: CapacitySettings) -> dict[str, int]:
     """VMs per server node when they are placed one by one."""
     per_node: dict[str, int] = {}
-    while fitting := in_order(judge_nodes(candidate.nodes, shape, terms, settings), candidate.order):
-        chosen = fitting[0].node
-        per_node[chosen] = per_node.get(chosen, 0) + 1
-        candidate = put_on(candidate, chosen, shape, settings, terms)
+    while (chosen := taken(candidate, shape, terms, settings)) is not None:
+        per_node[chosen.node] = per_node.get(chosen.node, 0) + 1
+        candidate = put_on(candidate, chosen.node, shape, settings, terms)
     return per_node
 
 
 def count_mix(
-    candidates: Sequence[Candidate], mix: Sequence[tuple[str, Shape, int]], settings: CapacitySettings
+    candidates: Sequence[Candidate], mix: Sequence[tuple[str, Shape, Terms, int]], settings: CapacitySettings
 ) -> MixCount:
-    """How often a mix (name, shape, how many of it) fits: placed round by round, the big ones first, each on the server
-    node layer two would take of the domain node with most room for it. A plan, not a bound: a cleverer packing may hold
-    a few more."""
+    """How often a mix (name, shape, terms, how many of it) fits: placed round by round, the big ones first, each on the
+    server node layer two would take of the domain node with most room for it. A plan, not a bound: a cleverer packing
+    may hold a few more."""
     order = sorted(mix, key=lambda entry: (entry[1].memory_mib, entry[1].vcpus), reverse=True)
     left = list(candidates)
     rounds = vms = 0
-    if not sum(times for _, _, times in mix):
+    if not sum(times for *_, times in mix):
         return MixCount(0, 0, "an empty mix")
     while True:
-        for name, shape, times in order:
+        for name, shape, terms, times in order:
             for _ in range(times):
-                at = _roomiest(left, shape, settings)
-                if at is None:
+                at = _roomiest(left, shape, terms, settings)
+                chosen = None if at is None else taken(left[at], shape, terms, settings)
+                if at is None or chosen is None:
                     return MixCount(rounds, vms, name)
-                node = in_order(judge_nodes(left[at].nodes, shape, Terms(), settings), left[at].order)[0].node
-                left[at] = put_on(left[at], node, shape, settings, Terms())
+                left[at] = put_on(left[at], chosen.node, shape, settings, terms)
                 vms += 1
         rounds += 1
 
 
-def _roomiest(candidates: Sequence[Candidate], shape: Shape, settings: CapacitySettings) -> int | None:
-    counts = [(count(c, shape, Terms(), settings).vms, -at) for at, c in enumerate(candidates)]
+def _roomiest(candidates: Sequence[Candidate], shape: Shape, terms: Terms, settings: CapacitySettings) -> int | None:
+    counts = [(count(c, shape, terms, settings).vms, -at) for at, c in enumerate(candidates)]
     vms, at = max(counts, default=(0, 0))
     return -at if vms else None

@@ -44,7 +44,7 @@ def order_of(control: Control, row: DomainNode) -> Order:
 
 def expected_mix(control: Control, session: Session, domain_node: str) -> list[tuple[int, int, float]]:
     """The VMs expected next in a domain node: the eight commonest shapes of those at home there, as (vCPU, MiB with
-    overhead, share). Packing goes by it. Read once per transaction: a storm asks for each of its VMs."""
+    overhead, share). Layer two goes by it. Read once per transaction: a storm asks for each of its VMs."""
     known: dict[str, list[tuple[int, int, float]]] = session.info.setdefault("expected_mix", {})
     if domain_node not in known:
         times = func.count()
@@ -82,7 +82,7 @@ def candidate(
     return rules.Candidate(
         row.name, tuple(nodes), usage.free + (usage.cooling if cooling_ports else 0),
         disk_limit_bytes(control, row) - reservations.disks.used(row.name), has_image, order_of(control, row),
-        reservations.pool.free_starts(row.name),
+        reservations.pool.free_starts(row.name), tuple(expected_mix(control, session, row.name)),
     )  # fmt: skip
 
 

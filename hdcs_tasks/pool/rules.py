@@ -139,6 +139,9 @@ def capacity_left(shape: Shape, settings: CapacitySettings, free: Free) -> Capac
 
 # ---- one domain node
 
+Mix = tuple[tuple[int, int, float], ...]
+"""The profiles of the VMs expected next: vCPUs, MiB with the host's overhead, share."""
+
 
 @dataclass(frozen=True, slots=True)
 class NodeRoom:
@@ -161,7 +164,7 @@ class NodeRoom:
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A domain node with its server nodes and what is left of ports, storage and starts. ``has_image``: no copy
-    needed; ``order``: how its server nodes are filled."""
+    needed; ``order``: how its server nodes are filled; ``mix``: the VMs expected next."""
 
     domain_node: str
     nodes: tuple[NodeRoom, ...]
@@ -170,6 +173,7 @@ class Candidate:
     has_image: bool = False
     order: Order = "spread"
     free_starts: int | None = None
+    mix: Mix = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +224,7 @@ class HomeRequest:
 
 class NodeVerdict(NamedTuple):
     """Why a server node cannot take the VM in words, and in one word (``reason``); both '' where it can. ``free_*``:
-    what is free there; ``vms``: how many of the shape fit."""
+    what is free there; ``vms``: how many of the shape fit; ``score``: by which it was ranked (weighing.tried)."""
 
     node: str
     vms: int
@@ -228,6 +232,7 @@ class NodeVerdict(NamedTuple):
     reason: str
     free_vcpus: int
     free_memory_mib: int
+    score: float | None = None
 
 
 class PoolVerdict(NamedTuple):
@@ -381,20 +386,6 @@ def split_over_pools(
             plan[verdict.domain_node] = take
             left -= take
     return plan, left
-
-
-def in_order(verdicts: Iterable[NodeVerdict], order: Order) -> list[NodeVerdict]:
-    """The server nodes that take the VM, in the order layer two tries them: by free memory, then vCPUs, then name;
-    ``spread`` from the emptiest, ``pack`` from the fullest."""
-    fitting = [v for v in verdicts if not v.why]
-    return sorted(fitting, key=lambda v: (v.free_memory_mib, v.free_vcpus, v.node), reverse=order == "spread")
-
-
-def with_one_more(candidate: Candidate, shape: Shape, settings: CapacitySettings, terms: Terms = Terms()) -> Candidate:
-    """The domain node after one more VM of ``shape``, on the server node layer two would take: what layer one plans the
-    next VM of a bulk request with."""
-    taken = in_order(judge_nodes(candidate.nodes, shape, terms, settings), candidate.order)
-    return put_on(candidate, taken[0].node, shape, settings, terms) if taken else candidate
 
 
 def put_on(

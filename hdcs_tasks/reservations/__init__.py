@@ -34,6 +34,7 @@ from hdcs_tasks.reservations.model import (
     Snapshot,
     Standing,
     StepStatus,
+    Weighed,
 )
 from hdcs_tasks.reservations.names import Disks, Macs, Ports, Subnets
 from hdcs_tasks.reservations.notes import Notes
@@ -44,7 +45,7 @@ from hdcs_tasks.reservations.steps import Steps
 __all__ = [
     "Addresses", "Check", "Claim", "ClaimAnswer", "Fence", "MixEntry", "NodeCapacity", "Orphans", "PlaceRequest",
     "Placed", "PoolNode", "PoolNodeView", "PoolSnapshot", "PortUsage", "Reservations", "Snapshot", "Standing",
-    "StepStatus",
+    "StepStatus", "Weighed",
 ]  # fmt: skip
 
 

@@ -88,11 +88,13 @@ class PlaceRequest:
 
     ``step`` names the request: asked again, the same placement. ``pin``: this server node or none.
     ``order``: ``pack`` fills nodes (room stays for big VMs), ``spread`` takes the emptiest.
-    ``mix``: the VMs expected next; with it ``pack`` takes the node where the fewest of them are lost.
+    ``mix``: the VMs expected next; with it ``pack`` takes the node where the fewest of them are lost, and so does
+    ``spread`` from when only three quarters of the nodes take the largest of them.
     ``tags``: a node must have them all. ``mac``: take the VM's MAC too.
     ``start_s``: how long a start counts against ``max_starts`` unless ``Pool.started`` says it ended; 0: is no start.
     ``marks``: what this VM is to others; ``shuns``: marks it must not meet on a node, ``seeks``: marks it must meet
-    where another VM has them. ``label``: what a refusal calls the VM ("profile small (128 MiB)"), ``hint``: what to do.
+    where another VM has them. ``told``: so many of the server nodes that were weighed are told. ``label``: what a
+    refusal calls the VM ("profile small (128 MiB)"), ``hint``: what to do.
     """
 
     domain_node: str
@@ -112,8 +114,20 @@ class PlaceRequest:
     marks: tuple[str, ...] = ()
     shuns: tuple[str, ...] = ()
     seeks: tuple[str, ...] = ()
+    told: int = 0
     label: str = ""
     hint: str = ""
+
+
+class Weighed(NamedTuple):
+    """A server node as the choice saw it. ``score``: future VMs lost by taking it (the least wins); None: the order
+    alone decided. ``why``: what kept it out, '' where nothing did."""
+
+    node: str
+    free_vcpus: int
+    free_memory_mib: int
+    score: float | None
+    why: str
 
 
 class Fence(NamedTuple):
@@ -125,12 +139,14 @@ class Fence(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """Where a VM goes. ``port`` 0, ``ip`` '' and ``mac`` '' where not asked for."""
+    """Where a VM goes. ``port`` 0, ``ip`` '' and ``mac`` '' where not asked for. ``weighed``: the best of those that
+    were weighed, as the choice tried them; empty where not asked for, and where the VM held its claim already."""
 
     node: str
     port: int
     ip: str
     mac: str
+    weighed: tuple[Weighed, ...] = ()
 
 
 class Claim(NamedTuple):

@@ -19,6 +19,7 @@ from hdcs_tasks.reservations.model import (
     PoolNode,
     PoolNodeView,
     Standing,
+    Weighed,
 )
 from hdcs_tasks.reservations.scripts import Value
 
@@ -202,7 +203,7 @@ class Pool:
         mac = self._propose_mac() if r.mac else ""
         packed = (
             f"{r.domain_node}|{r.vm}|{r.step}|{r.vcpus}|{r.memory_mib}|{r.pin or ''}|{_wrapped(r.exclude)}|"
-            f"{r.console_port:d}|{r.ip:d}|{mac}|{r.order}|{_wrapped(r.tags)}|{r.start_s * 1000:.0f}"
+            f"{r.console_port:d}|{r.ip:d}|{mac}|{r.order}|{_wrapped(r.tags)}|{r.start_s * 1000:.0f}|{r.told}"
         )
         args: tuple[Value, ...] = (self._link.prefix, _mix_text(r.mix), packed)
         if r.marks or r.shuns or r.seeks:
@@ -364,7 +365,7 @@ def _node_capacity(node: PoolNodeView, vcpus: int, memory_mib: int) -> NodeCapac
 
 def _placed(request: PlaceRequest, answer: Sequence[Any]) -> Placed | HdcsError:
     if answer[0] == "ok":
-        return Placed(answer[1], int(answer[2]), ip_text(int(answer[3])), answer[4])
+        return Placed(answer[1], int(answer[2]), ip_text(int(answer[3])), answer[4], _weighed(answer[5:]))
     if answer[0] == "two":
         return Conflict(
             f"VM {request.vm} holds claims on {answer[1]} and {answer[2]} already",
@@ -376,6 +377,13 @@ def _placed(request: PlaceRequest, answer: Sequence[Any]) -> Placed | HdcsError:
             next="Stop it first; the claim ends with it",
         )
     return _refused(request, answer)
+
+
+def _weighed(told: Sequence[Any]) -> tuple[Weighed, ...]:
+    return tuple(
+        Weighed(node, int(vcpus), int(memory), float(score) if score else None, why and _why(why, memory, vcpus))
+        for node, vcpus, memory, score, why in zip(*(told[i::5] for i in range(5)), strict=True)
+    )
 
 
 def _refused(request: PlaceRequest, answer: Sequence[Any]) -> NoCapacity:
@@ -412,23 +420,27 @@ _POOL_WORDS = {
 
 
 def _words(row: dict[str, Any]) -> str:
-    why, name = row["why"], row["node"]
+    return f"{row['node']} {_why(row['why'], row['free_memory_mib'], row['free_vcpus'])}"
+
+
+def _why(why: str, free_memory_mib: int, free_vcpus: int) -> str:
+    """The script's word for a refusal, in words."""
     if why == "memory":
-        return f"{name} {row['free_memory_mib']} MiB free"
+        return f"{free_memory_mib} MiB free"
     if why == "vcpus":
-        return f"{name} {row['free_vcpus']} vCPU free"
+        return f"{free_vcpus} vCPU free"
     if why.startswith("tag "):
-        return f"{name} lacks tag {why[4:]}"
+        return f"lacks tag {why[4:]}"
     if why.startswith("apart !"):
-        return f"{name} runs a VM that is kept apart from tag {why[7:]}"
+        return f"runs a VM that is kept apart from tag {why[7:]}"
     if why.startswith("apart "):
-        return f"{name} runs a VM tagged {why[6:]}, to be kept apart"
+        return f"runs a VM tagged {why[6:]}, to be kept apart"
     if why.startswith("together "):
-        return f"{name} runs no VM tagged {why[9:]}, to be kept together"
+        return f"runs no VM tagged {why[9:]}, to be kept together"
     words = {
         "ip": "has no free IP",
         "no subnet": "has no subnet",
         "unpinned": "is not the pinned node",
         "starts": "has as many starts under way as it may",
     }
-    return f"{name} {words.get(why, why)}"
+    return words.get(why, why)

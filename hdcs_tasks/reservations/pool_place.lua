@@ -1,6 +1,6 @@
 -- needs: epoch_guard, span, claims
 -- Pick the server node for a VM and claim vCPU, memory, console port, IP and MAC in one go: all or nothing.
--- Returns {'ok', node, port, ip, mac}; {'mac'}: propose another MAC; {'two', node, node}: the VM holds two claims;
+-- Returns {'ok', node, port, ip, mac, and if asked: node, free vCPU, free MiB, score or '', why, …}; {'mac'}: propose another MAC; {'two', node, node}: the VM holds two claims;
 -- {'amounts', node}: it holds a claim of another size; {'no', port reason or '', node, free vCPU, free MiB, why, …}.
 --
 -- KEYS[1]                          epoch:run_id; the others are told here, not passed: every argument costs
@@ -19,13 +19,14 @@
 -- ARGV[1]   prefix
 -- ARGV[2]   mix of VMs expected next "vcpus,memory_mib,weight;…" or ''
 -- ARGV[3]   domain node|vm|step|vcpus|memory_mib|pin or ''|",excluded,"|port 0 or 1|ip 0 or 1|proposed MAC or ''|
---           pack or spread|",required,tags,"|start_ms (0: no start, counts against no limit)
+--           pack or spread|",required,tags,"|start_ms (0: no start, counts against no limit)|so many of the server
+--           nodes it weighed are told, best first (0: none)
 -- ARGV[4]   only for a VM with tags or rules about others': ",marks,"|",shuns,"|",seeks,"
 local floor = math.floor
 local prefix = ARGV[1]
-local domain_node, vm, step, vcpus, memory, pin, excluded, want_port, want_ip, new_mac, order, tags, start_ms =
-  string.match(ARGV[3], '^' .. string.rep('([^|]*)|', 12) .. '([^|]*)$')
-vcpus, memory, start_ms = tonumber(vcpus), tonumber(memory), tonumber(start_ms)
+local domain_node, vm, step, vcpus, memory, pin, excluded, want_port, want_ip, new_mac, order, tags, start_ms, told =
+  string.match(ARGV[3], '^' .. string.rep('([^|]*)|', 13) .. '([^|]*)$')
+vcpus, memory, start_ms, told = tonumber(vcpus), tonumber(memory), tonumber(start_ms), tonumber(told)
 local pool_key, claims_key, ports_key = prefix .. 'pool:' .. domain_node, prefix .. 'claims:' .. domain_node,
   prefix .. 'ports:' .. domain_node
 
@@ -135,15 +136,21 @@ end
 -- A pool is full for whom finds no room first, and that is mostly the largest: its last places go one by one to smaller
 -- VMs that fitted elsewhere. So while few nodes still take the largest every node is looked at, up to `careful`, and a
 -- place weighs the more, the fewer nodes have one for that profile (by memory: what a count in the pool's order can
--- tell). While many take it there is nothing to be careful about.
+-- tell). While many take it there is nothing to be careful about. To spread is to look at the emptiest alone while more
+-- than three quarters of the nodes still take the largest. The same in Python, of a snapshot: pool/weighing.py.
 local careful = 20
 local function look_at()
   local largest, few
-  if #mix == 0 then return 2 end  -- the order alone decides; one more, should the first be full of CPU
+  local by_order = math.max(2, told)  -- the order alone decides; one more, should the first be full of CPU
+  if #mix == 0 then return by_order end
   for i = 1, #mix do
     if not largest or mix[i][2] > largest[2] then largest = mix[i] end
   end
   few = redis.call('ZCOUNT', pool_key, largest[2] * 65536 + largest[1], '+inf')
+  if order == 'spread' and 4 * few > 3 * redis.call('ZCARD', pool_key) then
+    mix = {}
+    return by_order
+  end
   if few > careful then return 5 end
   for i = 1, #mix do
     local p = mix[i]
@@ -195,7 +202,26 @@ local function best_of(names, losses)
   end
   local name = best and names[best]
   if best then names[best] = false end
-  return name
+  return name, best
+end
+
+local weighed = {}
+local function tell(name, free_vcpus, free_memory, loss, why)
+  if #weighed < 5 * told then
+    local score = #mix > 0 and string.format('%.17g', loss) or ''
+    for _, value in ipairs({name, free_vcpus, free_memory, score, why or ''}) do weighed[#weighed + 1] = value end
+  end
+end
+
+-- Who of a page would have been next.
+local function tell_rest(names, losses)
+  local name, at = best_of(names, losses)
+  while name and #weighed < 5 * told do
+    local facts = facts_of(name)
+    local why = refusal(name, facts, 'fits')
+    tell(name, facts[1] - facts[3], facts[2] - facts[4], losses[at], why ~= 'fits' and why or '')
+    name, at = best_of(names, losses)
+  end
 end
 
 local function pick()
@@ -203,7 +229,11 @@ local function pick()
     local facts = facts_of(pin)
     if not facts[1] then return nil end
     local why, ip = refusal(pin, facts)
-    if not why then return pin, facts, ip end
+    if not why then
+      mix = {}
+      tell(pin, facts[1] - facts[3], facts[2] - facts[4])
+      return pin, facts, ip
+    end
     return nil
   end
   local least, offset, size = memory * 65536 + vcpus, 0, look_at()
@@ -212,12 +242,16 @@ local function pick()
       and redis.call('ZREVRANGEBYSCORE', pool_key, '+inf', least, 'WITHSCORES', 'LIMIT', offset, size)
       or redis.call('ZRANGEBYSCORE', pool_key, least, '+inf', 'WITHSCORES', 'LIMIT', offset, size)
     local names, losses = candidates(page)
-    local name = best_of(names, losses)
+    local name, at = best_of(names, losses)
     while name do
       local facts = facts_of(name)
       local why, ip = refusal(name, facts)
-      if not why then return name, facts, ip end
-      name = best_of(names, losses)
+      if told > 0 then tell(name, facts[1] - facts[3], facts[2] - facts[4], losses[at], why) end
+      if not why then
+        if told > 0 then tell_rest(names, losses) end
+        return name, facts, ip
+      end
+      name, at = best_of(names, losses)
     end
     if #page < 2 * size then return nil end
     offset, size = offset + size, math.max(size, 8)
@@ -273,4 +307,4 @@ for mark in string.gmatch(marks, '[^,]+') do
   redis.call('SADD', prefix .. 'tagged:' .. domain_node, mark)
   redis.call('SADD', prefix .. 'tagged:' .. domain_node .. ':' .. mark, vm)
 end
-return {'ok', node, port, ip, mac}
+return {'ok', node, port, ip, mac, unpack(weighed)}

@@ -138,7 +138,7 @@ def placing_fields(tx: Tx, vm: Vm, terms: pool_rules.Terms, home: str | None = N
     return {
         "need": need._asdict(), "pin": terms.pin, "exclude": list(terms.exclude), "node_tags": list(terms.node_tags),
         "marks": list(terms.marks), "shuns": list(terms.shuns), "seeks": list(terms.together),
-        "order": order, "mix": expected_mix(tx.control, tx.session, home) if order == "pack" else [],
+        "order": order, "mix": expected_mix(tx.control, tx.session, home),
         "label": label_of(vm), "hint": f"See: hdcs pool capacity {vm.profile}",
     }  # fmt: skip
 

@@ -14,7 +14,7 @@ from hdcs_tasks.image.control_copy import bring, is_ready
 from hdcs_tasks.image.control_publish import versions
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed, plan_steps
-from hdcs_tasks.pool import planning
+from hdcs_tasks.pool import planning, weighing
 from hdcs_tasks.pool import rules as pool_rules
 from hdcs_tasks.pool.control import get_domain_node, get_server_node
 from hdcs_tasks.pool.policy import VmPolicy, changed, check_tags, read
@@ -25,7 +25,7 @@ from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import add_start_step, vm_of
 from hdcs_tasks.vm.control_delete import forget
 from hdcs_tasks.vm.control_quota import check_quota
-from hdcs_tasks.vm.control_take import take
+from hdcs_tasks.vm.control_take import Wish, take
 from hdcs_tasks.vm.quota_rules import Amounts
 from hdcs_tasks.vm.rules import expand_names
 
@@ -100,15 +100,17 @@ def clone(control: Control, request: CloneRequest, asked: Asked) -> Operation:
     with control.transaction() as tx:
         if (same := tx.same_request(asked)) is not None:
             return same
-        names, shape, images = _check(tx, request)
+        names, shape, images = checked(tx, request)
         if request.warm_pool is None:
             check_quota(tx, request.owner, shape.amounts(len(names), request.start or request.warm))
-        warm = _take(tx, request, names, shape, images) if request.warm else []
+        wish = warm_wish(request, shape, images)
+        warm = take(tx, names, wish, owner=request.owner, rules=dict(shape.rules)) if request.warm else []
         cold = names[len(warm) :]
         homes: list[str] = []
+        rooms: list[pool_rules.Candidate] = []
         choice = None
         if cold:
-            rooms = _rooms(tx, request, shape, images)
+            rooms = clone_rooms(tx, request, shape, images)
             homes, choice = choose_homes(control, rooms, shape, request.tags, len(cold))
         parent = None
         if len(names) > 1:
@@ -123,17 +125,13 @@ def clone(control: Control, request: CloneRequest, asked: Asked) -> Operation:
                 # Not before the last child is there: a parent ends with the last of those it has.
                 tx.finish(operation, {"node": vm.server_node, "port": vm.port, "ip": vm.ip, "warm_pool": pool})
         found = parent or opened[0]
-        found.decision = decided(choice) if choice is not None else found.decision
+        if choice is not None:
+            found.decision = planning.home_decision(choice, rooms, shape.wanted, control.settings.capacity)
         return found
 
 
-def _take(
-    tx: Tx, request: CloneRequest, names: Sequence[str], shape: Shape, images: Mapping[str, Image]
-) -> list[tuple[Vm, str]]:
-    return take(
-        tx, names, images=images, profile=shape.profile, domain_node=request.domain_node, owner=request.owner,
-        tags=request.tags, rules=dict(shape.rules), ruled=bool(request.rules),
-    )  # fmt: skip
+def warm_wish(request: CloneRequest, shape: Shape, images: Mapping[str, Image]) -> Wish:
+    return Wish(images, shape.profile, request.domain_node, request.tags, ruled=bool(request.rules))
 
 
 def _open_warm(tx: Tx, request: CloneRequest, vm: Vm, pool: str, asked: Asked, parent: Operation | None) -> Operation:
@@ -146,65 +144,7 @@ def _open_warm(tx: Tx, request: CloneRequest, vm: Vm, pool: str, asked: Asked, p
     return operation
 
 
-def plan_clone(control: Control, request: CloneRequest) -> dict[str, Any]:
-    """What ``clone`` would do, and why or why not for every server node. Changes nothing.
-
-    ``{fits, message, vms: [{name, domain_node, server_node}], domain_nodes: [{domain_node, why, load, vms, decision}],
-    refusal}``; ``server_node`` is where layer two would start it as things are now.
-    """
-    with control.store.read() as session:
-        tx = Tx(session, control, [])
-        names, shape, images = _check(tx, request)
-        rooms = _rooms(tx, request, shape, images)
-    choice = _choose(control, rooms, shape, request.tags, len(names))
-    shown: dict[str, Any] = {
-        "message": pool_rules.explain(choice, shape.wanted, shape.profile),
-        "domain_nodes": [_pool_shown(verdict, rooms) for verdict in choice.verdicts],
-    }
-    try:
-        homes, _ = choose_homes(control, rooms, shape, request.tags, len(names))
-    except NoCapacity as error:
-        return shown | {"fits": False, "vms": [], "refusal": error.to_dict()}
-    nodes = _server_nodes(control, rooms, shape, request.tags, homes)
-    vms = [{"name": n, "domain_node": h, "server_node": at} for n, h, at in zip(names, homes, nodes, strict=True)]
-    return shown | {"fits": True, "vms": vms, "refusal": None}
-
-
-def _pool_shown(verdict: pool_rules.PoolVerdict, rooms: Sequence[pool_rules.Candidate]) -> dict[str, Any]:
-    order = next(room.order for room in rooms if room.domain_node == verdict.domain_node)
-    return {
-        "domain_node": verdict.domain_node, "why": verdict.why, "load": round(verdict.load, 3), "vms": verdict.vms,
-        "decision": planning.decision(verdict.nodes, order),
-    }  # fmt: skip
-
-
-def decided(choice: pool_rules.Choice) -> dict[str, Any]:
-    """Layer one's decision as an operation keeps it: the pools, and of each the counts and the best server nodes."""
-    pools = [
-        {"domain_node": v.domain_node, "why": v.why, "load": round(v.load, 3), "vms": v.vms,
-         "counts": planning.decision(v.nodes, "spread", full=False)["counts"]}
-        for v in choice.verdicts
-    ]  # fmt: skip
-    best = [
-        {"domain_node": v.domain_node} | shown
-        for v in choice.verdicts if not v.why for shown in planning.decision(v.nodes, "spread", full=False)["best"]
-    ]  # fmt: skip
-    return {"domain_node": choice.domain_node, "domain_nodes": pools[: planning.BEST], "best": best[: planning.BEST]}
-
-
-def _server_nodes(
-    control: Control, rooms: Sequence[pool_rules.Candidate], shape: Shape, tags: Sequence[str], homes: Sequence[str]
-) -> list[str | None]:
-    left = {room.domain_node: room for room in rooms}
-    found: list[str | None] = []
-    for home in homes:
-        waiter = planning.Waiter("", shape.wanted, shape.terms(tags))
-        planned, left[home] = planning.plan(left[home], [waiter], control.settings.capacity)
-        found.append(planned[0].node)
-    return found
-
-
-def _check(tx: Tx, request: CloneRequest) -> tuple[list[str], Shape, dict[str, Image]]:
+def checked(tx: Tx, request: CloneRequest) -> tuple[list[str], Shape, dict[str, Image]]:
     """Names, shape, and which version of the image each domain node has for them."""
     if not isinstance(request.count, int):
         raise Invalid(f"count {request.count!r} is not a number", next="Ask for 1 VM or more")
@@ -232,7 +172,7 @@ def _check_pin(tx: Tx, request: CloneRequest, pin: str) -> None:
         )
 
 
-def _rooms(tx: Tx, request: CloneRequest, shape: Shape, images: Mapping[str, Image]) -> list[pool_rules.Candidate]:
+def clone_rooms(tx: Tx, request: CloneRequest, shape: Shape, images: Mapping[str, Image]) -> list[pool_rules.Candidate]:
     """The domain nodes this clone may go to, as they are now: those that have the image, and those it can be brought to
     (which layer one takes only where no other fits). NotFound where no domain node has it."""
     if not images:
@@ -261,7 +201,7 @@ def rooms_of(tx: Tx, rows: Sequence[DomainNode], image: Image | None = None) -> 
     ]  # fmt: skip
 
 
-def _choose(
+def choose(
     control: Control, rooms: Sequence[pool_rules.Candidate], shape: Shape, tags: Sequence[str], count: int
 ) -> pool_rules.Choice:
     request = pool_rules.HomeRequest(shape.wanted, count, exclude=_strangers(rooms, shape), terms=shape.terms(tags))
@@ -284,16 +224,16 @@ def choose_homes(
     choice made for the first. Raises NoCapacity naming every server node and why it was refused.
     """
     settings, terms = control.settings.capacity, shape.terms(tags)
-    first = choice = _choose(control, rooms, shape, tags, 1)
+    first = choice = choose(control, rooms, shape, tags, 1)
     homes: list[str] = []
     while len(homes) < count:
         if homes:
-            choice = _choose(control, rooms, shape, tags, 1)
+            choice = choose(control, rooms, shape, tags, 1)
         if choice.domain_node is None:
             raise _refused(choice, shape.wanted, shape.profile, len(homes), count)
         homes.append(choice.domain_node)
         rooms = [
-            pool_rules.with_one_more(room, shape.wanted, settings, terms) if room.domain_node == choice.domain_node
+            weighing.with_one_more(room, shape.wanted, settings, terms) if room.domain_node == choice.domain_node
             else room for room in rooms
         ]  # fmt: skip
     return homes, first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -10,12 +11,24 @@ from sqlalchemy.orm import Session
 from hdcs_tasks.errors import NoCapacity
 from hdcs_tasks.operations.control import Control, Tx
 from hdcs_tasks.pool import planning
+from hdcs_tasks.pool import rules as pool_rules
 from hdcs_tasks.pool.control import get_domain_node
 from hdcs_tasks.pool.rooms import candidate, vm_shape, vm_terms
 from hdcs_tasks.pool.rules import Candidate
+from hdcs_tasks.states import VmState
 from hdcs_tasks.store.models import Vm
 from hdcs_tasks.vm.control import check_given, check_pin, get_vm, label_of
+from hdcs_tasks.vm.control_clone import (
+    CloneRequest,
+    Shape,
+    checked,
+    choose,
+    choose_homes,
+    clone_rooms,
+    warm_wish,
+)
 from hdcs_tasks.vm.control_destination import check_migrate
+from hdcs_tasks.vm.control_take import ready
 from hdcs_tasks.vm.move_rules import ALIVE, MoveOptions, Way
 
 
@@ -38,8 +51,73 @@ def plan_start(control: Control, names: Sequence[str], *, pin: str | None = None
         there = [vm for vm in vms if vm.home == home]
         waiters = [planning.Waiter(vm.id, vm_shape(vm), vm_terms(vm, pin=pin)) for vm in there]
         planned, _ = planning.plan(room, waiters, control.settings.capacity)
-        shown += [_shown(vm, room, found, home) for vm, found in zip(there, planned, strict=True)]
+        shown += [_shown(control, vm, found, home) for vm, found in zip(there, planned, strict=True)]
     return _answer(shown)
+
+
+def plan_clone(control: Control, request: CloneRequest) -> dict[str, Any]:
+    """What ``clone`` would do, and why or why not for every server node. Changes nothing.
+
+    ``{fits, message, vms: [{name, domain_node, server_node, warm_pool, was, message, decision}], domain_nodes:
+    [{domain_node, why, load, vms, has_image, decision}], refusal}``; ``server_node`` is where layer two would start it
+    as things are now; ``warm_pool`` and ``was``: the ready desktop it is (None: it is cloned).
+    """
+    with control.store.read() as session:
+        tx = Tx(session, control, [])
+        names, shape, images = checked(tx, request)
+        warm = ready(tx, warm_wish(request, shape, images))[: len(names)] if request.warm else []
+        vms = _plan_warm(tx, names, warm, shape.terms(request.tags))
+        rooms = clone_rooms(tx, request, shape, images) if len(names) > len(warm) else []
+    cold = names[len(warm) :]
+    taken = f"{len(warm)} of {len(names)} are taken ready from warm pools" if request.warm else ""
+    if not cold:
+        return _answer(vms) | {"message": taken, "domain_nodes": []}
+    choice = choose(control, rooms, shape, request.tags, len(cold))
+    settings = control.settings.capacity
+    words = pool_rules.explain(choice, shape.wanted, shape.profile)
+    shown = {
+        "message": f"{taken}; {words}" if taken else words,
+        "domain_nodes": [planning.pool_shown(verdict, rooms, shape.wanted, settings) for verdict in choice.verdicts],
+    }
+    try:
+        homes, _ = choose_homes(control, rooms, shape, request.tags, len(cold))
+    except NoCapacity as error:
+        return shown | {"fits": False, "vms": [], "refusal": error.to_dict()}
+    nodes = _server_nodes(control, rooms, shape, request.tags, homes)
+    vms += [
+        {"name": name, "domain_node": home, "server_node": at, "warm_pool": None, "was": None, "message": "",
+         "decision": None} for name, home, at in zip(cold, homes, nodes, strict=True)
+    ]  # fmt: skip
+    return _answer(vms) | shown
+
+
+def _plan_warm(tx: Tx, names: Sequence[str], warm: Sequence[Vm], terms: pool_rules.Terms) -> list[dict[str, Any]]:
+    """What becomes of the ready desktops that are taken: who runs stays where it is, saved memory is started."""
+    rooms = _rooms(tx.control, tx.session, warm)
+    shown = []
+    for name, vm in zip(names, warm, strict=False):
+        found: dict[str, Any] = {
+            "domain_node": vm.home, "server_node": vm.server_node, "message": "", "profile": vm.profile,
+            "decision": None,
+        }  # fmt: skip
+        if vm.state is VmState.SAVED:
+            waiter = planning.Waiter(vm.id, vm_shape(vm), replace(terms, vm=vm.id, start=True))
+            planned, rooms[vm.home] = planning.plan(rooms[vm.home], [waiter], tx.control.settings.capacity)
+            found = _shown(tx.control, vm, planned[0], vm.home)
+        shown.append(found | {"name": name, "warm_pool": vm.warm_pool, "was": vm.name})
+    return shown
+
+
+def _server_nodes(
+    control: Control, rooms: Sequence[Candidate], shape: Shape, tags: Sequence[str], homes: Sequence[str]
+) -> list[str | None]:
+    left = {room.domain_node: room for room in rooms}
+    found: list[str | None] = []
+    for home in homes:
+        waiter = planning.Waiter("", shape.wanted, shape.terms(tags))
+        planned, left[home] = planning.plan(left[home], [waiter], control.settings.capacity)
+        found.append(planned[0].node)
+    return found
 
 
 def plan_migrate(
@@ -55,7 +133,7 @@ def plan_migrate(
         return _answer([_rests(vm, home, room, way)])
     terms = vm_terms(vm, pin=pin, exclude=[vm.server_node or ""], pinned=False, start=False)
     planned, _ = planning.plan(room, [planning.Waiter(vm.id, vm_shape(vm), terms)], control.settings.capacity)
-    return _answer([_shown(vm, room, planned[0], home) | {"way": way.value}])
+    return _answer([_shown(control, vm, planned[0], home) | {"way": way.value}])
 
 
 def _rests(vm: Vm, home: str, room: Candidate, way: Way) -> dict[str, Any]:
@@ -75,11 +153,13 @@ def _rooms(control: Control, session: Session, vms: Sequence[Vm]) -> dict[str, C
     }  # fmt: skip
 
 
-def _shown(vm: Vm, room: Candidate, planned: planning.Planned, home: str) -> dict[str, Any]:
+def _shown(control: Control, vm: Vm, planned: planning.Planned, home: str) -> dict[str, Any]:
     why = "" if planned.node else planning.refusal_words(label_of(vm), home, planned.verdicts, planned.pool_why)
     return {
         "name": vm.name, "domain_node": home, "server_node": planned.node, "message": why, "profile": vm.profile,
-        "decision": planning.decision(planned.verdicts, room.order, pool_why=planned.pool_why),
+        "decision": planning.decision(
+            planned.room, planned.verdicts, vm_shape(vm), control.settings.capacity, pool_why=planned.pool_why
+        ),
     }  # fmt: skip
 
 

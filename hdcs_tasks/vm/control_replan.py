@@ -12,12 +12,13 @@ from sqlalchemy import select
 from hdcs_tasks.errors import HdcsError, NoCapacity
 from hdcs_tasks.operations.control import Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed, on_no_room
+from hdcs_tasks.pool import planning
 from hdcs_tasks.pool import rules as pool_rules
 from hdcs_tasks.states import VmState
 from hdcs_tasks.store.models import DomainNode, Image, Operation, Step, Vm
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import vm_of
-from hdcs_tasks.vm.control_clone import Shape, add_clone_step, choose_homes, decided, promise_disk, rooms_of
+from hdcs_tasks.vm.control_clone import Shape, add_clone_step, choose_homes, promise_disk, rooms_of
 
 REPLANS = 3
 """Domain nodes a clone tries beside its first home before it waits."""
@@ -33,8 +34,8 @@ def _elsewhere(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> bo
     if operation.cancel_asked or vm.state not in (VmState.CREATING, VmState.STARTING):
         return False
     old = vm.home
-    choice = _next_home(tx, vm, [*refused, old])
-    if choice is None or choice.domain_node is None:
+    found = _next_home(tx, vm, [*refused, old])
+    if found is None or (choice := found[0]).domain_node is None:
         return False
     try:
         promise_disk(tx, choice.domain_node, vm.id, vm.disk_bytes)
@@ -44,23 +45,26 @@ def _elsewhere(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> bo
     if vm.state is VmState.STARTING:
         move(vm, VmState.CREATING)
     operation.request = operation.request | {"refused": [*refused, old]}
-    operation.decision = decided(choice)
+    operation.decision = found[1]
     tx.event("vm.replanned", vm.name, f"VM {vm.name} goes to {vm.home}: {error.message}", was=old)
     spec = {"shown": {"vm": vm.name, "pool": old}, "vm_id": vm.id, "name": vm.name, "home": old}
     tx.step(operation, "vm.discard_on_node", old, spec)
     return True
 
 
-def _next_home(tx: Tx, vm: Vm, refused: list[str]) -> pool_rules.Choice | None:
+def _next_home(tx: Tx, vm: Vm, refused: list[str]) -> tuple[pool_rules.Choice, dict[str, Any]] | None:
+    """The choice, and how it was made."""
     image = tx.session.get(Image, vm.image_id)
     if image is None:
         return None
     rows = tx.session.scalars(select(DomainNode).where(DomainNode.name.not_in(refused))).all()
     shape = Shape(vm.profile, vm.vcpus, vm.memory_mib, vm.disk_bytes, vm.usb, vm.rules)
+    rooms = rooms_of(tx, rows, image)
     try:
-        return choose_homes(tx.control, rooms_of(tx, rows, image), shape, vm.tags, 1)[1]
+        choice = choose_homes(tx.control, rooms, shape, vm.tags, 1)[1]
     except NoCapacity:
         return None
+    return choice, planning.home_decision(choice, rooms, shape.wanted, tx.control.settings.capacity)
 
 
 @on_done("vm.discard_on_node")

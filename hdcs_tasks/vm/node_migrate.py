@@ -13,7 +13,7 @@ from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.node import HandOver, NodeContext, Run
 from hdcs_tasks.vm.node import layout, lock, release
 from hdcs_tasks.vm.node_address import give_address
-from hdcs_tasks.vm.node_start import choose, decision, place_request, restore_checkpoints
+from hdcs_tasks.vm.node_start import choose, decision, noted, place_request, restore_checkpoints
 
 log = logger(__name__)
 
@@ -28,7 +28,7 @@ def prepare(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     ctx = run.ctx
     placed = choose(run, place_request(run, spec, spec["vm_id"], start_s=0))
     if placed.node != ctx.server_node:
-        raise HandOver(placed.node, spec)
+        raise HandOver(placed.node, noted(spec, placed))
     layout(ctx)
     give_to_libvirt(ctx.host(), KeyRing.of(ctx.settings).find(spec.get("disk_key")))
     run.check()

@@ -31,7 +31,7 @@ from hdcs_tasks.vm.node import (
     saved_memory,
 )
 from hdcs_tasks.vm.node_address import give_address
-from hdcs_tasks.vm.node_start import choose, decision, place_request
+from hdcs_tasks.vm.node_start import choose, decision, noted, place_request
 
 log = logger(__name__)
 
@@ -41,7 +41,7 @@ def prepare(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     ctx = run.ctx
     placed = choose(run, place_request(run, spec, spec["vm_id"], start_s=0))
     if placed.node != ctx.server_node:
-        raise HandOver(placed.node, spec)
+        raise HandOver(placed.node, noted(spec, placed))
     place = layout(ctx)
     with lock(ctx, spec["vm_id"]):
         run.check()

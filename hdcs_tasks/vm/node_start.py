@@ -27,18 +27,21 @@ from hdcs_tasks.hypervisor.spec import GuestSpec
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.node import HandOver, NodeContext, Run
 from hdcs_tasks.pool.identity import virt_type
-from hdcs_tasks.reservations import Fence, MixEntry, Placed, PlaceRequest
+from hdcs_tasks.reservations import Fence, MixEntry, Placed, PlaceRequest, Weighed
 from hdcs_tasks.vm.node import CHECKPOINTS, OPEN, layout, lock, release, saved_memory, still_ours
 from hdcs_tasks.vm.node_address import give_address
 
 log = logger(__name__)
+
+BEST = 5
+"""How many server nodes an operation's decision names."""
 
 
 def start(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     """Layer two, then the start: claim the best server node of the pool; if that is another one, hand over."""
     run.progress(10, "choosing a server node")
     if run.attempt == 1:
-        _place_here(run, spec)  # nobody's lock is waited for to hand over
+        spec = noted(spec, _place_here(run, spec))  # nobody's lock is waited for to hand over
     with _lock_for_start(run, spec["guest"]):
         try:
             return _start_placed(run, spec)
@@ -52,6 +55,7 @@ def start(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
 def _start_placed(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     # In the lock: whoever had it before may have given back what was placed.
     placed = _place_here(run, spec)
+    spec = noted(spec, placed)
     run.progress(40, f"starting on {placed.node}")
     # Before the guest runs: from then on nothing that fails may pass for a start that failed.
     why = decision(run, spec, placed)
@@ -69,8 +73,13 @@ def _place_here(run: Run, spec: dict[str, Any]) -> Placed:
     if placed.node != ctx.server_node:
         if (seen := _left_running(run, spec)) is not None:
             _end_earlier(run, spec, seen)
-        raise HandOver(placed.node, spec)
+        raise HandOver(placed.node, noted(spec, placed))
     return placed
+
+
+def noted(spec: dict[str, Any], placed: Placed) -> dict[str, Any]:
+    """The spec with what the choice was made by, for whoever does the step: it is told once, with the claim."""
+    return spec | {"weighed": [list(seen) for seen in placed.weighed]} if placed.weighed else spec
 
 
 def _left_running(run: Run, spec: dict[str, Any]) -> guests.GuestInfo | None:
@@ -114,19 +123,24 @@ def place_request(run: Run, spec: dict[str, Any], vm_id: str, *, start_s: float)
     return PlaceRequest(
         run.ctx.domain_node, vm_id, run.step, spec["need"]["vcpus"], spec["need"]["memory_mib"], pin=spec["pin"],
         exclude=tuple(spec["exclude"]), order=spec["order"], tags=tuple(spec["node_tags"]), start_s=start_s,
-        mix=tuple(MixEntry(*entry) for entry in spec["mix"]),
+        mix=tuple(MixEntry(*entry) for entry in spec["mix"]), told=BEST,
         marks=tuple(spec["marks"]), shuns=tuple(spec["shuns"]), seeks=tuple(spec["seeks"]), label=spec["label"],
         hint=spec["hint"],
     )  # fmt: skip
 
 
 def decision(run: Run, spec: dict[str, Any], placed: Placed) -> dict[str, Any]:
-    """What the operation keeps of the choice: counts, and the server nodes that were next in layer two's order."""
+    """What the operation keeps of the choice: counts, and the best server nodes with the scores it was made by."""
     need, pool = spec["need"], run.ctx.reservations.pool
     stand = pool.standing(run.ctx.domain_node, need["vcpus"], need["memory_mib"], spec["order"])
     counts = {"fits": stand.fitting, "too little room": stand.open - stand.fitting, "closed": stand.nodes - stand.open}
-    best = [{"node": node, "free_vcpus": vcpus, "free_memory_mib": mib} for node, vcpus, mib in stand.best]
-    return {"node": placed.node, "order": spec["order"], "counts": counts, "best": best}
+    weighed = placed.weighed or [Weighed(*seen) for seen in spec.get("weighed", ())]
+    if not weighed:  # an earlier attempt claimed, and took to its grave what it had weighed
+        weighed = [Weighed(*seen, None, "") for seen in stand.best]
+    best = [
+        seen._asdict() | {"score": None if seen.score is None else round(seen.score, 4)} for seen in weighed
+    ]  # fmt: skip
+    return {"node": placed.node, "order": spec["order"], "mix": spec["mix"], "counts": counts, "best": best}
 
 
 def choose(run: Run, request: PlaceRequest) -> Placed:

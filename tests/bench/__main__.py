@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.bench.report import report
 
-NAMES = ("backup", "boot_storm", "dispatch", "migrate", "placement", "rebalance", "reservations", "sweep")
+NAMES = ("backup", "boot_storm", "dispatch", "migrate", "placement", "rebalance", "reservations", "sweep", "warm")
 
 
 def main() -> int:
@@ -21,6 +21,7 @@ def main() -> int:
     parser.add_argument("--cluster", type=Path, help="placement: server nodes from a file (format: placement.py)")
     parser.add_argument("--first-seed", type=int, default=0, help="placement: the first of the seeds drawn")
     parser.add_argument("--requests", type=Path, help="placement: VMs to place, in this order")
+    parser.add_argument("--rounds", type=int, help="boot_storm: storms of each side (else 2; quick: 1)")
     options = parser.parse_args()
     found = report(options.name, importlib.import_module(f"tests.bench.{options.name}").run(options))
     if options.json:

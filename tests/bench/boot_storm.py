@@ -145,6 +145,7 @@ def measure(storms: Storms, rounds: int, count: int, ones: int) -> list[Figure]:
 
 def run(options: argparse.Namespace) -> list[Figure]:
     rounds, count, ones = (1, 8, 3) if options.quick else (2, 24, 7)
+    rounds = options.rounds or rounds
     with tempfile.TemporaryDirectory(prefix="hdcs-storm-", dir=_labs()) as folder:
         center = Center(Lab("storm", Path(folder) / "lab", net=free_net()), CENTER, flower=False)
         try:

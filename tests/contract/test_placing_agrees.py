@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hdcs_tasks.config import CapacitySettings
 from hdcs_tasks.errors import NoCapacity
 from hdcs_tasks.pool.policy import Order
-from hdcs_tasks.pool.rules import Free, NodeRoom, Shape, Terms, in_order, judge_nodes
+from hdcs_tasks.pool.rules import Candidate, Free, NodeRoom, Shape, Terms, judge_nodes
+from hdcs_tasks.pool.weighing import in_order
 from hdcs_tasks.reservations import MixEntry, Placed, PlaceRequest, PoolNode, Reservations
 
 pytestmark = pytest.mark.contract
@@ -59,11 +60,12 @@ def test_python_and_redis_agree(
         )
     for i, (vcpus, memory, own, apart, together, node_tags, pin) in enumerate(vms):
         terms = Terms(pin=pin, node_tags=node_tags, together=together, apart=apart, tags=own, vm=f"v{i}", start=True)
-        verdicts = judge_nodes(rooms(reservations), Shape(vcpus, memory), terms, BARE)
-        best = in_order(verdicts, order)
+        pool = Candidate("east", tuple(rooms(reservations)), order=order, mix=tuple((*entry,) for entry in mix))
+        verdicts = judge_nodes(pool.nodes, Shape(vcpus, memory), terms, BARE)
+        best = in_order(pool, verdicts, Shape(vcpus, memory), BARE)
         request = PlaceRequest(
             "east", f"v{i}", f"s{i}", vcpus, memory, pin=pin, order=order, tags=node_tags, console_port=False,
-            marks=terms.marks, shuns=terms.shuns, seeks=together, mix=mix,
+            marks=terms.marks, shuns=terms.shuns, seeks=together, mix=mix, told=5,
         )  # fmt: skip
         [placed] = reservations.pool.place_many([request])
         if isinstance(placed, NoCapacity):
@@ -71,5 +73,8 @@ def test_python_and_redis_agree(
             assert {row["node"] for row in placed.details["nodes"]} == {v.node for v in verdicts}
         else:
             assert isinstance(placed, Placed)
-            # With a mix the script weighs those that fit; which fit it must not say otherwise.
-            assert placed.node in {v.node for v in (best if mix else best[:1])}
+            assert placed.node == best[0].node
+            # What it tells is what it went by: the same order and, to the last bit, the same scores.
+            told = [(w.node, w.score) for w in placed.weighed if not w.why]
+            ranked = [(v.node, v.score) for v in best]
+            assert told == (ranked[: len(told)] if pin is None else [(placed.node, None)])

@@ -13,7 +13,7 @@ import redis
 from hdcs_tasks.clock import now_s
 from hdcs_tasks.cloud import Cloud
 from hdcs_tasks.config import CapacitySettings, Settings
-from hdcs_tasks.errors import HdcsError, Invalid, NoCapacity, WrongState
+from hdcs_tasks.errors import HdcsError, Invalid, NoCapacity, NotFound, WrongState
 from hdcs_tasks.operations.recovery import recovery_sweep, settle
 from hdcs_tasks.pool import control as pool_control
 from hdcs_tasks.pool.admission import storage_sweep
@@ -87,7 +87,7 @@ class Center:
         try:
             if step["name"] in ("vm.start_on_node", "vm.migrate_prepare_on_node"):
                 report |= self._placed(step, spec)
-            elif step["name"] == "vm.stop_on_node":
+            elif step["name"] in ("vm.stop_on_node", "vm.save_on_node"):
                 self.pool.release(self.home(spec["vm_id"]), spec["vm_id"], self.node_of(spec["vm_id"]), 0)
                 report["result"] = {"node": step["node"], "ran": True}
             else:
@@ -295,6 +295,14 @@ def test_storage_counts_in_capacity_and_in_layer_one(center: Center) -> None:
     center.cloud.profiles.create("room", vcpus=1, memory_mib=128, disk_bytes=GIB)
     found = center.cloud.capacity("room")["domain_nodes"]
     assert [(found[d]["vms"], found[d]["limit"]) for d in ("east", "west")] == [(6, "disk"), (2, "server nodes")]
+    # A profile without a disk of its own: its clones get their image's, of 1 GiB, and that counts.
+    by_image = center.cloud.capacity("tiny", image="mini")
+    assert (by_image["disk_bytes"], by_image["disk_by"]) == (GIB, "image mini:1")
+    assert {d: by_image["domain_nodes"][d]["vms"] for d in ("east", "west")} == {"east": 6, "west": 2}
+    assert center.cloud.capacity("tiny")["domain_nodes"]["east"]["limit"] == "disk"
+    assert center.cloud.capacity(mix={"tiny": 1})["mix"]["vms"] == 8
+    with pytest.raises(NotFound, match="image 'none'"):
+        center.cloud.capacity("tiny", image="none")
     for number in range(8):
         center.clone(f"d{number}", profile="room")  # not started: storage is promised at the clone
     homes = [vm["home"] for vm in center.cloud.vms.list()]
@@ -314,9 +322,13 @@ def test_packing_goes_by_what_the_domain_node_has(center: Center) -> None:
     for number in range(3):
         center.clone(f"s{number}")
     center.clone("b", profile="big")
-    assert center.cloud.vms["b"].start() and not center.spec(center.steps("published")[0])["mix"]  # spread: no need
+    assert center.cloud.vms["b"].start()
+    assert center.spec(center.steps("published")[0])["mix"] == [[1, 128, 0.75], [4, 1024, 0.25]]  # to spread too
     center.play()
     center.cloud.domain_nodes.set("east", placement="pack")
+    plan = center.cloud.vms["s0"].start(dry_run=True).explain()["vms"][0]["decision"]
+    assert (plan["order"], plan["mix"]) == ("pack", [[1, 128, 0.75], [4, 1024, 0.25]])
+    assert plan["nodes"][0]["score"] > 0
     center.cloud.vms.start_all(home="east")
     assert center.spec(center.steps("published")[0])["mix"] == [[1, 128, 0.75], [4, 1024, 0.25]]
     center.play()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from hdcs_tasks.errors import Conflict, Invalid, NoCapacity, NotFound
+from hdcs_tasks.reservations import PlaceRequest
 from hdcs_tasks.store.models import Vm, now
 from hdcs_tasks.vm.control_warm import warm_sweep
 from tests.contract.test_scheduling import Center, center  # noqa: F401 - center is a fixture
@@ -79,6 +80,35 @@ def test_more_than_there_are_come_cold(pool: Center) -> None:
     )]  # fmt: skip
     assert (len(shown["children"]), len(cold)) == (5, 2)
     assert {f"d-{n}" for n in range(1, 6)} <= pool.running()
+
+
+def test_a_dry_run_tells_which_ready_ones_are_taken(pool: Center) -> None:
+    """What it says happens: the desktops it names are those that are given out, and the others are cloned."""
+    kept = warm(pool)["kept"]
+    before = {vm["id"]: vm["name"] for vm in pool.cloud.vms.list()}
+    wanted: dict[str, Any] = {"name": "d-{}", "count": 5, "profile": "tiny", "warm": True}
+    plan = pool.cloud.vms.clone("mini", dry_run=True, **wanted).explain()
+    assert plan["fits"] and plan["message"].startswith("3 of 5 are taken ready from warm pools; east takes")
+    assert [vm["warm_pool"] for vm in plan["vms"]] == ["lab"] * 3 + [None] * 2
+    assert {vm["server_node"] for vm in plan["vms"]} == {"node1"}
+    # Saved memory must be started, and layer two says where; one that runs stays.
+    assert [vm["decision"] is not None for vm in plan["vms"][:3]] == [kept == "saved"] * 3
+    assert {vm["id"]: vm["name"] for vm in pool.cloud.vms.list()} == before
+    pool.cloud.vms.clone("mini", **wanted)
+    pool.play()
+    after = {vm["name"]: vm["id"] for vm in pool.cloud.vms.list()}
+    assert [before.get(after[vm["name"]]) for vm in plan["vms"]] == [vm["was"] for vm in plan["vms"]]
+
+
+def test_a_dry_run_of_saved_ones_without_room_says_so(center: Center) -> None:  # noqa: F811
+    center.node("east", "node1", 256)
+    center.image()
+    center.cloud.warm_pools.create("lab", image="mini", profile="tiny", size=2, saved=True)
+    settled(center)
+    center.pool.place(PlaceRequest("east", "other", "s", 1, 128))
+    plan = center.cloud.vms.clone("mini", name="d-{}", count=2, profile="tiny", warm=True, dry_run=True).explain()
+    assert [vm["server_node"] for vm in plan["vms"]] == ["node1", None]
+    assert not plan["fits"] and "node1 0 MiB free (1 of 2 VMs fit)" in plan["refusal"]["message"]
 
 
 def test_nobody_gets_an_old_version_or_another_profile(pool: Center) -> None:

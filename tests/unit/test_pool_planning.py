@@ -12,7 +12,8 @@ from hdcs_tasks.config import CapacitySettings
 from hdcs_tasks.errors import Invalid
 from hdcs_tasks.pool import capacity_rules, policy
 from hdcs_tasks.pool.planning import Waiter, decision, next_in_line, plan, refusal_words
-from hdcs_tasks.pool.rules import Candidate, Free, NodeRoom, Shape, Terms, in_order, judge_nodes, put_on
+from hdcs_tasks.pool.rules import Candidate, Free, NodeRoom, Shape, Terms, judge_nodes, put_on
+from hdcs_tasks.pool.weighing import in_order
 
 BARE = CapacitySettings.model_validate({
     "overhead_mib": 0, "overhead_per_vcpu_mib": 0, "overhead_graphics_mib": 0, "overhead_ratio": 0,
@@ -76,12 +77,15 @@ def test_what_if_and_mix() -> None:
     counted = capacity_rules.count(without, shape, Terms(), BARE)
     assert (counted.vms, counted.n_plus_one) == (4, 2)
     assert counted.nodes["new-node-1"] == (2, "vcpus")
-    mix = [("small", Shape(1, 128), 2), ("large", Shape(1, 512), 1)]
+    mix = [("small", Shape(1, 128), Terms(), 2), ("large", Shape(1, 512), Terms(), 1)]
     # As the pool would be filled: spreading breaks the room a second large one needs, packing keeps it.
     spread = capacity_rules.count_mix([pool], mix, BARE)
     pack = capacity_rules.count_mix([replace(pool, order="pack")], mix, BARE)
     assert (spread.rounds, spread.vms, spread.stopped_by) == (1, 3, "large")
     assert (pack.rounds, pack.vms, pack.stopped_by) == (2, 6, "large")
+    # Terms count: a profile that asks for a tag no server node has fits nowhere.
+    tagged = [("tagged", Shape(1, 128), Terms(node_tags=("gpu",)), 1)]
+    assert capacity_rules.count_mix([pool], tagged, BARE).vms == 0
 
 
 def test_the_line_takes_the_oldest_that_fit() -> None:
@@ -107,11 +111,28 @@ def test_a_plan_counts_those_before_it_and_keeps_rules() -> None:
 def test_order_and_decision() -> None:
     nodes = (room("n1", 300), room("n2", 900), room("n3", 100), room("n4", 900, 8), room("n5", 500, schedulable=False))
     verdicts = judge_nodes(nodes, Shape(1, 256), Terms(), BARE)
-    assert [v.node for v in in_order(verdicts, "spread")] == ["n2", "n4", "n1"]
-    assert [v.node for v in in_order(verdicts, "pack")] == ["n1", "n4", "n2"]
-    kept = decision(verdicts, "spread", full=False)
+    pool = Candidate("east", nodes)
+    assert [v.node for v in in_order(pool, verdicts, Shape(1, 256), BARE)] == ["n2", "n4", "n1"]
+    packed = replace(pool, order="pack")
+    assert [v.node for v in in_order(packed, verdicts, Shape(1, 256), BARE)] == ["n1", "n4", "n2"]
+    kept = decision(pool, verdicts, Shape(1, 256), BARE, full=False)
     assert kept["node"] == "n2" and kept["counts"] == {"fits": 3, "memory": 1, "draining": 1}
     assert "nodes" not in kept and [n["node"] for n in kept["best"]] == ["n2", "n4", "n1"]
+    assert {n["score"] for n in kept["best"]} == {None}
+
+
+def test_to_spread_keeps_the_last_places_of_the_largest() -> None:
+    """Evenly while most server nodes take the largest of the mix; from then on where the fewest of them are lost."""
+    mix = ((1, 256, 0.5), (1, 4096, 0.5))
+    shape = Shape(1, 256)
+    pool = Candidate("east", (room("n1", 9000), room("n2", 5000)), mix=mix)
+    first = decision(pool, judge_nodes(pool.nodes, shape, Terms(), BARE), shape, BARE)
+    assert (first["node"], first["best"][0]["score"]) == ("n1", None)
+    scarce = Candidate("east", (room("n1", 4200), room("n2", 900), room("n3", 1000)), mix=mix)
+    later = decision(scarce, judge_nodes(scarce.nodes, shape, Terms(), BARE), shape, BARE)
+    assert [node["node"] for node in later["best"]][2] == "n1"  # the emptiest comes last
+    scores = [node["score"] for node in later["best"]]
+    assert scores == sorted(scores) and scores[2] > 8 * scores[0]
 
 
 def test_policies_are_checked_and_fall_back() -> None:
