@@ -155,9 +155,11 @@ class Node:
             }  # fmt: skip
 
         def good(_ctx: NodeContext, _spec: dict[str, Any]) -> None:
-            assert [p.id for p in west.points(points[0].vm_id)] == [p.id for p in points]
+            found = [p.id for p in west.points(points[0].vm_id)]
+            assert found == [p.id for p in points], found
             west.verify(west.get(points[0].vm_id, points[-1].id))
-            assert list(west.leftovers()) == []
+            left = list(west.leftovers())
+            assert left == [], left
             for point in points:
                 assert west.file(point).read_bytes() == east.file(point).read_bytes()
 

@@ -15,6 +15,7 @@ from hdcs_tasks.errors import BackupBroken, WrongState
 from hdcs_tasks.hypervisor import layers
 from hdcs_tasks.hypervisor.keys import KeyRing
 from hdcs_tasks.hypervisor.repository import Repository
+from tests.lab.desks import image_info
 from tests.lab.test_backups import Desk
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(1500)]
@@ -90,7 +91,7 @@ def _moved_encrypted(desk: Desk) -> None:
     shown = desk.vm.show()
     assert (shown["home"], shown["state"], shown["disk_key"]) == ("west", "running", "disks")
     disk = desk.center.lab.storage("west") / "vms" / desk.id / "disk0.qcow2"
-    assert layers.header(disk)["encrypted"] is True
+    assert image_info(disk)["encrypted"] is True
     assert MARK.encode() not in disk.read_bytes()
     assert desk.sh(f"echo 3 > /proc/sys/vm/drop_caches; md5sum /root/moved; grep -c {MARK} /root/secret") == (
         f"{written}\n2000"
