@@ -12,6 +12,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import libvirt_qemu
 from hdcs_tasks.app import make_app
 from hdcs_tasks.backup import node, node_copy, node_restore
 from hdcs_tasks.config import Settings
+from hdcs_tasks.errors import Cancelled
 from hdcs_tasks.hypervisor import agent, checkpoints, disks, storage
 from hdcs_tasks.hypervisor.backup import _Push
 from hdcs_tasks.hypervisor.bitmaps import bitmaps
@@ -45,11 +47,15 @@ class Node:
         self.last: list[dict[str, Any]] = []
         self.chain = str(uuid.uuid4())
 
-    def attempt(self, handler: Callable[..., Any], spec: dict[str, Any], step: str, number: int) -> NodeContext:
+    def attempt(
+        self, handler: Callable[..., Any], spec: dict[str, Any], step: str, number: int, *, cancel: bool = False
+    ) -> NodeContext:
         ctx = NodeContext.from_settings(self.settings, make_app(self.settings))
         steps, holder = ctx.reservations.steps, f"node1:{number}"
         steps.issue(step, number)
         steps.claim(step, number, holder, "node1", 120)
+        if cancel:
+            steps.request_cancel(step, number)
         handler(
             Run(
                 ctx, step, number, "op", holder, lambda _: None, time.monotonic() + 600, "east", time.monotonic() + 600
@@ -104,7 +110,29 @@ class Node:
             assert killed_in(function, event, lambda: self.attempt(node.create, spec, step, 1))  # noqa: B023
             assert killed_at(NEVER, self._is_frozen) is None
             assert killed_at(NEVER, lambda: self._taken(self.attempt(node.create, spec, step, 2), spec)) is None  # noqa: B023
-        return ["frozen", "frozen with a job"]
+        self._cancelled()
+        return ["frozen", "frozen with a job", "frozen, then cancelled"]
+
+    def _cancelled(self) -> None:
+        """Killed while frozen, and then cancelled: the attempt that comes to end it undoes all of it."""
+        spec, step = self._next_point(), str(uuid.uuid4())
+        assert killed_in(_Push._limit, "call", lambda: self.attempt(node.create, spec, step, 1))
+        assert killed_at(NEVER, self._is_frozen) is None
+
+        def end() -> None:
+            with suppress(Cancelled):
+                self.attempt(node.create, spec, step, 2, cancel=True)
+                raise AssertionError("it was cancelled")
+            ctx = NodeContext.from_settings(self.settings, make_app(self.settings))
+            done = agent.exec_(ctx.host(), self.facts["vm_id"], ["/bin/sh", "-c", "date > /root/x; sync"], timeout_s=60)
+            assert done.exit_code == 0, "its file systems are not frozen"
+            left = list(self.repository.leftovers(self.facts["vm_id"]))
+            assert left == [], left
+            names = checkpoints.checkpoint_names(ctx.host().guest(self.facts["vm_id"]))
+            assert f"hdcs-{spec['point']}" not in names, names
+
+        assert killed_at(NEVER, end) is None
+        self.last.pop()
 
     def _is_frozen(self) -> None:
         host = NodeContext.from_settings(self.settings, make_app(self.settings)).host()
