@@ -158,7 +158,7 @@ def draw(seed: int, nodes: int, groups: int) -> tuple[list[Server], list[Vm]]:
 def rate(reservations: Reservations, nodes: int, rounds: int) -> list[Figure]:
     """Placements per second of one caller, plain and with a mix, beside the bare script, interleaved."""
     r = random.Random(nodes)
-    servers = [Server(f"n{i}", "east", r.randint(20000, 60000), r.randint(10**6, 3 * 10**6)) for i in range(nodes)]
+    servers = [Server(f"n{i}", "east", r.randint(20000, 60000), r.randint(4 * 10**6, 12 * 10**6)) for i in range(nodes)]
     fresh(reservations, servers)
     bare = reservations.pool._link.client.register_script(BARE)
     for s in servers:
