@@ -284,6 +284,8 @@ class _Migration:
             call.start()
             stopped = self._watch(call, bool(flags & libvirt.VIR_MIGRATE_POSTCOPY))
             self._check(call, stopped)
+            if self.on_progress is not None:
+                self.on_progress(100.0, "done", None)  # a quick one may have been over between two looks
             elapsed_ms = round((time.monotonic() - started) * 1000)
             return _result(wait_stats(_STATS_WAIT_S), elapsed_ms)
 

@@ -178,7 +178,8 @@ def execute(
 ) -> str:  # fmt: skip
     """Run one message that came by ``queue``.
 
-    Returns what became of it, for the log: claimed work ends as done, failed, handed or lost.
+    Returns what became of it, for the log: claimed work ends as done, failed, handed or lost; what was not claimed is
+    taken, done before, stale, missing or cancelled.
     """
     holder = f"{ctx.server_node}:{os.getpid()}:{random_hex(4)}"
     began = monotonic_s()
@@ -189,7 +190,7 @@ def execute(
         return "cancelled"
     if answer is not ClaimAnswer.CLAIMED:
         log.info("message without a claim: nothing to do", step=step, attempt=attempt, answer=str(answer))
-        return str(answer)
+        return "done before" if answer is ClaimAnswer.DONE else str(answer)
     deadline = began + ctx.settings.step_deadline_s
     run = Run(ctx, step, attempt, operation, holder, on_progress, deadline, queue, renewed=began)
     start_thread(run.renew_forever, f"lease-{step[:8]}")

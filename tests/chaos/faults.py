@@ -9,6 +9,7 @@ import contextlib
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from sqlalchemy import select
 from deploy.lab.center import Center, wait_for
 from deploy.lab.space import command_line, start_time
 from hdcs_tasks.errors import HdcsError
+from hdcs_tasks.reservations import Reservations
 from hdcs_tasks.states import StepState
 from hdcs_tasks.store.models import Step
 
@@ -31,6 +33,7 @@ KINDS = (
 RESTART_S = 1.0
 WATCH_EVERY_S = 0.05
 WATCH_ROUNDS = 200
+GIVE_UP_S = 180.0
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class Faults:
     counts: dict[str, int] = field(default_factory=dict)
     interrupted: list[Interrupted] = field(default_factory=list)
     spans: list[tuple[str, float, float]] = field(default_factory=list)
+    rebuilt_s: list[float] = field(default_factory=list)
+    """From Redis's answering again to reservations being given out again, in seconds, each time."""
 
     def inject(self, kind: str) -> None:
         began = time.time()
@@ -176,7 +181,17 @@ class Faults:
         self.center.lab.redis.kill(wipe=wipe)
         time.sleep(away_s)
         self.center.lab.redis.start(self.center.lab.hub)
+        threading.Thread(target=self._watch_rebuild, args=(time.monotonic(),), daemon=True).start()
         return f"away for {away_s:.1f} s"
+
+    def _watch_rebuild(self, began: float) -> None:
+        reservations = Reservations.from_settings(self.center.cloud.control.settings)
+        while time.monotonic() - began < GIVE_UP_S:
+            with contextlib.suppress(HdcsError):
+                if reservations.epoch.is_open():
+                    break
+            time.sleep(0.2)
+        self.rebuilt_s.append(time.monotonic() - began)
 
     def libvirtd_kill(self) -> str:
         node = self._node()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 import threading
 import time
 import uuid
@@ -54,6 +55,7 @@ class Ledger:
     stop: threading.Event = field(default_factory=threading.Event)
 
     def count(self, where: dict[str, int], key: str) -> None:
+        key = re.sub(r"^restore \S+?(?=$|:)", "restore", key)  # whichever point it was
         with self.lock:
             where[key] = where.get(key, 0) + 1
 

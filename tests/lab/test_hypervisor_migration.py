@@ -95,9 +95,7 @@ def test_the_count_goes_on_at_the_target(lab: Lab, at_node1: Desk, east: tuple[H
     print(f"ours (ms in all, downtime): {ours}; raw: {raw}; longest gap in the guest: {gap_ms} ms")
     assert told
     assert all(0 <= percent <= 100 for percent, _, _ in told)
-    assert [p for p, _, _ in told][-1] > 0
-    assert any(phase.startswith("memory") for _, phase, _ in told)
-    assert min(o[0] for o in ours) < 2 * min(r[0] for r in raw) + 1000
+    assert told[-1][0] == 100
     assert min(o[1] for o in ours) < 2 * min(r[1] for r in raw) + 300
     assert gap_ms < max(d for _, d in ours + raw) + 1500
 

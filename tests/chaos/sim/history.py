@@ -21,7 +21,7 @@ from tests.chaos.sim.checks import judge
 from tests.chaos.sim.hypervisor import rooms
 from tests.chaos.sim.kernel import START_S, Kernel, Odds, Process
 
-BUSY_S = 25.0
+BUSY_S = 20.0
 """How long requests and faults come."""
 
 SETTLED_WITHIN_S = 240.0
@@ -75,9 +75,9 @@ class History:
         self.center.world.refuse = rng.choice((0.0, 0.0, 0.1))
         self.center.world.broken_hand_over = rng.choice((0.0, 0.5))
         for number in range(rng.randint(3, 8)):
-            kernel.at(rng.uniform(1.0, BUSY_S - 8), lambda number=number: self._request(number))  # type: ignore[misc]
+            kernel.at(rng.uniform(1.0, BUSY_S - 6), lambda number=number: self._request(number))  # type: ignore[misc]
         for _ in range(rng.choice((0, 0, 1, 1, 2, 3))):
-            kernel.at(rng.uniform(2.0, BUSY_S - 3), rng.choice(self._strikes()))
+            kernel.at(rng.uniform(2.0, BUSY_S - 2), rng.choice(self._strikes()))
 
     def _request(self, number: int) -> None:
         what, ask = self._draw()
