@@ -75,9 +75,10 @@ def test_one_is_taken_and_another_made(pool: Center) -> None:
 def test_the_taker_comes_before_the_next_one_is_made(pool: Center) -> None:
     """The boot of a new one would slow the start of the one that was taken down; where that one runs, nobody waits."""
     client = redis.Redis.from_url(pool.control.settings.redis_url)
+    queue = f"{pool.control.settings.key_prefix}control"
 
     def asked_for() -> int:
-        tasks = [json.loads(message)["headers"]["task"] for message in client.lrange("control", 0, -1)]
+        tasks = [json.loads(message)["headers"]["task"] for message in client.lrange(queue, 0, -1)]
         return tasks.count("vm.top_up_warm")
 
     before, saved = asked_for(), warm(pool)["kept"] == "saved"
