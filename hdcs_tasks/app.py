@@ -48,7 +48,9 @@ def describe(kwargs: dict[str, Any]) -> str:
     shown = spec.get("shown") or {k: v for k, v in kwargs.items() if isinstance(v, str | int | float) and k != "proof"}
     shown = dict(shown)
     moves = f" {shown.pop('from')} → {shown.pop('to')}" if "from" in shown and "to" in shown else ""
-    text = (" ".join(f"{k}={v}" for k, v in shown.items()) + moves).strip()
+    operation = kwargs.get("operation")
+    about = f" op={operation[:8]}" if isinstance(operation, str) else ""
+    text = (" ".join(f"{k}={v}" for k, v in shown.items() if k != "operation") + moves + about).strip()
     return text if len(text) <= 200 else text[:199] + "…"
 
 

@@ -26,6 +26,7 @@ _SECRET_IN_TEXT = (
     (re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s:/@]*:)[^\s@]*@", re.I), rf"\1{HIDDEN}@"),
     (re.compile(r"(\b(?:password|passwd|secret|token)\b['\"]?\s*[=:]\s*['\"]?)[^\s'\",;&}]+", re.I), rf"\1{HIDDEN}"),
 )  # fmt: skip
+_DESCRIBED = re.compile(r"(?:^| )(vm|op)=(\S+)")
 _DEPTH_MAX = 4
 
 Line = MutableMapping[str, Any]
@@ -54,12 +55,15 @@ def _clean(key: str, value: Any, depth: int) -> Any:
 
 
 def _task_of_record(_logger: Any, _method: str, line: Line) -> Line:
-    """Celery's own lines about a task carry its name and id aside."""
+    """Celery's own lines about a task carry its name, id and description (app.describe) aside."""
     data = getattr(line.get("_record"), "data", None)
     if isinstance(data, Mapping):
         for key, name in (("name", "task"), ("id", "task_id")):
             if isinstance(data.get(key), str):
                 line.setdefault(name, data[key])
+        described = data.get("kwargs")
+        for name, value in _DESCRIBED.findall(described) if isinstance(described, str) else ():
+            line.setdefault("operation" if name == "op" else name, value)
     return line
 
 

@@ -19,12 +19,11 @@ from hdcs_tasks.monitor.idle_rules import Limits, policy_of, sample_use
 from hdcs_tasks.monitor.rules import Drift, drift_of, has_gone
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.sending import broadcast
-from hdcs_tasks.pool.control import IN_POOL
+from hdcs_tasks.pool.control import quick_queues
 from hdcs_tasks.pool.rooms import vm_shape
 from hdcs_tasks.pool.rules import need_of
 from hdcs_tasks.pool.waiting import wake_waiting
 from hdcs_tasks.reservations import PlaceRequest
-from hdcs_tasks.routing import quick_queue
 from hdcs_tasks.states import VmState
 from hdcs_tasks.store import metering
 from hdcs_tasks.store.models import DomainNode, Event, Operation, ServerNode, Vm
@@ -41,8 +40,7 @@ _COLUMNS = (*COLUMNS, Vm.state_at)
 def sample_sweep(control: Control) -> int:
     """Ask every server node of every pool for a sample; the answers come as ``monitor.sampled``."""
     with control.store.read() as session:
-        nodes = session.scalars(select(ServerNode).where(ServerNode.state.in_(IN_POOL))).all()
-    queues = [quick_queue(node.domain_node, node.name) for node in nodes]
+        queues = quick_queues(session)
     broadcast(control.celery, SAMPLE_TASK, {}, queues, expires_s=control.settings.sample_s)
     return len(queues)
 

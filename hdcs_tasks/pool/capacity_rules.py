@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from hdcs_tasks.config import CapacitySettings
-from hdcs_tasks.pool.rules import Candidate, Free, NodeRoom, Shape, Terms, judge_nodes, put_on
+from hdcs_tasks.pool.rules import Candidate, Free, NodeRoom, Shape, Terms, judge_nodes, need_of, put_on
 from hdcs_tasks.pool.weighing import taken
 
 
@@ -108,12 +108,14 @@ def count_mix(
 ) -> MixCount:
     """How often a mix (name, shape, terms, how many of it) fits: placed round by round, the big ones first, each on the
     server node layer two would take of the domain node with most room for it. A plan, not a bound: a cleverer packing
-    may hold a few more."""
+    may hold a few more. Layer two is aware of this very mix, as it is of the mix of a domain node's VMs."""
     order = sorted(mix, key=lambda entry: (entry[1].memory_mib, entry[1].vcpus), reverse=True)
-    left = list(candidates)
-    rounds = vms = 0
-    if not sum(times for *_, times in mix):
+    total = sum(times for *_, times in mix)
+    if not total:
         return MixCount(0, 0, "an empty mix")
+    expected = tuple((*need_of(shape, settings), times / total) for _, shape, _, times in mix if times)
+    left = [replace(candidate, mix=expected) for candidate in candidates]
+    rounds = vms = 0
     while True:
         for name, shape, terms, times in order:
             for _ in range(times):

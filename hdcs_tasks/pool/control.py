@@ -18,7 +18,7 @@ from hdcs_tasks.operations.control import Control, Tx
 from hdcs_tasks.pool import admission, policy, rules, waiting
 from hdcs_tasks.pool.proof import JoinRequest, proof_of, token_key
 from hdcs_tasks.reservations import PoolNode
-from hdcs_tasks.routing import check_name
+from hdcs_tasks.routing import check_name, quick_queue
 from hdcs_tasks.states import VM_HOLDS_GUEST, ServerNodeState
 from hdcs_tasks.store.models import DomainNode, ServerNode, Vm, now
 from hdcs_tasks.store.transitions import move
@@ -248,12 +248,22 @@ def leave(control: Control, server_node: str, instance: str) -> None:
     control.reservations.leases.drop("node", server_node, instance)
 
 
+def quick_queues(session: Session) -> list[str]:
+    """The quick queue of every server node that is in its pool: whom a sweep asks."""
+    return [quick_queue(domain_node, name) for domain_node, name in session.execute(_IN_POOL)]
+
+
+# Made once: sweeps ask every few seconds.
+_IN_POOL = select(ServerNode.domain_node, ServerNode.name).where(ServerNode.state.in_(IN_POOL))
+_NOT_LEFT = select(ServerNode).where(ServerNode.state != ServerNodeState.LEFT)
+
+
 def lease_sweep(control: Control) -> list[str]:
     """Server nodes whose lease ran out are lost: out of the pool at once. Returns their names."""
     if not control.reservations.epoch.is_open():
         return []  # A lease missing after Redis was lost is not a lost node.
     with control.store.read() as session:
-        nodes = list(session.scalars(select(ServerNode).where(ServerNode.state != ServerNodeState.LEFT)))
+        nodes = list(session.scalars(_NOT_LEFT))
     holders = control.reservations.leases.holders("node", [node.name for node in nodes])
     for node in nodes:
         if node.state is ServerNodeState.LOST and holders.get(node.name) == node.instance:

@@ -14,11 +14,10 @@ from sqlalchemy import select
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.control import Control
 from hdcs_tasks.operations.sending import broadcast
-from hdcs_tasks.pool.control import IN_POOL
+from hdcs_tasks.pool.control import quick_queues
 from hdcs_tasks.reservations import Claim, PoolSnapshot, Snapshot
-from hdcs_tasks.routing import quick_queue
 from hdcs_tasks.states import VmState
-from hdcs_tasks.store.models import ServerNode, Vm
+from hdcs_tasks.store.models import Vm
 
 log = logger(__name__)
 
@@ -48,8 +47,7 @@ def tidy_sweep(control: Control) -> int:
 def dhcp_sweep(control: Control) -> int:
     """Let each server node remove the DHCP host entries that no claim stands for. Returns how many were asked."""
     with control.store.read() as session:
-        nodes = session.scalars(select(ServerNode).where(ServerNode.state.in_(IN_POOL))).all()
-    queues = [quick_queue(node.domain_node, node.name) for node in nodes]
+        queues = quick_queues(session)
     broadcast(control.celery, TIDY_TASK, {}, queues, expires_s=control.settings.lease_ttl_s)
     return len(queues)
 

@@ -65,7 +65,7 @@ def _look_at(candidate: Candidate, rows: Sequence[Row]) -> tuple[int, list[tuple
         return 2, []
     if takers[largest] > CAREFUL:
         return 5, [(*entry, 0.1) for entry in candidate.mix]
-    return CAREFUL, [(*entry, 60 / max(1, n) ** 2) for entry, n in zip(candidate.mix, takers, strict=True)]
+    return CAREFUL, [(*entry, 300 / max(1, n) ** 3) for entry, n in zip(candidate.mix, takers, strict=True)]
 
 
 def _lost(room: NodeRoom, need: Need, weights: Sequence[tuple[int, int, float, float]]) -> float:

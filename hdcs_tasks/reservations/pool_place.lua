@@ -155,7 +155,7 @@ local function look_at()
   for i = 1, #mix do
     local p = mix[i]
     local nodes = p == largest and few or redis.call('ZCOUNT', pool_key, p[2] * 65536 + p[1], '+inf')
-    p[4] = 60 / math.max(1, nodes) ^ 2
+    p[4] = 300 / math.max(1, nodes) ^ 3
   end
   return careful
 end

@@ -17,6 +17,8 @@ from hdcs_tasks.errors import (
     HypervisorRefused,
     NoCapacity,
     NotFound,
+    OutcomeUnknown,
+    Unavailable,
 )
 from hdcs_tasks.hypervisor import disks, guests, networks, storage
 from hdcs_tasks.hypervisor.checkpoints import SEED
@@ -147,12 +149,32 @@ def _check_again(run: Run, spec: dict[str, Any]) -> None:
 def stop(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     ctx = run.ctx
     with lock(ctx, spec["vm_id"]):
-        _check_again(run, spec)
+        ended = run.attempt > 1 and guests.info(ctx.host(), spec["vm_id"]) is None
+        _check_unless(ended, run, spec)
         ran = guests.stop(ctx.host(), spec["vm_id"], force=spec["force"], timeout_s=spec["timeout_s"])
         if ran:
             _ended_in_order(ctx, spec["vm_id"])
-        release(ctx, spec["vm_id"], spec["mac"])
+        _give_back(ctx, spec)
     return {"node": ctx.server_node, "ran": ran}
+
+
+def _check_unless(ended: bool, run: Run, spec: dict[str, Any]) -> None:
+    """Where an earlier attempt has ended the guest, a cancel comes too late: what is left to do is done."""
+    if ended:
+        still_ours(run)
+    else:
+        _check_again(run, spec)
+
+
+def _give_back(ctx: NodeContext, spec: dict[str, Any]) -> None:
+    """``release``, after the guest has ended: that is no failure to be cancelled, it has to be seen through."""
+    try:
+        release(ctx, spec["vm_id"], spec["mac"])
+    except Unavailable as error:
+        raise OutcomeUnknown(
+            f"VM {spec['name']} has ended, and holds what it had: {error.message}",
+            next="The next attempt gives it back",
+        ) from error
 
 
 def _ended_in_order(ctx: NodeContext, vm_id: str) -> None:
@@ -185,10 +207,11 @@ def save(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     ctx = run.ctx
     target = saved_memory(layout(ctx), spec["vm_id"])
     with lock(ctx, spec["vm_id"]):
-        _check_again(run, spec)
+        ended = run.attempt > 1 and target.is_file() and guests.info(ctx.host(), spec["vm_id"]) is None
+        _check_unless(ended, run, spec)
         guests.save(ctx.host(), spec["vm_id"], target)
         _ended_in_order(ctx, spec["vm_id"])
-        release(ctx, spec["vm_id"], spec["mac"])
+        _give_back(ctx, spec)
     return {"node": ctx.server_node, "bytes": target.stat().st_size}
 
 

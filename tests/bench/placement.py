@@ -22,6 +22,7 @@ from time import perf_counter
 
 from hdcs_tasks.config import CapacitySettings
 from hdcs_tasks.errors import NoCapacity
+from hdcs_tasks.pool.policy import Order
 from hdcs_tasks.pool.rules import (
     Candidate,
     Free,
@@ -120,7 +121,7 @@ def fresh(reservations: Reservations, servers: Sequence[Server]) -> None:
 
 
 def stream(
-    reservations: Reservations, servers: Sequence[Server], vms: Sequence[Vm], aware: bool = True
+    reservations: Reservations, servers: Sequence[Server], vms: Sequence[Vm], aware: bool = True, order: Order = "pack"
 ) -> tuple[int, float]:
     """VMs placed before the first refusal, and seconds. ``aware``: with the mix seen so far; else plain best fit."""
     fresh(reservations, servers)
@@ -130,7 +131,7 @@ def stream(
         group = one.choose(vm)
         if group is None:
             return count, perf_counter() - begin
-        request = PlaceRequest(group, f"vm{count}", "s", *vm, console_port=False, ip=False, mix=expected)
+        request = PlaceRequest(group, f"vm{count}", "s", *vm, console_port=False, ip=False, mix=expected, order=order)
         try:
             one.placed(group, reservations.pool.place(request).node, vm)
         except NoCapacity:
@@ -157,7 +158,7 @@ def draw(seed: int, nodes: int, groups: int) -> tuple[list[Server], list[Vm]]:
 def rate(reservations: Reservations, nodes: int, rounds: int) -> list[Figure]:
     """Placements per second of one caller, plain and with a mix, beside the bare script, interleaved."""
     r = random.Random(nodes)
-    servers = [Server(f"n{i}", "east", r.randint(20000, 60000), r.randint(10**6, 3 * 10**6)) for i in range(nodes)]
+    servers = [Server(f"n{i}", "east", r.randint(20000, 60000), r.randint(4 * 10**6, 12 * 10**6)) for i in range(nodes)]
     fresh(reservations, servers)
     bare = reservations.pool._link.client.register_script(BARE)
     for s in servers:
@@ -219,17 +220,19 @@ def one_node_free(reservations: Reservations) -> list[Figure]:
 
 
 def mixed(reservations: Reservations, first_seed: int, seeds: int) -> list[Figure]:
-    """A mixed stream on mixed servers: share of the bound; plain best fit beside it."""
-    aware, plain = [], []
+    """A mixed stream on mixed servers: share of the bound; plain best fit beside it, and what spreading keeps."""
+    aware, plain, spread = [], [], []
     for seed in range(first_seed, first_seed + seeds):
         servers, vms = draw(seed, 20, 1)
         most = bound(servers, vms)
         aware.append(stream(reservations, servers, vms)[0] / most)
         plain.append(stream(reservations, servers, vms, aware=False)[0] / most)
+        spread.append(stream(reservations, servers, vms, order="spread")[0] / most)
         say(f"seed {seed}: {aware[-1]:.4f} of {most} VMs (best fit {plain[-1]:.4f})")
     return [
         judged("quality_mixed_mean", sum(aware) / seeds, "of bound", 1.0, 0.985, ">="),
         judged("quality_mixed_worst", min(aware), "of bound", 1.0, 0.975, ">="),
+        Figure("spread_mixed_mean", round(sum(spread) / seeds, 4), "of bound", 1.0, round(sum(spread) / seeds, 4)),
         Figure("best_fit_mixed_mean", round(sum(plain) / seeds, 4), "of bound", 1.0, round(sum(plain) / seeds, 4)),
     ]
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 Vm = tuple[int, int]  # vCPU, MiB
+MOST = 2**36
+"""Of either amount: a server node's free memory times 65,536 must be a whole number to Redis's sorted sets, too."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ def read_rows(path: Path, key: str, amounts: dict[str, int], least: int) -> list
             value = absent if value is None else value
             if value is absent and absent < 0:
                 raise BadFileError(f"{where} has no {name}")
+            if isinstance(value, int | float) and value > MOST and least == 0:
+                raise BadFileError(f"{where}: {name} is {value}, more than {MOST}, the most a server node may have")
             if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1 or value < least:
                 raise BadFileError(f"{where}: {name} is {row.get(name)!r}, not a whole number of at least {least}")
             row[name] = int(value)
@@ -63,4 +67,5 @@ def read_files(cluster: Path, requests: Path) -> tuple[list[Server], list[Vm]]:
         vcpus, memory = max(0, n["vcpus"] - n["used_vcpus"]), max(0, n["memory_mib"] - n["used_memory_mib"])
         servers.append(Server(f"n{i}", group, vcpus, memory))
     rows = read_rows(requests, "requests", {"vcpus": -1, "memory_mib": -1}, 1)
-    return servers, [(r["vcpus"], r["memory_mib"]) for r in rows]
+    # What is more than any server node may have fits nowhere, however much more it is.
+    return servers, [(min(r["vcpus"], MOST), min(r["memory_mib"], MOST)) for r in rows]

@@ -39,6 +39,9 @@ CLUSTERS: dict[str, tuple[list[dict[str, Any]], tuple[int, int], int, int]] = {
     "nothing asked": ([node("a", 8, 8192)], (1, 1), 0, 0),
     "no memory": ([node("a", 8, 0), node("b", 0, 8192)], (1, 1), 3, 0),
     "many groups": ([node(f"n{i}", 2, 2048, group=f"g{i}") for i in range(120)], (1, 1024), 300, 240),
+    "of all kinds": ([node("a", 256, 2**20, group="x", used_vcpus=250), node("a", 2, 1024, group="x"),
+                      node("é|,", 8.0, 4096, group=7), node("", 1, 2**36, group=None)], (1, 512), 60, 6 + 2 + 8 + 1),
+    "a huge one": ([node("a", 64, 65536)], (10**20, 10**20), 2, 0),
     "wide": ([node("a", 100_000, 2**30)], (70_000, 1024), 3, 0),
     "a thousand": ([node(f"n{i}", 1 + i % 3, 4096, group=f"g{i % 4}") for i in range(1000)], (3, 1024), 400, 333),
 }  # fmt: skip
@@ -72,6 +75,9 @@ BAD = {
     "no memory": ('{"nodes": [{"vcpus": 1}]}', "nodes[0] has no memory_mib"),
     "text": ('{"nodes": [{"vcpus": "2", "memory_mib": 3}]}', "vcpus is '2'"),
     "less than nothing": ('{"nodes": [{"vcpus": 1, "memory_mib": 3, "used_vcpus": -1}]}', "used_vcpus is -1"),
+    "not a number": ('{"nodes": [{"vcpus": NaN, "memory_mib": 3}]}', "vcpus is nan"),
+    "endless": ('{"nodes": [{"vcpus": Infinity, "memory_mib": 3}]}', "vcpus is inf"),
+    "too much": ('{"nodes": [{"vcpus": 1, "memory_mib": 1e30}]}', "memory_mib is 1e+30, more than 68719476736"),
     "half": ('{"nodes": [{"vcpus": 1.5, "memory_mib": 3}]}', "vcpus is 1.5"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import redis
 
+from hdcs_tasks.cli.main import run
 from hdcs_tasks.clock import now_s
 from hdcs_tasks.cloud import Cloud
 from hdcs_tasks.config import CapacitySettings, Settings
@@ -37,6 +39,8 @@ class Center:
         self.control = self.cloud.control
         self.pool = self.control.reservations.pool
         self.tokens: dict[str, str] = {}
+        self.slow: dict[str, float] = {}
+        """Names of VMs whose agent never answers -> how long their starts count as under way (s)."""
         assert reservation_sweep(self.control) == "rebuilt"
         ensure_built_in(self.control)
 
@@ -103,9 +107,11 @@ class Center:
             order=spec["order"], tags=tuple(spec["node_tags"]), marks=tuple(spec["marks"]),
             shuns=tuple(spec["shuns"]), seeks=tuple(spec["seeks"]),
             mix=tuple(MixEntry(*entry) for entry in spec["mix"]), label=spec["label"], hint=spec["hint"],
+            start_s=self.slow.get(spec["shown"]["vm"], 120.0),
         ))  # fmt: skip
-        # The played guests boot at once: they do not count as starts under way.
-        self.pool.started(step["queue"], placed.node, vm_id)
+        if spec["shown"]["vm"] not in self.slow:
+            # The played guests boot at once: they do not count as starts under way.
+            self.pool.started(step["queue"], placed.node, vm_id)
         return {"node": placed.node, "result": {"node": placed.node, "port": placed.port, "ip": placed.ip}}
 
     def home(self, vm_id: str) -> str:
@@ -399,6 +405,65 @@ def test_starts_under_way_are_bounded_per_server_node_and_storage(center: Center
     snapshot = center.control.reservations.dump()
     center.control.reservations.rebuild(snapshot)
     assert center.pool.start_limit("east") == 2, "the rebuild keeps the limit"
+
+
+def test_one_slow_vm_holds_up_nobody(center: Center) -> None:
+    """Its start takes one place of those bounded, and the others pass it; where there is one place only, they wait no
+    longer than a boot counts."""
+    center.node("east", "node1", 8192)
+    center.image()
+    center.cloud.vms.clone("mini", name="d-{}", count=5, profile="tiny")
+    center.play()
+    center.cloud.server_nodes.set("node1", max_starts=2)
+    center.slow["d-1"] = 120.0
+    center.cloud.vms.start_all(home="east")
+    center.play()
+    assert center.running() == {"d-1", "d-2", "d-3", "d-4", "d-5"}
+    for name in ("d-1", "d-2", "d-3"):
+        center.cloud.vms[name].stop()
+    center.play()
+    center.cloud.server_nodes.set("node1", max_starts=1)
+    center.slow["d-1"] = 0.5
+    for name in ("d-1", "d-2", "d-3"):
+        center.cloud.vms[name].start()
+        center.play()
+    assert [step["error"]["code"] for step in center.steps("parked")] == ["no_capacity"] * 2
+    time.sleep(0.6)
+    for _ in range(2):
+        assert waiting_sweep(center.control) == 1
+        center.play()
+    assert {"d-1", "d-2", "d-3"} <= center.running()
+
+
+def test_what_ifs_and_one_server_node_kept_free(center: Center, capsys: pytest.CaptureFixture[str]) -> None:
+    """As told by Python and by the command line: per server node, per domain node and in all."""
+    center.node("east", "node1", 1024)
+    center.node("east", "node2", 512)
+    center.node("west", "node3", 256)
+    center.image()
+    found = center.cloud.capacity("tiny")
+    east, west = found["domain_nodes"]["east"], found["domain_nodes"]["west"]
+    assert (found["vms"], found["n_plus_one"]) == (14, 4)
+    assert (east["vms"], east["n_plus_one"], west["vms"], west["n_plus_one"]) == (12, 4, 2, 0)
+    assert {name: node["vms"] for name, node in east["server_nodes"].items()} == {"node1": 8, "node2": 4}
+    without = center.cloud.capacity("tiny", without=["node1"])
+    assert (without["vms"], without["domain_nodes"]["east"]["n_plus_one"]) == (6, 0)
+    shape = {"domain_node": "west", "vcpus": 3, "memory_mib": 65536}
+    more = center.cloud.capacity("tiny", with_nodes=[shape])
+    assert more["domain_nodes"]["west"]["server_nodes"]["new-node-1"] == {"vms": 3, "limit": "vcpus"}
+    assert (more["vms"], more["domain_nodes"]["west"]["n_plus_one"]) == (17, 2)
+    center.cloud.profiles.create("half", vcpus=1, memory_mib=512)
+    assert center.cloud.capacity(mix={"half": 1, "tiny": 2})["mix"] == {"rounds": 2, "vms": 6, "stopped_by": "half"}
+    words = ("pool", "capacity", "tiny", "--without", "node1", "--with-node", "west:3x65536", "-f", "json")
+    capsys.readouterr()
+    assert run(words, lambda: center.cloud) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["vms"] == 6 + 3
+    assert told == center.cloud.capacity("tiny", without=["node1"], with_nodes=[shape])
+    with pytest.raises(NotFound, match="no server node 'node7'"):
+        center.cloud.capacity("tiny", without=["node7"])
+    with pytest.raises(Invalid, match="of which domain node"):
+        center.cloud.capacity("tiny", with_nodes=[{"vcpus": 1, "memory_mib": 1}])
 
 
 def test_a_profile_claims_what_its_overcommit_leaves(center: Center) -> None:

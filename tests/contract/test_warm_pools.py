@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from datetime import timedelta
 from typing import Any
 
 import pytest
+import redis
 
 from hdcs_tasks.errors import Conflict, Invalid, NoCapacity, NotFound
 from hdcs_tasks.reservations import PlaceRequest
@@ -68,6 +70,22 @@ def test_one_is_taken_and_another_made(pool: Center) -> None:
     settled(pool)
     assert warm(pool)["ready"] == 3
     assert "desk" not in warm(pool)["desktops"]
+
+
+def test_the_taker_comes_before_the_next_one_is_made(pool: Center) -> None:
+    """The boot of a new one would slow the start of the one that was taken down; where that one runs, nobody waits."""
+    client = redis.Redis.from_url(pool.control.settings.redis_url)
+    queue = f"{pool.control.settings.key_prefix}control"
+
+    def asked_for() -> int:
+        tasks = [json.loads(message)["headers"]["task"] for message in client.lrange(queue, 0, -1)]
+        return tasks.count("vm.top_up_warm")
+
+    before, saved = asked_for(), warm(pool)["kept"] == "saved"
+    operation = pool.cloud.vms.clone("mini", name="desk", profile="tiny", warm=True)
+    assert asked_for() - before == (0 if saved else 1)
+    pool.play()
+    assert (operation.state, asked_for() - before) == ("done", 1)
 
 
 def test_more_than_there_are_come_cold(pool: Center) -> None:

@@ -51,6 +51,11 @@ def test_a_saved_warm_desktop_is_there_sooner_than_a_cold_one(east: Center) -> N
     shown = cloud.vms["mine"].show()
     assert (shown["id"], shown["owner"], shown["warm_pool"], shown["state"]) == (vm_id, "ann", None, "running")
     assert [step["name"] for step in operation.show()["steps"]] == ["vm.start_on_node"]
+    decision = operation.show()["decision"]
+    taken = decision["best"][0]
+    assert decision["node"] == taken["node"] == shown["server_node"]
+    assert decision["mix"], "both of the order and of the mix the choice was made by, the operation tells"
+    assert {node["node"] for node in decision["best"]} == {"node1", "node2"}
     assert answers(east, "mine"), "it goes on where it was saved: its agent need not come up anew"
     wait_for("another one in its place", lambda: cloud.warm_pools.show("lab")["ready"] == 1, BOOT_S)
     cloud.warm_pools.delete("lab")
@@ -77,7 +82,7 @@ def test_a_storm_has_its_desktops_ready_and_the_pool_is_evened(east: Center) -> 
     assert len(plan["moves"]) == 2
     cloud.rebalance("east", concurrency=1).result(timeout_s=240)
     assert where(east, *names) == {"node1": 2, "node2": 2}
-    assert all(answers(east, name) for name in names)
+    wait_for("the agents after their moves", lambda: all(answers(east, name) for name in names), 120)
 
 
 def test_a_server_node_tells_what_its_bound_is_made_of(east: Center) -> None:

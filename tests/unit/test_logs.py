@@ -16,6 +16,7 @@ import pytest
 import structlog
 
 from hdcs_tasks import logs
+from hdcs_tasks.app import describe
 from hdcs_tasks.config import Settings
 
 SECRET = "s3cr3t-w0rd"
@@ -50,6 +51,16 @@ def test_a_line_inside_a_task_tells_what_it_is_about(lines: Any) -> None:
     assert {key: second[key] for key in about} == about and second["event"] == "something is slow"
     assert third["server_node"] == "node1" and "operation" not in third
     assert {"timestamp", "level", "logger"} <= set(third)
+
+
+def test_celerys_own_lines_tell_it_too(lines: Any) -> None:
+    """ "received" and "succeeded" are written outside the task: by the description its message carries."""
+    kwargs = {"operation": "1a2b3c4d-rest", "step": "s", "attempt": 1, "spec": {"shown": {"vm": "desk-001"}}}
+    aside = {"id": "s.1", "name": "vm.stop_on_node", "args": "", "kwargs": describe(kwargs)}
+    logging.getLogger("celery.worker.strategy").warning("Task %(name)s[%(id)s] received", aside, extra={"data": aside})
+    (line,) = lines()
+    about = {"task": "vm.stop_on_node", "task_id": "s.1", "operation": "1a2b3c4d", "vm": "desk-001"}
+    assert {key: line.get(key) for key in about} == about and line["server_node"] == "node1"
 
 
 def test_the_context_of_messages_to_control() -> None:
