@@ -18,7 +18,7 @@ from hdcs_tasks.hypervisor import disks
 from hdcs_tasks.operations.control import Asked
 from hdcs_tasks.operations.views import show
 from hdcs_tasks.states import BackupState, ImageState, VmState
-from hdcs_tasks.store.models import Backup, BackupPolicy, Event, Image, ImageCopy, Operation, Vm
+from hdcs_tasks.store.models import Backup, BackupPolicy, Event, Image, ImageCopy, Operation, Step, Vm
 from hdcs_tasks.vm import control as vms
 from hdcs_tasks.vm import control_delete
 from tests.contract.backup_place import Place
@@ -296,8 +296,9 @@ def test_a_policy_runs_once_per_moment_and_no_more_at_once_than_allowed(place: P
         place.vm(f"desk-0{number}", tags=["office"])
     place.vm("other-01")
     control_policy.create(
-        place.control, "nightly", schedule="daily 02:00", selector={"tag": "office"}, keep=Keep(last=2), concurrency=2
-    )
+        place.control, "nightly", schedule="daily 02:00", selector={"tag": "office"}, keep=Keep(last=2), concurrency=2,
+        bandwidth_mib_s=100,
+    )  # fmt: skip
     control_policy.policy_sweep(place.control)
     assert live(place, "backup.create") == [], "its first run is at the next moment, not at once"
     ran_long_ago(place, "nightly")
@@ -305,6 +306,9 @@ def test_a_policy_runs_once_per_moment_and_no_more_at_once_than_allowed(place: P
         control_policy.policy_sweep(place.control)
     assert live(place, "backup.create") == ["desk-01", "desk-02"]
     assert control_policy.show(place.control, "nightly")["pending"] == 2
+    with place.control.store.read() as session:
+        specs = [s.spec for s in session.scalars(select(Step).where(Step.name == "backup.create_on_node"))]
+    assert [spec["bandwidth_mib_s"] for spec in specs] == [50, 50], "the storage's bandwidth is shared"
     assert place.work("east") == ["backup.create_on_node"] * 4, "each that ends wakes the next"
     control_policy.policy_sweep(place.control)
     assert live(place, "backup.create") == []

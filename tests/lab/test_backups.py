@@ -107,8 +107,10 @@ def test_the_chain_goes_on_and_every_point_comes_back(desk: Desk) -> None:
     desk.note("libvirtd")
     kill_libvirtd(desk)
     points.append(desk.backup())
+    node = desk.node
     desk.vm.stop().result(timeout_s=LONG_S)
     points.append(desk.backup())
+    same_as_disk(desk, node, points[-1])
     desk.start()
     desk.note("started")
     points.append(desk.backup(bandwidth_mib_s=50))
@@ -154,8 +156,17 @@ def kill_libvirtd(desk: Desk) -> None:
     wait_for("libvirtd to be back", back, 60)
 
 
+def same_as_disk(desk: Desk, node: str, point: dict[str, Any]) -> None:
+    """The stopped VM's disk is what the whole chain up to the point gives, whatever happened between its points."""
+    file = f"{SRV}/backups/{desk.id}/{point['chain']}/{point['seq']:04d}.qcow2"
+    desk.center.lab.run(node, ["qemu-img", "compare", file, f"{SRV}/vms/{desk.id}/disk0.qcow2"])
+
+
 def _set_back(desk: Desk, point: dict[str, Any]) -> None:
+    desk.note("grown")
+    node = desk.node
     desk.vm.stop().result(timeout_s=LONG_S)
+    same_as_disk(desk, node, desk.backup())
     desk.cloud.backups.restore(point["id"], in_place=True).result(timeout_s=LONG_S)
     desk.vm.wait_ready(timeout_s=LONG_S)
     assert desk.sh("cat /root/note") == "moved"
