@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import os
-import signal
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +16,7 @@ from hdcs_tasks.errors import HdcsError, Unreachable
 from hdcs_tasks.hypervisor import agent, networks
 from hdcs_tasks.hypervisor.connection import Host
 from hdcs_tasks.hypervisor.storage import KINDS
-from tests.lab.data_center import BOOT_S, add_image, at_guest, data_center, libvirt_of, picture, wait_idle
+from tests.lab.data_center import BOOT_S, add_image, at_guest, data_center, kill_worker, libvirt_of, picture, wait_idle
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(600)]
 REFUSED = 78
@@ -168,17 +166,6 @@ def test_the_storage_primary_is_the_lowest_ip_of_the_living(whole: Center) -> No
     assert pool(whole)["storage_primary"] == "node1"
     assert (pool(whole)["memory_mib"], vms_that_fit(whole)) == (memory_mib, fit)
     assert server_node(whole, "node1")["subnet"] == subnet
-
-
-def kill_worker(center: Center, node: str) -> None:
-    """kill -9 of the node program and its workers; libvirtd and the guests live on."""
-    found = [pid for pid, line in center.lab.space(node).processes() if "workers.server_node" in line]
-    assert len(found) >= 3, "supervisor and two workers"
-    for pid in found:
-        os.kill(pid, signal.SIGSTOP)  # so that none sees another's end and still says goodbye
-    for pid in found:
-        os.kill(pid, signal.SIGKILL)
-    center.pids.pop(node)
 
 
 def test_a_killed_node_is_lost_after_its_lease_and_comes_back_the_same(whole: Center, desk: str) -> None:

@@ -20,7 +20,7 @@ from hdcs_tasks.errors import Conflict, NotFound
 from tests.lab.traces import NOTHING, left_by, namespaces
 
 pytestmark = [pytest.mark.lab, pytest.mark.usefixtures("lab_possible")]
-NET = free_net("10.98")
+NET = free_net("10.95")
 
 
 @pytest.fixture
