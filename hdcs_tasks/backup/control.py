@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
+from hdcs_tasks.backup.control_drop import drop_copies
 from hdcs_tasks.backup.rules import FullRule, Point, next_point
 from hdcs_tasks.errors import Conflict, HdcsError, NotFound, WrongState
 from hdcs_tasks.operations.control import Asked, Control, Tx
@@ -222,6 +223,7 @@ def _deleted(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -
     backup = tx.session.get(Backup, operation.request["backup"])
     if backup is not None:
         move(backup, BackupState.DELETED)
+        drop_copies(tx, backup.vm_id, backup.vm_name)
 
 
 @on_failed("backup.delete_on_node")

@@ -11,6 +11,7 @@ from typing import Any
 from sqlalchemy import select
 
 from hdcs_tasks.backup.control import usable
+from hdcs_tasks.backup.control_drop import forget_copies, gone_at
 from hdcs_tasks.backup.rules import lies_in
 from hdcs_tasks.errors import BackupBroken, Conflict, HdcsError, Unreachable
 from hdcs_tasks.operations.control import Asked, Control, Tx
@@ -71,7 +72,7 @@ def add_fetch_step(
     spec |= {
         "source_vm_id": backup.vm_id, "points": [link.manifest for link in links],
         "replace": [link.id for link in links if places_of(link).get(to) is BackupState.BROKEN],
-        "drop": _gone(tx, backup.vm_id, to),
+        "drop": gone_at(tx, backup.vm_id, to),
     }  # fmt: skip
     return tx.step(operation, FETCH, to, spec, patience_s=PATIENCE_S)
 
@@ -105,22 +106,11 @@ def _source(tx: Tx, links: list[Backup], backup: Backup) -> str:
     raise error or Unreachable(f"no storage holds backup {backup.id} whole", next="See: hdcs backup verify")
 
 
-def _gone(tx: Tx, vm_id: str, domain_node: str) -> list[str]:
-    """Copies there of points that were dropped meanwhile."""
-    query = select(BackupCopy).join(Backup).where(
-        Backup.vm_id == vm_id, BackupCopy.domain_node == domain_node, Backup.state == BackupState.DELETED
-    )  # fmt: skip
-    return [found.backup_id for found in tx.session.scalars(query)]
-
-
 @on_done(FETCH)
 def _fetched(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
     for point in step.spec["points"]:
         record_copy(tx, point["id"], step.queue)
-    for point_id in result["dropped"]:
-        row = tx.session.get(BackupCopy, (point_id, step.queue))
-        if row is not None:
-            tx.session.delete(row)
+    forget_copies(tx, result["dropped"], step.queue)
 
 
 def record_copy(tx: Tx, point_id: str, domain_node: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from sqlalchemy import select
 
 from hdcs_tasks.backup.control import is_being_read, of_vm, points_of
+from hdcs_tasks.backup.control_drop import drop_copies
 from hdcs_tasks.backup.rules import Keep, Prune, plan_prune
 from hdcs_tasks.errors import Conflict, HdcsError, NotFound, OutcomeUnknown
 from hdcs_tasks.operations.control import Asked, Control, Tx
@@ -88,6 +89,8 @@ def _pruned(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) ->
         if backup is not None:
             move(backup, BackupState.DELETED)
     _keep_on(tx, result["left"], BackupState.READY)
+    policy = operation.request.get("policy") or {}
+    drop_copies(tx, step.spec["vm_id"], operation.subject, without=filter(None, [policy.get("copy_to")]))
 
 
 @on_failed("backup.prune_on_node")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from hdcs_tasks.clock import monotonic_s
-from hdcs_tasks.errors import BackupBroken, HdcsError, NotFound, OutcomeUnknown
+from hdcs_tasks.errors import BackupBroken, Cancelled, HdcsError, NotFound, OutcomeUnknown
 from hdcs_tasks.hypervisor import backup as guest_backup
 from hdcs_tasks.hypervisor import guests, merging, storage
 from hdcs_tasks.hypervisor.bases import storage_errors
@@ -45,7 +46,7 @@ def create(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
         merging.settle(repository, spec["vm_id"])
         done = _published(repository, spec)
         if done is None:
-            run.check()
+            _check(run, spec, repository)
             done = _write(run, spec, layout, repository)
         # Also when an earlier attempt published it: that one may have died before its checkpoint counted.
         _keep(run, layout, spec["vm_id"], done)
@@ -53,6 +54,21 @@ def create(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
         "node": ctx.server_node, "checkpoint": done.checkpoint, "file_bytes": done.file_bytes, "sha256": done.sha256,
         "consistency": done.consistency, "manifest": asdict(done),
     }  # fmt: skip
+
+
+def _check(run: Run, spec: dict[str, Any], repository: Repository) -> None:
+    """The fence. A cancelled step undoes what its dead attempts left, a frozen guest above all: nobody comes after."""
+    try:
+        run.check()
+    except Cancelled:
+        partial = _partial(run, spec, repository)
+        _discard_earlier(run, spec["vm_id"], partial, f"hdcs-{spec['point']}")
+        repository.forget_empty(spec["vm_id"], spec["chain"])
+        raise
+
+
+def _partial(run: Run, spec: dict[str, Any], repository: Repository) -> Path:
+    return repository.partial(spec["vm_id"], spec["chain"], spec["seq"], f"{run.attempt}")
 
 
 def _published(repository: Repository, spec: dict[str, Any]) -> Point | None:
@@ -65,15 +81,14 @@ def _published(repository: Repository, spec: dict[str, Any]) -> Point | None:
 
 def _write(run: Run, spec: dict[str, Any], layout: storage.StorageLayout, repository: Repository) -> Point:
     kind: Kind = "full" if spec["kind"] == "full" else "inc"
-    base = _base(run, spec, layout, repository)
-    parent = _parent(repository, spec)
-    below = parent or base
-    backing = repository.backing(below, spec["vm_id"], spec["chain"]) if below is not None else None
-    partial = repository.partial(spec["vm_id"], spec["chain"], spec["seq"], f"{run.attempt}")
+    partial = _partial(run, spec, repository)
     checkpoint = f"hdcs-{spec['point']}"
-    _discard_earlier(run, spec["vm_id"], partial, checkpoint)
-    run.progress(5, "copying")
+    _discard_earlier(run, spec["vm_id"], partial, checkpoint)  # first: what follows may fail, and the guest be frozen
     try:
+        base = _base(run, spec, layout, repository)
+        below = _parent(repository, spec) or base
+        backing = repository.backing(below, spec["vm_id"], spec["chain"]) if below is not None else None
+        run.progress(5, "copying")
         made = _copy(run, spec, layout, partial, checkpoint, backing)
         run.check()
         draft = Point(

@@ -45,6 +45,13 @@ def fetch(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     return done | {"dropped": _drop(run, repository, spec)}
 
 
+def drop(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
+    """Drop the points of ``spec["drop"]`` that nothing here stands on. Result: ``dropped``, those gone before too."""
+    repository = repository_of(run)
+    merging.settle(repository, spec["source_vm_id"])
+    return {"node": run.ctx.server_node, "dropped": _drop(run, repository, spec)}
+
+
 def _file(repository: Repository, point: Point) -> dict[str, Any]:
     path = repository.file(point).relative_to(repository.root)
     return {"path": str(path), "size_bytes": point.file_bytes, "sha256": point.sha256}

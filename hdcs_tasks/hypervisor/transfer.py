@@ -102,11 +102,12 @@ def fetch(
     there), HypervisorRefused (it differs there from what was asked for; no space), Cancelled (what came is dropped).
     """
     begun = time.monotonic()
+    partial = target.with_name(f"{target.name}.{file.sha256[:12]}.transfer")
     if target.exists():
         if target.stat().st_size != file.size_bytes or disks.sha256(target, cancelled=cancelled) != file.sha256:
             raise Conflict(f"{target} is another file than {file.path} of the source", next="Remove or rename it first")
+        partial.unlink(missing_ok=True)  # an attempt may have died between giving the name and this
         return Received(0, file.size_bytes, time.monotonic() - begun)
-    partial = target.with_name(f"{target.name}.{file.sha256[:12]}.transfer")
     with storage_errors(f"receiving {file.path}"), _opened(partial) as out:
         pull = _Pull(file, out, bandwidth_mib_s, on_progress, cancelled)
         try:
@@ -143,7 +144,7 @@ def _give_name(partial: Path, target: Path) -> None:
     except FileExistsError:
         raise Conflict(f"{target} appeared meanwhile", next="Look at what is there") from None
     disks.sync(target.parent)
-    partial.unlink()
+    partial.unlink(missing_ok=True)  # another attempt that saw the name may have done it
 
 
 @contextmanager

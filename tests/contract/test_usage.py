@@ -135,6 +135,25 @@ def test_a_start_past_the_quota_is_refused_and_a_bulk_start_fails_for_those(pool
     vms.start(pool, "a3", Asked())
 
 
+def test_of_many_at_once_only_as_many_pass_as_the_quota_allows(pool: Control) -> None:  # noqa: F811
+    """The quota's row is locked until the request's transaction ends: without that all would see the last unit free."""
+    names = [f"a{n}" for n in range(6)]
+    for name in names:
+        add(pool, name, "alice")
+    control_quota.set_quota(pool, "alice", running_vms=2)
+
+    def ask(name: str) -> str:
+        try:
+            vms.start(pool, name, Asked())
+        except QuotaExceeded:
+            return "refused"
+        return "accepted"
+
+    answers = together(*[lambda name=name: ask(name) for name in names])  # type: ignore[misc]
+    assert sorted(answers) == ["accepted"] * 2 + ["refused"] * 4
+    assert control_quota.list_quotas(pool)[0]["used_running_vms"] == 2
+
+
 def test_whoever_has_no_quota_has_that_of_everybody(pool: Control) -> None:  # noqa: F811
     add(pool, "c", "carol")
     control_quota.set_quota(pool, "*", vms=1)

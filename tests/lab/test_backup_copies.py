@@ -15,6 +15,7 @@ from hdcs_tasks.errors import BackupBroken, WrongState
 from hdcs_tasks.hypervisor import layers
 from hdcs_tasks.hypervisor.keys import KeyRing
 from hdcs_tasks.hypervisor.repository import Repository
+from tests.lab.desks import image_info
 from tests.lab.test_backups import Desk
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(1500)]
@@ -58,7 +59,6 @@ def test_a_second_copy_outlives_the_first(center: Center, keys_dir: Path) -> Non
     points = [_policy_run(desk, 1)]
     desk.note("second")
     points.append(_policy_run(desk, 2))
-    desk.vm.stop().result(timeout_s=LONG_S)
     ring = KeyRing(keys_dir)
     west = Repository(center.lab.storage("west"), ring)
     for point in points:
@@ -67,7 +67,6 @@ def test_a_second_copy_outlives_the_first(center: Center, keys_dir: Path) -> Non
     _nothing_in_clear(center, desk)
     _bad_copy_is_replaced(center, desk, points)
     # Into another domain node that has no copy: a full one, taken to east only.
-    desk.vm.start().result(timeout_s=LONG_S)
     _restored_elsewhere(desk, desk.backup(full=True), ring)
     # The first is gone: its storage is another one, its record says broken.
     shutil.rmtree(desk.repository.folder / desk.id)
@@ -79,6 +78,33 @@ def test_a_second_copy_outlives_the_first(center: Center, keys_dir: Path) -> Non
         desk.vm.stop().result(timeout_s=LONG_S)
         cloud.backups.restore(points[1]["id"], in_place=True)
     cloud.backups.copy(points[1]["id"], "west").result(timeout_s=LONG_S)  # it is there
+    _moved_encrypted(desk)
+
+
+def _moved_encrypted(desk: Desk) -> None:
+    """Running, to the other domain node: the disk stays encrypted, the next point is a full one there, and restored it
+    is what was written."""
+    desk.start()
+    desk.note("moved")
+    written = desk.sh("md5sum /root/moved")
+    desk.vm.migrate(to="west").result(timeout_s=LONG_S)
+    shown = desk.vm.show()
+    assert (shown["home"], shown["state"], shown["disk_key"]) == ("west", "running", "disks")
+    disk = desk.center.lab.storage("west") / "vms" / desk.id / "disk0.qcow2"
+    assert image_info(disk)["encrypted"] is True
+    assert MARK.encode() not in disk.read_bytes()
+    assert desk.sh(f"echo 3 > /proc/sys/vm/drop_caches; md5sum /root/moved; grep -c {MARK} /root/secret") == (
+        f"{written}\n2000"
+    )
+    point = desk.backup()
+    assert (point["kind"], point["domain_node"], point["manifest"]["key"]) == ("full", "west", "vault")
+    following = desk.backup()
+    assert (following["kind"], following["parent_id"]) == ("increment", point["id"])
+    desk.cloud.backups.restore(following["id"], name="back-01").result(timeout_s=LONG_S)
+    back = Desk(desk.center, "back-01")
+    back.vm.wait_ready(timeout_s=LONG_S)
+    assert back.sh("md5sum /root/moved") == written
+    back.vm.delete().result(timeout_s=LONG_S)
 
 
 def _policy_run(desk: Desk, count: int) -> dict[str, Any]:
