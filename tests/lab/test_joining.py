@@ -155,7 +155,7 @@ def test_the_storage_primary_is_the_lowest_ip_of_the_living(whole: Center) -> No
     memory_mib = pool(whole)["memory_mib"]
     assert pool(whole)["storage_primary"] == "node1"
     whole.stop("node1")
-    wait_for("node1 to leave", lambda: server_node(whole, "node1")["state"] == "left", 30)
+    wait_for("node1 to leave", lambda: server_node(whole, "node1")["state"] == "left", 120)
     shrunk = pool(whole)
     assert shrunk["storage_primary"] == "node2"
     assert shrunk["memory_mib"] == memory_mib - server_node(whole, "node1")["memory_mib"]
@@ -173,7 +173,7 @@ def test_a_killed_node_is_lost_after_its_lease_and_comes_back_the_same(whole: Ce
     vm = whole.cloud.vms[desk].show()
     kill_worker(whole, "node2")
     assert server_node(whole, "node2")["state"] == "up", "nobody can know it yet"
-    wait_for("node2 to be lost", lambda: server_node(whole, "node2")["state"] == "lost", 30)
+    wait_for("node2 to be lost", lambda: server_node(whole, "node2")["state"] == "lost", 120)
     assert pool(whole)["memory_mib"] == memory_mib - before["memory_mib"]
     assert vms_that_fit(whole) < fit
     assert any(e["kind"] == "server_node.lost" and "its lease ran out" in e["message"] for e in whole.cloud.events())
@@ -209,7 +209,7 @@ def test_a_guest_that_ends_from_inside_is_settled(whole: Center, desk: str) -> N
     assert (seen["server_node"], seen["port"], seen["ip"]) == (None, None, None)
     assert vm["id"] not in {claim.vm for claim in claims("east")}
     assert server_node(whole, "node2")["free_memory_mib"] > free_mib
-    wait_for("its port to be free", lambda: not pool(whole)["ports_used"] and not pool(whole)["ports_cooling"], 30)
+    wait_for("its port to be free", lambda: not pool(whole)["ports_used"] and not pool(whole)["ports_cooling"], 120)
     with libvirt_of(whole, "node2") as host:
         assert host.lookup(vm["id"]) is None, "no definition stays where no guest runs"
         assert vm["mac"] not in {entry.mac for entry in networks.dhcp_hosts(host, "hdcs")}
