@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import func, select
@@ -12,13 +13,14 @@ from hdcs_tasks.backup.rules import RESTORE_IN_PLACE_IN, lies_in, restore_in
 from hdcs_tasks.errors import HdcsError, Invalid, NotFound, Unreachable, WrongState
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed, plan_steps
+from hdcs_tasks.pool import planning
 from hdcs_tasks.pool.control import IN_POOL, get_domain_node
 from hdcs_tasks.routing import check_name
 from hdcs_tasks.states import BackupState, ImageState, VmState
 from hdcs_tasks.store.models import Backup, Image, ImageCopy, Operation, ServerNode, Step, Vm, new_id, now
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import add_start_step, get_vm, vm_of
-from hdcs_tasks.vm.control_clone import Shape, choose_homes, new_vm, rooms_of
+from hdcs_tasks.vm.control_clone import Shape, choose, choose_homes, new_vm, rooms_of
 from hdcs_tasks.vm.control_delete import forget
 from hdcs_tasks.vm.control_quota import check_quota
 from hdcs_tasks.vm.rules import expand_names
@@ -32,8 +34,8 @@ def restore(
 ) -> Operation:  # fmt: skip
     """Restore a point as a new VM ``name`` of the same shape, or ``in_place`` as the disk of the VM it was taken of.
 
-    ``domain_node``: where; what is not there is copied there first. By default where the backup lies, or, when that is
-    gone or broken, where a second copy does.
+    ``domain_node``: where; what is not there is copied there first. By default layer one chooses: where the backup lies
+    if a server node there fits, else where a good second copy does, else where it has to be copied to.
     """
     if in_place == (name is not None):
         raise Invalid("a restore makes a new VM or sets one back", next="Give a name, or ask for it in place")
@@ -43,10 +45,34 @@ def restore(
         backup = usable(tx, backup_id, BackupState.READY, BackupState.BROKEN)
         if name is None:
             return _open_in_place(tx, backup, asked, start)
-        at = _place(tx, backup, domain_node)
+        at, decision = _place(tx, backup, domain_node), None
+        if domain_node is None:
+            at, decision = _where_it_fits(tx, backup, at)
         taken = set(tx.session.scalars(select(Vm.name).where(Vm.deleted_at.is_(None))))
         name = expand_names(name, 1, taken)[0]
-        return open_as_new(tx, "backup.restore", backup, name, asked, {"start": start}, *at)
+        operation = open_as_new(tx, "backup.restore", backup, name, asked, {"start": start}, *at)
+        operation.decision = decision
+        return operation
+
+
+def _where_it_fits(tx: Tx, backup: Backup, first: tuple[str, bool]) -> tuple[tuple[str, bool], dict[str, Any] | None]:
+    """Layer one for a restore, as ``_place`` tells it, and its decision; ``first`` where nothing fits, whose refusal
+    tells why."""
+    control, (shape, _, tags) = tx.control, _shape_of(backup)
+    up = _up(tx)
+    good = [place for place, state in places_of(backup).items() if state is BackupState.READY and place in up]
+    for names, fetch in (good[:1], False), (good[1:], False), (sorted(up - set(good)), True):
+        rooms = rooms_of(tx, [get_domain_node(tx.session, name) for name in names])
+        choice = choose(control, rooms, shape, tags, 1)
+        if choice.domain_node is not None:
+            decision = planning.home_decision(choice, rooms, shape.wanted, control.settings.capacity)
+            return (choice.domain_node, fetch), decision
+    return first, None
+
+
+def _up(tx: Tx) -> set[str]:
+    """Domain nodes with a server node in its pool."""
+    return set(tx.session.scalars(select(ServerNode.domain_node).where(ServerNode.state.in_(IN_POOL))))
 
 
 def _place(tx: Tx, backup: Backup, wanted: str | None) -> tuple[str, bool]:
@@ -54,8 +80,7 @@ def _place(tx: Tx, backup: Backup, wanted: str | None) -> tuple[str, bool]:
     if wanted is not None:
         get_domain_node(tx.session, wanted)
     places = places_of(backup)
-    up = set(tx.session.scalars(select(ServerNode.domain_node).where(ServerNode.state.in_(IN_POOL))))
-    found = restore_in(places, up, wanted)
+    found = restore_in(places, _up(tx), wanted)
     if found is not None:
         return found
     if BackupState.READY not in places.values():
@@ -153,24 +178,24 @@ def _shown(image: Image | None) -> dict[str, Any] | None:
 
 
 def _new_vm(tx: Tx, backup: Backup, name: str, image: Image | None, at: str, *, counted: bool, start: bool) -> Vm:
+    shape, owner, tags = _shape_of(backup)
+    if counted:
+        check_quota(tx, owner, shape.amounts(1, start))
+    row = get_domain_node(tx.session, at)
+    home = choose_homes(tx.control, rooms_of(tx, [row]), shape, tags, 1)[0][0]
+    return new_vm(tx, name, shape, home, image_id=image.id if image else None, owner=owner, tags=tags)
+
+
+def _shape_of(backup: Backup) -> tuple[Shape, str, Sequence[str]]:
+    """What the VM it was taken of was: shape, owner, tags."""
     manifest = backup.manifest or {}
     definition = manifest["definition"]
     disk_bytes = max(definition["disk_bytes"], manifest["disk_bytes"])
     shape = Shape(
-        definition["profile"],
-        definition["vcpus"],
-        definition["memory_mib"],
-        disk_bytes,
-        definition.get("usb", "off"),
+        definition["profile"], definition["vcpus"], definition["memory_mib"], disk_bytes, definition.get("usb", "off"),
         disk_key=definition.get("disk_key", ""),
-    )
-    owner = definition.get("owner", "")
-    if counted:
-        check_quota(tx, owner, shape.amounts(1, start))
-    row = get_domain_node(tx.session, at)
-    tags = definition.get("tags", ())
-    home = choose_homes(tx.control, rooms_of(tx, [row]), shape, tags, 1)[0][0]
-    return new_vm(tx, name, shape, home, image_id=image.id if image else None, owner=owner, tags=tags)
+    )  # fmt: skip
+    return shape, definition.get("owner", ""), definition.get("tags", ())
 
 
 # --- the image below: by its hash

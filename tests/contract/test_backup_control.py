@@ -6,6 +6,7 @@ import json
 import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import delete, select
@@ -13,12 +14,24 @@ from sqlalchemy import delete, select
 from hdcs_tasks.backup import control as backups
 from hdcs_tasks.backup import control_adopt, control_drill, control_policy, control_prune, control_restore
 from hdcs_tasks.backup.rules import Keep
-from hdcs_tasks.errors import BackupBroken, Conflict, HypervisorRefused, Invalid, NotFound, WrongState
+from hdcs_tasks.errors import BackupBroken, Conflict, HypervisorRefused, Invalid, NoCapacity, NotFound, WrongState
 from hdcs_tasks.hypervisor import disks
 from hdcs_tasks.operations.control import Asked
 from hdcs_tasks.operations.views import show
-from hdcs_tasks.states import BackupState, ImageState, VmState
-from hdcs_tasks.store.models import Backup, BackupPolicy, Event, Image, ImageCopy, Operation, Vm
+from hdcs_tasks.reservations import PoolNode
+from hdcs_tasks.states import BackupState, ImageState, ServerNodeState, VmState
+from hdcs_tasks.store.models import (
+    Backup,
+    BackupCopy,
+    BackupPolicy,
+    DomainNode,
+    Event,
+    Image,
+    ImageCopy,
+    Operation,
+    ServerNode,
+    Vm,
+)  # fmt: skip
 from hdcs_tasks.vm import control as vms
 from hdcs_tasks.vm import control_delete
 from tests.contract.backup_place import Place
@@ -96,6 +109,45 @@ def test_a_new_vm_from_any_point(place: Place, tmp_path: Path) -> None:
         assert (made.state, made.image_id, made.profile) == (VmState.STOPPED, place.image_id, "small")
         assert disks.compare(place.layout.disk(made.id), then, formats=("qcow2", "raw"))
         assert disks.probe(place.layout.disk(made.id)).backing == place.image
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_layer_one_restores_where_it_fits(place: Place, copied: bool) -> None:
+    """At its home while there is room; else where a second copy lies, else where it is copied to."""
+    place.vm()
+    backup = place.take("desk-01")
+    west(place, backup if copied else None)
+
+    def ask(name: str) -> tuple[str, str, dict[str, Any] | None]:
+        operation = control_restore.restore(place.control, backup.id, Asked(), name=name, start=False)
+        found = show(place.control, operation.id)
+        return place.request(operation.id)["at"], found["steps"][0]["name"], found["decision"]
+
+    assert ask("at-home")[:2] == ("east", "backup.restore_on_node")
+    place.control.reservations.pool.put_node("east", PoolNode("node1", 1, 64, "10.128.0.0/22"))
+    at, step, decision = ask("elsewhere")
+    assert (at, step) == ("west", "backup.restore_on_node" if copied else "backup.fetch_on_node")
+    assert decision is not None and "west" in str(decision)
+    place.control.reservations.pool.put_node("west", PoolNode("node9", 1, 64, "10.128.4.0/22"))
+    with pytest.raises(NoCapacity, match="east: node1"):
+        ask("nowhere")
+
+
+def west(place: Place, backup: Backup | None) -> None:
+    """A second domain node with room; ``backup``: it has a good copy of that."""
+    reservations = place.control.reservations
+    reservations.pool.put_node("west", PoolNode("node9", 64, 65536, "10.128.4.0/22"))
+    reservations.ports.set_range("west", 21000, 21999)
+    with place.control.store.session() as session:
+        room = {"storage_total_bytes": 1 << 40, "storage_free_bytes": 1 << 40}
+        session.add(DomainNode(name="west", token_key="w", port_first=21000, port_last=21999, **room))
+        session.flush()
+        session.add(ServerNode(
+            name="node9", domain_node="west", state=ServerNodeState.UP, ip="127.0.0.9", subnet="10.128.4.0/22",
+            instance="i9", facts={}, vcpus=64, memory_mib=65536,
+        ))  # fmt: skip
+        if backup is not None:
+            session.add(BackupCopy(backup_id=backup.id, domain_node="west", state=BackupState.READY))
 
 
 def test_when_the_image_is_gone_the_repository_brings_it_back(place: Place, tmp_path: Path) -> None:
