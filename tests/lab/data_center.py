@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,22 @@ def add_image(center: Center, name: str = "plain") -> str:
 def wait_idle(center: Center) -> None:
     """Wait until no operation is under way."""
     wait_for("every operation to end", lambda: not center.cloud.operations.list(live=True), SETTLE_S)
+
+
+def kill_worker(center: Center, node: str) -> None:
+    """kill -9 of the node program with all its workers; libvirtd and the guests live on."""
+    found: set[int] = set()
+    # all are stopped first, so that none sees another's end and still says goodbye or starts it anew
+    while new := {pid for pid, line in center.lab.space(node).processes() if "workers.server_node" in line} - found:
+        for pid in new:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+        found |= new
+    assert found, f"no node program runs on {node}"
+    for pid in found:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    center.pids.pop(node)
 
 
 @contextmanager

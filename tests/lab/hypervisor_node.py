@@ -84,9 +84,10 @@ def wait_until(done: Callable[[], object], timeout_s: float = 90) -> None:
 
 
 @pytest.fixture(scope="session")
-def hypervisor_lab() -> Iterator[Lab]:
+def hypervisor_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """A lab of one server node of its own."""
-    lab = Lab("hypervisor", net=free_net("10.92"), domain_nodes={"east": ["node1"]})
+    root = tmp_path_factory.mktemp("hypervisor") / "hypervisor"  # two sessions at once each have theirs
+    lab = Lab("hypervisor", root, net=free_net("10.92"), domain_nodes={"east": ["node1"]})
     try:
         lab.up()
     except Invalid as error:

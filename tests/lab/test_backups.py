@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from hdcs_tasks.errors import HypervisorRefused, Unreachable
 from hdcs_tasks.hypervisor import agent, checkpoints
 from hdcs_tasks.hypervisor.connection import Host
 from hdcs_tasks.hypervisor.repository import Repository
+from tests.lab.data_center import kill_worker
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(1500)]
 
@@ -206,15 +206,6 @@ def test_a_killed_worker_s_backup_is_done_by_the_next(desk: Desk) -> None:
     desk.clean()
     desk.cloud.backups.verify(desk.cloud.backups.list(desk.name)[-1]["id"]).result(timeout_s=LONG_S)
     desk.sh("echo alive")  # its file systems are not frozen
-
-
-def kill_worker(center: Center, node: str) -> None:
-    """kill -9 of the node program with all its workers; its guests and libvirtd live on."""
-    center.pids.pop(node)
-    for pid, line in center.lab.space(node).processes():
-        if "workers." in line or "hdcs-node" in line or "celery" in line:
-            with suppress(ProcessLookupError):  # it ended with the one before
-                os.kill(pid, signal.SIGKILL)
 
 
 def test_a_full_disk_in_mid_backup_leaves_nothing(desk: Desk) -> None:

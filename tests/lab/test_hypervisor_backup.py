@@ -197,7 +197,7 @@ def test_the_backup_of_a_dead_worker_is_undone(desk: Desk, repository: Repositor
     base = repository.backing(image, desk.vm_id, "a").path
     argv = [sys.executable, "-m", "tests.lab.dead_worker", "backup", desk.host.uri, desk.vm_id]
     worker = subprocess.Popen([*argv, str(partial), "a-1", base], stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     while not partial.exists():
         assert time.monotonic() < deadline
     worker.kill()
@@ -216,7 +216,7 @@ def test_after_a_killed_qemu_the_next_is_full(
     desk.write("one", 4)
     chain.take()
     desk.kill_qemu()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while desk.host.guest(desk.vm_id).isActive():
         assert time.monotonic() < deadline
     assert set(bitmaps(desk.disk).values()) == {False}

@@ -143,7 +143,7 @@ def test_a_cancel_leaves_the_guest_at_the_source(lab: Lab, at_node1: Desk, east:
 
     with pytest.raises(Cancelled):
         slow(lab, at_node1, on_progress=on_progress, cancelled=lambda: bool(begun))
-    assert time.monotonic() - begun[0] < 5
+    assert time.monotonic() - begun[0] < 30
     stays(at_node1, east)
 
 

@@ -17,8 +17,8 @@ from hdcs_tasks.errors import HdcsError
 from hdcs_tasks.hypervisor import agent
 from hdcs_tasks.hypervisor.connection import Host
 from hdcs_tasks.hypervisor.disks import compare
+from tests.lab.data_center import kill_worker
 from tests.lab.loops import loop_device, tool
-from tests.lab.test_backups import kill_worker
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(1500)]
 

@@ -45,7 +45,7 @@ def _agent(lab: Lab, node: str) -> Agent:
     return Agent(lambda line: _virsh(lab, node, "qemu-agent-command", "--timeout", "5", "probe", line))
 
 
-def _wait_address(agent: Agent, wanted: str, timeout_s: float = 20) -> float:
+def _wait_address(agent: Agent, wanted: str, timeout_s: float = 60) -> float:
     started = time.monotonic()
     while wanted not in (shown := agent.sh("ip -4 -o addr show eth0")):
         assert time.monotonic() - started < timeout_s, shown

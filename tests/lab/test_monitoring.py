@@ -16,8 +16,7 @@ from sqlalchemy import select
 from deploy.lab.center import Center, wait_for
 from hdcs_tasks.store.models_watch import UsageSpan
 from tests.contract.test_alarms import web_hook
-from tests.lab.data_center import add_image, at_guest, data_center
-from tests.lab.test_joining import kill_worker
+from tests.lab.data_center import add_image, at_guest, data_center, kill_worker
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(600)]
 SLACK_S = 6.0

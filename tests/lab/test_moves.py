@@ -14,7 +14,7 @@ from deploy.lab.center import Center, wait_for
 from deploy.lab.golden_image import build
 from deploy.lab.lab import SRV
 from hdcs_tasks.hypervisor import agent
-from tests.lab.data_center import at_guest, data_center, picture, wait_idle
+from tests.lab.data_center import at_guest, data_center, kill_worker, picture, wait_idle
 
 pytestmark = pytest.mark.lab
 
@@ -258,14 +258,6 @@ def finished(center: Center, operation: Any) -> None:
     wait_for("the step's outcome", lambda: center.cloud.control.reservations.steps.status(step).done, 60)
 
 
-def kill_worker(center: Center, node: str) -> None:
-    """kill -9 of the whole node program, which then starts again."""
-    for pid, line in center.lab.space(node).processes():
-        if "workers.server_node" in line:
-            os.kill(pid, signal.SIGKILL)
-    center.start_node(node)
-
-
 def ended(operation: Any) -> dict[str, Any]:
     *_, seen = operation.watch(timeout_s=LONG_S)
     return dict(seen)
@@ -333,9 +325,11 @@ def test_the_source_worker_dies_and_the_move_goes_on(moves: Center, victim: Desk
     operation = victim.vm.migrate("west", bandwidth_mib_s=8)
     under_way(victim, operation, "vm.move_on_node")
     kill_worker(moves, source)
+    moves.start_node(source)
     with control_stopped(moves, operation, "vm.move_finish_on_node"):
         finished(moves, operation)
         kill_worker(moves, source)
+        moves.start_node(source)
     seen = ended(operation)
     assert seen["state"] == "done", seen["error"]
     assert seen["result"]["downtime_ms"] >= 0, "the target's libvirt knows what nobody watched"

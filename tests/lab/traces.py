@@ -20,7 +20,7 @@ def namespaces(lab: Lab) -> set[str]:
     return {_link(f"/proc/{s.pid}/ns/{kind}") for s in spaces for kind in ("net", "mnt", "pid")}
 
 
-def left_by(lab: Lab, inside: set[str], timeout_s: float = 3) -> dict[str, object]:
+def left_by(lab: Lab, inside: set[str], timeout_s: float = 30) -> dict[str, object]:
     """What is left of it, once the machine's init has collected the dead (it is not ours to hurry)."""
     deadline = time.monotonic() + timeout_s
     while (traces := _traces(lab, inside)) != NOTHING and time.monotonic() < deadline:

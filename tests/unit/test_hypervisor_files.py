@@ -215,12 +215,12 @@ def test_child_over_its_time_or_cancelled_is_gone(tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     script = f"echo $$ > {pid_file}; trap '' TERM; while :; do sleep 0.1; done"
     with pytest.raises(Unavailable, match="took too long"):
-        processes.run(["sh", "-c", script], timeout_s=0.5)
+        processes.run(["sh", "-c", script], timeout_s=2)
     assert not Path(f"/proc/{pid_file.read_text().strip()}").exists()
     begun = time.monotonic()
     with pytest.raises(Cancelled):
         processes.run(["sleep", "60"], timeout_s=60, cancelled=lambda: time.monotonic() - begun > 0.2)
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 30
 
 
 def test_child_is_held_to_its_memory() -> None:
@@ -243,7 +243,7 @@ processes.run(["sh", "-c", "echo $$ > {pid_file}; exec sleep 300"], timeout_s=30
 """
     worker = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not (pid_file.exists() and pid_file.read_text().strip()) and time.monotonic() < deadline:
             time.sleep(0.05)
         child = Path("/proc") / pid_file.read_text().strip()
@@ -251,7 +251,7 @@ processes.run(["sh", "-c", "echo $$ > {pid_file}; exec sleep 300"], timeout_s=30
     finally:
         worker.send_signal(signal.SIGKILL)
         worker.wait()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while _alive(child) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not _alive(child)
