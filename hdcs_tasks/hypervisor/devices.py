@@ -119,12 +119,14 @@ def used_by(device: Device) -> Iterator[str]:
     for number, name in numbers.items():
         for holder in sorted((Path("/sys/dev/block") / number / "holders").glob("*")):
             yield f"{name} is part of {holder.name}"
-    yield from _mounted(numbers)
+    yield from mounted(Path("/proc/self/mountinfo").read_text(), numbers)
     yield from _swapped(numbers)
 
 
-def _mounted(numbers: dict[str, str]) -> Iterator[str]:
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+def mounted(mountinfo: str, numbers: dict[str, str]) -> Iterator[str]:
+    """Which of these devices (``{"major:minor": name}``: a disk and its partitions) are mounted where. ``mountinfo``:
+    the kernel's table (proc_pid_mountinfo(5): the third field is the device, the fifth the mount point)."""
+    for line in mountinfo.splitlines():
         fields = line.split()
         if fields[2] in numbers:
             yield f"{numbers[fields[2]]} is mounted on {fields[4]}"
