@@ -93,7 +93,7 @@ class Center:
                 report |= self._placed(step, spec)
             elif step["name"] in ("vm.stop_on_node", "vm.save_on_node"):
                 self.pool.release(self.home(spec["vm_id"]), spec["vm_id"], self.node_of(spec["vm_id"]), 0)
-                report["result"] = {"node": step["node"], "ran": True}
+                report["result"] = {"node": step["node"], "ran": True, "bytes": 99}
             else:
                 report["result"] = result or {}
         except HdcsError as error:

@@ -1,0 +1,134 @@
+"""Draining a server node and a domain node, and moves whose network is cut or whose source is lost: by guests that boot
+nothing, which is enough to move them. Afterwards every VM runs exactly once, or can be started."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from deploy.lab.center import Center, wait_for
+from tests.chaos import notes
+from tests.lab.data_center import data_center, kill_worker, libvirt_of
+from tests.lab.test_moves import ended, power_cycle, whole
+
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
+
+LONG_S = 180.0
+DESKS = [f"desk-{number}" for number in range(1, 6)]
+SLOW_MIB_S = 1
+"""So slow that a move lasts for seconds."""
+
+
+@pytest.fixture(scope="module")
+def center(lab_possible: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Center]:
+    """east (node1, node2) and west (node3); four desktops run in east, a fifth is stopped."""
+    root = tmp_path_factory.mktemp("drain") / "drain"
+    with data_center(root, domain_nodes={"east": ["node1", "node2"], "west": ["node3"]}) as made:
+        image = made.lab.root / "blank.qcow2"
+        notes.make_image(image)
+        made.cloud.profiles.create("chip", vcpus=1, memory_mib=64)
+        made.cloud.images.add("blank", str(image)).result(timeout_s=120)
+        clone = made.cloud.vms.clone("blank", name="desk-{}", count=5, profile="chip", domain_node="east", start=True)
+        clone.result(timeout_s=LONG_S)
+        made.cloud.vms[DESKS[-1]].stop(force=True).result(timeout_s=LONG_S)
+        yield made
+
+
+def place(center: Center, name: str) -> tuple[str, str, str | None]:
+    shown = center.cloud.vms[name].show()
+    return shown["state"], shown["home"], shown["server_node"]
+
+
+def guests_on(center: Center, node: str) -> set[str]:
+    with libvirt_of(center, node) as host:
+        return {guest.name() for guest in host.conn.listAllDomains()}
+
+
+def under_way(center: Center, operation: Any) -> None:
+    """Wait until memory or disk of a VM travels, in the operation itself or in a child of it."""
+
+    def look() -> bool:
+        seen = operation.show()
+        assert seen["state"] in ("queued", "running"), seen["error"]
+        parts = [center.cloud.operations[child["id"]].show() for child in seen["children"]] or [seen]
+        return any(str(part["phase"]).startswith(("disk", "memory")) for part in parts)
+
+    wait_for("bytes to travel", look, LONG_S, every_s=0.05)
+
+
+def test_a_server_node_is_drained_though_its_worker_dies(center: Center) -> None:
+    cloud = center.cloud
+    mine = [name for name in DESKS if place(center, name)[2] == "node1"]
+    assert mine, "layer two spread them"
+    operation = cloud.server_nodes.drain("node1", concurrency=1, bandwidth_mib_s=SLOW_MIB_S)
+    under_way(center, operation)
+    kill_worker(center, "node1")
+    center.start_node("node1")
+    seen = ended(operation)
+    assert seen["state"] == "done", (seen["error"], [child["error"] for child in seen["children"]])
+    assert {place(center, name) for name in DESKS[:-1]} == {("running", "east", "node2")}
+    assert place(center, DESKS[-1]) == ("stopped", "east", None), "it is nowhere: nothing to do"
+    assert guests_on(center, "node1") == set()
+    center.wait_for_nodes(["node2", "node3"])
+    cloud.vms[DESKS[-1]].start().result(timeout_s=LONG_S)
+    assert place(center, DESKS[-1])[2] == "node2", "nothing new comes to it"
+    cloud.vms[DESKS[-1]].stop(force=True).result(timeout_s=LONG_S)
+    cloud.server_nodes.resume("node1")
+    center.wait_for_nodes(center.lab.nodes)
+    whole(center)
+
+
+def test_a_domain_node_is_drained_with_what_is_stopped_in_it(center: Center) -> None:
+    cloud = center.cloud
+    seen = ended(cloud.domain_nodes.drain("east", concurrency=2))
+    assert seen["state"] == "done", (seen["error"], [child["error"] for child in seen["children"]])
+    assert {place(center, name) for name in DESKS[:-1]} == {("running", "west", "node3")}
+    assert place(center, DESKS[-1]) == ("stopped", "west", None)
+    cloud.domain_nodes.resume("east")
+    center.wait_for_nodes(center.lab.nodes)
+    whole(center)
+
+
+@pytest.mark.parametrize(("to", "cut"), [("east", "target"), ("west", "source"), ("other", "target")])
+def test_the_network_is_cut_in_mid_move(center: Center, to: str, cut: str) -> None:
+    """Between domain nodes, there and back, and inside one: longer than the leases live."""
+    name = DESKS[0]
+    vm, source = center.cloud.vms[name], place(center, name)[2]
+    if to == "other":
+        vm.migrate("node1").result(timeout_s=LONG_S)
+        source = "node1"
+    assert source is not None
+    target = {"node3": "node1", "node1": "node3", "node2": "node3"}[source] if to != "other" else "node2"
+    operation = vm.migrate(target, bandwidth_mib_s=SLOW_MIB_S)
+    under_way(center, operation)
+    node = target if cut == "target" else source
+    center.lab.cut(node)
+    time.sleep(1.5 * center.cloud.control.settings.lease_ttl_s)
+    center.lab.mend(node)
+    center.wait_for_nodes(center.lab.nodes, LONG_S)
+    seen = ended(operation)
+    assert not seen["needs_operator"], seen
+    state, _, at = place(center, name)
+    assert state == "running" and at == (target if seen["state"] == "done" else source)
+    whole(center)
+
+
+def test_the_source_is_lost_in_mid_move(center: Center) -> None:
+    """Its guest died with it: the desktop starts again, from the one good disk there is."""
+    name = DESKS[1]
+    vm, source = center.cloud.vms[name], place(center, name)[2]
+    assert source is not None
+    operation = vm.migrate("east" if source == "node3" else "west", bandwidth_mib_s=SLOW_MIB_S)
+    under_way(center, operation)
+    center.lab.power_off(source)
+    seen = ended(operation)
+    assert seen["state"] == "failed", seen
+    power_cycle(center, source)
+    wait_for("its guest to be missed", lambda: place(center, name)[0] == "stopped", LONG_S)
+    vm.start().result(timeout_s=LONG_S)
+    for other in DESKS:
+        wait_for("every guest of that node to be missed", lambda o=other: place(center, o)[0] != "failed", LONG_S)  # type: ignore[misc]
+    whole(center)
