@@ -11,6 +11,7 @@ import pytest
 
 from deploy.lab.center import Center, wait_for
 from tests.chaos import notes
+from tests.lab.consoles import console_client
 from tests.lab.data_center import data_center, kill_worker, libvirt_of
 from tests.lab.test_moves import ended, power_cycle, whole
 
@@ -57,6 +58,20 @@ def under_way(center: Center, operation: Any) -> None:
         return any(str(part["phase"]).startswith(("disk", "memory")) for part in parts)
 
     wait_for("bytes to travel", look, LONG_S, every_s=0.05)
+
+
+def test_a_console_client_goes_on_at_the_new_server_node(center: Center) -> None:
+    """SPICE's seamless migration: the client that is connected is told the address, and its session is not cut."""
+    name = DESKS[0]
+    before = center.cloud.vms[name].show()
+    with console_client(center, name) as (client, _):
+        assert client.stdout is not None
+        to = center.cloud.vms[name].migrate().result(timeout_s=LONG_S)["to"]
+        said = []
+        while not said or not said[-1].startswith("moved"):
+            said.append(client.stdout.readline().strip())
+            assert said[-1] in ("connected", "closed") or said[-1].startswith("moved"), said
+    assert said[-1].split()[1:] == [center.lab.ip(to), str(before["port"])]
 
 
 def test_a_server_node_is_drained_though_its_worker_dies(center: Center) -> None:

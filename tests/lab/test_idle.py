@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +14,8 @@ from hdcs_tasks.hypervisor import agent
 from hdcs_tasks.monitor.control_idle import DONE
 from hdcs_tasks.operations.control import Asked
 from hdcs_tasks.vm import control as vm_control
+from tests.lab.consoles import console_client
 from tests.lab.data_center import BOOT_S, add_image, at_guest, data_center
-from tests.services import Missing, require
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
 
@@ -27,8 +24,6 @@ SLACK_S = 30.0
 """A sweep (2 s), a look that waits for agents that are silent, and what a busy machine takes to carry it out."""
 CPU_PERCENT = 5.0
 """Far above an idle guest, and what a busy machine leaves to a busy one is no more."""
-SYSTEM_PYTHON = "/usr/bin/python3"
-CLIENT = Path(__file__).with_name("spice_client.py")
 DESKS = ("user", "watched", "busy", "idle", "mute")
 THROWAWAY = ["desk-2", "desk-5"]
 """The one that is watched until its client goes, and the mute one, which is stopped by then."""
@@ -58,28 +53,6 @@ def in_guest(center: Center, what: str, command: str) -> str:
     return str(at_guest(center, name_of(what), run))
 
 
-@contextmanager
-def console_client(center: Center, what: str) -> Iterator[list[str]]:
-    """A SPICE client connected by a console ticket; yields what is secret about it."""
-    if subprocess.run([SYSTEM_PYTHON, "-c", "import gi; gi.require_version('SpiceClientGLib', '2.0')"],
-                      capture_output=True, check=False).returncode:  # fmt: skip
-        require(Missing("gir1.2-spiceclientglib-2.0 or python3-gi is not installed"))
-    ticket = dict(
-        line.split("=", 1) for line in center.cloud.vms[name_of(what)].console(ttl_s=120).splitlines() if "=" in line
-    )
-    argv = ["-u", str(CLIENT), ticket["host"], ticket["port"]]
-    client = subprocess.Popen([SYSTEM_PYTHON, *argv], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert client.stdin is not None and client.stdout is not None
-    try:
-        client.stdin.write(ticket["password"] + "\n")
-        client.stdin.flush()
-        assert client.stdout.readline().strip() == "connected"
-        yield [ticket["password"]]
-    finally:
-        client.stdin.close()
-        client.wait(20)
-
-
 def seen(center: Center, what: str) -> dict[str, Any]:
     (row,) = center.cloud.idle.preview(names=[name_of(what)])
     return dict(row)
@@ -93,7 +66,7 @@ def test_who_is_used_is_never_taken_and_who_is_not_is(center: Center) -> None:
     in_guest(center, "busy", "burn 3000 >/dev/null 2>&1 &")
     in_guest(center, "mute", "(sleep 1; kill -STOP $(pidof qemu-ga)) >/dev/null 2>&1 &")
     port = cloud.vms[name_of("idle")].show()["port"]
-    with console_client(center, "watched") as secrets:
+    with console_client(center, name_of("watched")) as (_, secret):
         cloud.idle.create("lab", warn=WARN_S, stop=STOP_S, cpu_percent=CPU_PERCENT)
         for what in ("idle", "mute"):
             wait_for(f"{what} to be taken", lambda what=what: _state(center, what) == "stopped", 300)
@@ -120,7 +93,7 @@ def test_who_is_used_is_never_taken_and_who_is_not_is(center: Center) -> None:
         # From when its client goes on, one more desktop is unused.
         cloud.idle.create("throwaway", selector={"names": THROWAWAY}, rank=1, inside=False, **LADDER)
     _goes_down_the_whole_ladder(center)
-    _told_in_logs_without_secrets(center, secrets)
+    _told_in_logs_without_secrets(center, [secret])
 
 
 def _goes_down_the_whole_ladder(center: Center) -> None:
