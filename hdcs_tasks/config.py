@@ -136,6 +136,10 @@ class Settings(BaseSettings):
     migrate_tls: bool = Field(
         False, description="Server nodes reach each other's libvirt, memory and disks over TLS (certificates: moves.md)"
     )
+    migrate_tls_pki: str = Field(
+        "",
+        description="Folder of the certificates for that: cacert.pem, clientcert.pem, clientkey.pem (empty: libvirt's)",
+    )
     node_concurrency: int = Field(2, ge=1, description="Long steps at once on one server node")
     quick_concurrency: int = Field(4, ge=1, description="Short commands at once on one server node")
     host_memory_mib: int = Field(0, ge=0, description="Overrides the memory libvirt reports (many nodes on one host)")

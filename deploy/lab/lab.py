@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.lab.node_files import listening, write_node_files
+from deploy.lab.node_files import listening, make_authority, write_certificates, write_node_files
 from deploy.lab.private_redis import PrivateRedis
 from deploy.lab.space import Space, kill_marked, marked_env, wait_until
 from hdcs_tasks.errors import Conflict, HdcsError, Invalid, NotFound
@@ -55,7 +55,11 @@ class Lab:
         root: Path | None = None,
         net: str = "10.99.0",
         domain_nodes: Mapping[str, Sequence[str]] = DOMAIN_NODES,
+        *,
+        tls: bool = False,
     ) -> None:
+        """``tls``: the server nodes have certificates, and libvirtd takes TLS connections too."""
+        self.tls = tls
         self.name = check_name("lab", name)
         self.root = (root or default_root(name)).resolve()
         self.net = net
@@ -282,8 +286,13 @@ class Lab:
             token.write_text(secrets.token_urlsafe(24) + "\n")
         hosts = [f"{self.ip(n)} {n}" for n in self.nodes]
         (self.root / "hosts").write_text("\n".join(["127.0.0.1 localhost", f"{self.net}.2 hub", *hosts]) + "\n")
+        if self.tls:
+            make_authority(self.root / "authority")
         for node in self.nodes:
-            write_node_files(self.spaces[node].folder, f"{self.root}/{node}", self.ip(node))
+            place = self.spaces[node].folder
+            write_node_files(place, f"{self.root}/{node}", self.ip(node), tls=self.tls)
+            if self.tls:
+                write_certificates(place, self.root / "authority", node, self.ip(node))
 
     def _port(self, node: str) -> str:
         """The hub's end of the node's cable."""

@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 from uuid import UUID
 
 import libvirt
@@ -36,10 +36,17 @@ _loop_pid: int | None = None
 _inherited: list[Any] = []
 
 
-def peer_uri(address: str, *, tls: bool = False) -> str:
-    """How a server node's libvirtd, or a process beside it, reaches that of the server node at ``address``."""
+def peer_uri(address: str, *, tls: bool = False, pki: str = "") -> str:
+    """How a server node's libvirtd, or a process beside it, reaches that of the server node at ``address``. ``pki``:
+    the folder of its certificates, where that is not libvirt's own."""
     shown = f"[{address}]" if ":" in address else address
-    return f"qemu+{'tls' if tls else 'tcp'}://{shown}/system"
+    where = f"?pkipath={quote(pki)}" if tls and pki else ""
+    return f"qemu+{'tls' if tls else 'tcp'}://{shown}/system{where}"
+
+
+def peer_of(settings: Settings, address: str) -> str:
+    """``peer_uri`` as this server node's settings want it."""
+    return peer_uri(address, tls=settings.migrate_tls, pki=settings.migrate_tls_pki)
 
 
 def _run_event_loop() -> None:

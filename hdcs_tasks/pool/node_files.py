@@ -17,7 +17,7 @@ from typing import Any
 
 from hdcs_tasks.errors import NoCapacity
 from hdcs_tasks.hypervisor import storage, transfer
-from hdcs_tasks.hypervisor.connection import peer_uri
+from hdcs_tasks.hypervisor.connection import peer_of
 from hdcs_tasks.operations.node import Run
 
 SPACE_LEFT_BYTES = 64 << 20
@@ -54,7 +54,7 @@ def fetch(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     next attempt goes on there. Raises what ``transfer.fetch`` raises, and NoCapacity.
     """
     place, begun = place_of(run), time.monotonic()
-    uris = [peer_uri(s["address"], tls=run.ctx.settings.migrate_tls) for s in spec["sources"]]
+    uris = [peer_of(run.ctx.settings, s["address"]) for s in spec["sources"]]
     files = [(_remote(file), local_path(place, file.get("to") or file["path"])) for file in spec["files"]]
     check_space(place, sum(f.get("allocated_bytes", f["size_bytes"]) for f in spec["files"]), run.ctx.domain_node,
                 [target for _, target in files])  # fmt: skip

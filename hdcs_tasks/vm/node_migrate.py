@@ -6,7 +6,7 @@ from typing import Any
 
 from hdcs_tasks.errors import Conflict, HdcsError, HypervisorRefused, NotFound, OutcomeUnknown
 from hdcs_tasks.hypervisor import agent, guests, migration, whereabouts
-from hdcs_tasks.hypervisor.connection import Host, peer_uri
+from hdcs_tasks.hypervisor.connection import Host, peer_of
 from hdcs_tasks.hypervisor.keys import KeyRing, give_to_libvirt
 from hdcs_tasks.hypervisor.spec import GuestInfo
 from hdcs_tasks.logs import logger
@@ -66,7 +66,7 @@ def terms(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     """What every live move is told, inside a domain node or between two."""
     config, address, options = run.ctx.settings, spec["target"]["address"], spec["options"]
     return {
-        "target_uri": peer_uri(address, tls=config.migrate_tls), "target_address": address, "tls": config.migrate_tls,
+        "target_uri": peer_of(config, address), "target_address": address, "tls": config.migrate_tls,
         "graphics_uri": f"spice://{address}", "bandwidth_mib_s": options.get("bandwidth_mib_s"),
         "auto_converge": options.get("auto_converge", True), "on_progress": run.progress,
         "cancelled": run.cancelled, "deadline_s": config.step_deadline_s,
@@ -123,7 +123,7 @@ def _is_left_over(run: Run, spec: dict[str, Any]) -> bool:
 def peer(ctx: NodeContext, address: str) -> Host | None:
     """The libvirt of another server node; None where it cannot be reached."""
     try:
-        return Host.open(peer_uri(address, tls=ctx.settings.migrate_tls))
+        return Host.open(peer_of(ctx.settings, address))
     except HdcsError:
         return None
 

@@ -14,7 +14,7 @@ from typing import Any
 from hdcs_tasks.errors import Conflict, HdcsError, HypervisorRefused, NotFound, Rejected
 from hdcs_tasks.hypervisor import disks, migration, networks, storage
 from hdcs_tasks.hypervisor.checkpoints import keep_checkpoints, redefine_checkpoints
-from hdcs_tasks.hypervisor.connection import Host, peer_uri
+from hdcs_tasks.hypervisor.connection import Host, peer_of
 from hdcs_tasks.hypervisor.keys import KeyRing, give_to_libvirt
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.node import HandOver, Run
@@ -60,7 +60,7 @@ def _make_room(run: Run, spec: dict[str, Any], place: storage.StorageLayout) -> 
     What lies there under the VM's id is older: its guest is seen at the source.
     """
     ctx = run.ctx
-    with Host.open(peer_uri(spec["source"]["ip"], tls=ctx.settings.migrate_tls)) as source:
+    with Host.open(peer_of(ctx.settings, spec["source"]["ip"])) as source:
         virtual, allocated = migration.disk_sizes(source, spec["vm_id"])
     folder = place.vm_dir(spec["vm_id"])
     remove_folder(folder)

@@ -15,6 +15,7 @@ from deploy.lab import Lab, free_net
 from deploy.lab.center import Center, wait_for
 from deploy.lab.golden_image import build
 from deploy.lab.lab import DOMAIN_NODES
+from deploy.lab.node_files import PKI
 from hdcs_tasks.hypervisor import guests, networks
 from hdcs_tasks.hypervisor.connection import Host
 from tests.lab.traces import NOTHING, left_by, namespaces
@@ -25,10 +26,13 @@ BOOT_S = 240.0
 
 @contextmanager
 def data_center(
-    root: Path, env: Mapping[str, str] | None = None, domain_nodes: Mapping[str, Sequence[str]] = DOMAIN_NODES
-) -> Iterator[Center]:
-    """A running data center for the length of the block, of which nothing is left afterwards."""
-    made = Center(Lab(root.name, root, free_net("10.97"), domain_nodes), env)
+    root: Path, env: Mapping[str, str] | None = None, domain_nodes: Mapping[str, Sequence[str]] = DOMAIN_NODES, *,
+    tls: bool = False,
+) -> Iterator[Center]:  # fmt: skip
+    """A running data center for the length of the block, of which nothing is left afterwards. ``tls``: its server nodes
+    reach each other by that alone."""
+    over_tls = {"HDCS_MIGRATE_TLS": "true", "HDCS_MIGRATE_TLS_PKI": PKI} if tls else {}
+    made = Center(Lab(root.name, root, free_net("10.97"), domain_nodes, tls=tls), over_tls | dict(env or {}))
     inside: set[str] = set()
     try:
         made.up()

@@ -10,7 +10,7 @@ import pytest
 
 from hdcs_tasks.config import Settings
 from hdcs_tasks.errors import Invalid
-from hdcs_tasks.hypervisor.connection import peer_uri
+from hdcs_tasks.hypervisor.connection import peer_of, peer_uri
 from hdcs_tasks.hypervisor.migration import _flags
 from hdcs_tasks.hypervisor.whereabouts import Presence, Whereabouts
 from hdcs_tasks.states import VmState
@@ -79,5 +79,7 @@ def test_where_tls_is_set_up_everything_goes_by_it(tls: bool) -> None:
     spec = {"target": {"address": "fd00::7"}, "options": MoveOptions(bandwidth_mib_s=9).to_dict()}
     told = node_migrate.terms(run, spec)
     assert told["target_uri"] == f"qemu+{'tls' if tls else 'tcp'}://[fd00::7]/system" == peer_uri("fd00::7", tls=tls)
+    own = Settings(migrate_tls=tls, migrate_tls_pki="/etc/hdcs/pki")
+    assert peer_of(own, "n1") == ("qemu+tls://n1/system?pkipath=/etc/hdcs/pki" if tls else "qemu+tcp://n1/system")
     assert (told["tls"], told["bandwidth_mib_s"], told["auto_converge"]) == (tls, 9, True)
     assert bool(_flags(True, False, told["tls"]) & libvirt.VIR_MIGRATE_TLS) is tls
