@@ -1,5 +1,5 @@
-"""Draining a server node and a domain node, and moves whose network is cut or whose source is lost, all over TLS: by guests
-that boot nothing, which is enough to move them. Afterwards every VM runs exactly once, or can be started."""
+"""Drains of a server node and a domain node, and moves whose network is cut or whose source is lost, all over TLS: by
+guests that boot nothing, which is enough to move them. Afterwards every VM runs exactly once, or can be started."""
 
 from __future__ import annotations
 
