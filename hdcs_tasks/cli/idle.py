@@ -7,7 +7,16 @@ from typing import Any
 import click
 
 from hdcs_tasks.cli import output
-from hdcs_tasks.cli.options import DURATION, SIZE, Face, confirm, format_option, pass_face, yes_option
+from hdcs_tasks.cli.options import (
+    DURATION,
+    SIZE,
+    Face,
+    delete_record,
+    enabled_option,
+    format_option,
+    pass_face,
+    yes_option,
+)
 
 RUNGS = ("warn", "suspend", "save", "stop", "delete")
 
@@ -112,7 +121,7 @@ def show(face: Face, name: str, form: str) -> None:
 
 @idle.command()
 @click.argument("name")
-@click.option("--on/--off", "enabled", default=True, help="Let it take desktops back, or not.")
+@enabled_option("Let it take desktops back, or not.")
 @format_option
 @pass_face
 def switch(face: Face, name: str, enabled: bool, form: str) -> None:
@@ -136,9 +145,7 @@ def delete(face: Face, name: str, yes: bool) -> None:
     Examples:
       hdcs idle delete office -y
     """
-    confirm(f"Delete idle policy {name}?", yes)
-    face.cloud.idle.delete(name)
-    output.message(f"idle policy {name} is deleted")
+    delete_record("idle policy", name, face.cloud.idle.delete, yes)
 
 
 def flat(seen: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from hdcs_tasks.cli import output
 from hdcs_tasks.cli.failures import Declined
 
 if TYPE_CHECKING:
@@ -204,6 +205,20 @@ def confirm(question: str, yes: bool) -> None:
         raise click.UsageError(f"{question} There is no terminal to ask on: nothing was done. Add -y to do it.")
     if not click.confirm(question, err=True):
         raise Declined("nothing was done")
+
+
+def enabled_option(text: str) -> Callable[[F], F]:
+    """``--on/--off`` of what can be switched; ``text`` says what it is for."""
+    return click.option("--on/--off", "enabled", default=True, help=text)
+
+
+def delete_record(
+    noun: str, name: str, delete: Callable[[str], None], yes: bool, *, ask: str = "", told: str = ""
+) -> None:
+    """Ask, delete the record called ``name``, and say so. ``ask``: what goes with it; ``told``: what becomes of it."""
+    confirm(f"Delete {noun} {name}{ask}?", yes)
+    delete(name)
+    output.message(f"{noun} {name} is deleted{told}")
 
 
 def confirm_device(target: str, node: str | None, yes: bool) -> None:

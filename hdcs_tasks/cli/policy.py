@@ -8,7 +8,7 @@ import click
 
 from hdcs_tasks.cli import output
 from hdcs_tasks.cli.backup import keep_options
-from hdcs_tasks.cli.options import Face, confirm, format_option, pass_face, yes_option
+from hdcs_tasks.cli.options import Face, delete_record, enabled_option, format_option, pass_face, yes_option
 
 COLUMNS = (
     output.Column("name"), output.Column("enabled"), output.Column("schedule"), output.Column("selector"),
@@ -109,7 +109,7 @@ def run(face: Face, name: str, form: str) -> None:
 
 @policy.command()
 @click.argument("name")
-@click.option("--on/--off", "enabled", default=True, help="Let it run by its schedule, or not.")
+@enabled_option("Let it run by its schedule, or not.")
 @format_option
 @pass_face
 def switch(face: Face, name: str, enabled: bool, form: str) -> None:
@@ -133,6 +133,4 @@ def delete(face: Face, name: str, yes: bool) -> None:
     Examples:
       hdcs policy delete nightly -y
     """
-    confirm(f"Delete policy {name}?", yes)
-    face.cloud.policies.delete(name)
-    output.message(f"policy {name} is deleted; its backups stay")
+    delete_record("policy", name, face.cloud.policies.delete, yes, told="; its backups stay")

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from hdcs_tasks.cli import output
-from hdcs_tasks.cli.options import DURATION, Face, confirm, format_option, pass_face, yes_option
+from hdcs_tasks.cli.options import DURATION, Face, delete_record, enabled_option, format_option, pass_face, yes_option
 
 COLUMNS = (
     output.Column("name"), output.Column("enabled"), output.Column("schedule"), output.Column("desktops"),
@@ -136,7 +136,7 @@ def run(face: Face, name: str, form: str) -> None:
 
 @storm.command()
 @click.argument("name")
-@click.option("--on/--off", "enabled", default=True, help="Let it run by its schedule, or not.")
+@enabled_option("Let it run by its schedule, or not.")
 @format_option
 @pass_face
 def enable(face: Face, name: str, enabled: bool, form: str) -> None:
@@ -160,6 +160,4 @@ def delete(face: Face, name: str, yes: bool) -> None:
     Examples:
       hdcs storm delete class-a -y
     """
-    confirm(f"Delete storm {name}?", yes)
-    face.cloud.storms.delete(name)
-    output.message(f"storm {name} is deleted; its desktops stay")
+    delete_record("storm", name, face.cloud.storms.delete, yes, told="; its desktops stay")

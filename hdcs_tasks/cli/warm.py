@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from hdcs_tasks.cli import output
-from hdcs_tasks.cli.options import Face, confirm, format_option, pass_face, yes_option
+from hdcs_tasks.cli.options import Face, delete_record, format_option, pass_face, yes_option
 
 COLUMNS = (
     output.Column("name"), output.Column("image"), output.Column("profile"),
@@ -100,6 +100,5 @@ def delete(face: Face, name: str, yes: bool) -> None:
     Examples:
       hdcs warm delete lab -y
     """
-    confirm(f"Delete warm pool {name} with its desktops?", yes)
-    face.cloud.warm_pools.delete(name)
-    output.message(f"warm pool {name} is deleted, and its desktops are on their way out")
+    told = ", and its desktops are on their way out"
+    delete_record("warm pool", name, face.cloud.warm_pools.delete, yes, ask=" with its desktops", told=told)

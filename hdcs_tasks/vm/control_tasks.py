@@ -18,6 +18,7 @@ from hdcs_tasks.vm import (
     control_drain,
     control_export,
     control_migrate,
+    control_quota,
     control_rebalance,
     control_refresh,
     control_shape,
@@ -140,6 +141,22 @@ def rebalance(
     return view(
         control_rebalance.rebalance(control(), domain_node, asked, max_moves=max_moves, concurrency=concurrency)
     )
+
+
+@request_task("quota.list")
+def list_quotas() -> dict[str, Any]:
+    return {"quotas": control_quota.list_quotas(control())}
+
+
+@request_task("quota.set")
+def set_quota(owner: str, limits: dict[str, int | None]) -> dict[str, Any]:
+    return control_quota.set_quota(control(), owner, **limits)
+
+
+@request_task("quota.drop")
+def drop_quota(owner: str) -> dict[str, Any]:
+    control_quota.drop_quota(control(), owner)
+    return {"owner": owner}
 
 
 @request_task("storm.run")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import socketserver
 import threading
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import time_machine
 
 from hdcs_tasks.config import AlarmSettings
 from hdcs_tasks.errors import Invalid, NotFound, WrongState
-from hdcs_tasks.monitor import control_alarms, control_notices, control_signals
+from hdcs_tasks.monitor import alarm_rules, control_alarms, control_notices, control_signals
 from hdcs_tasks.monitor.alarm_rules import Signal
 from hdcs_tasks.operations.control import Control
 from hdcs_tasks.pool import control as pool_control
@@ -252,3 +253,38 @@ def test_a_late_sweep_raises_an_alarm(control: Control) -> None:
     control.reservations.samples.swept("recovery", now().timestamp() - 300, 0.1, 5.0)
     control_alarms.alarm_sweep(control)
     assert live(control) == [("sweep_late", "recovery", "raised")]
+
+
+def test_ports_nearly_used_up_raise_an_alarm_and_every_kind_is_measured(pool: Control) -> None:  # noqa: F811
+    rules = alarm_rules.rules(pool.settings.alarm)
+    measured = [kind for kinds in control_signals.GATHERERS for kind in kinds]
+    assert sorted(measured) == sorted(rules), "a rule nobody measures never raises, a kind without a rule cannot"
+    pool.settings.alarm = AlarmSettings(for_s=0, clear_for_s=0)
+    pool.reservations.ports.set_range("east", 20000, 20000)
+    running(pool)
+    control_alarms.alarm_sweep(pool)
+    assert ("pool_ports", "east", "raised") in live(pool)
+    pool.reservations.ports.set_range("east", 20000, 20999)
+    control_alarms.alarm_sweep(pool)
+    assert "pool_ports" not in {kind for kind, _, _ in live(pool)}
+
+
+def test_a_target_that_never_answers_holds_up_no_sweep(control: Control, tmp_path: Path) -> None:
+    """It takes connections and says nothing: alarms are judged all the while, without a word to it."""
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        tell(control, tmp_path, f"json://127.0.0.1:{mute.getsockname()[1]}/")
+        control_alarms.settle(control, ["node_lost"], [Signal("node_lost", "node1", 1.0, "lost")])
+        counts: list[dict[str, int]] = []
+        telling = threading.Thread(target=lambda: counts.append(control_notices.notice_sweep(control)))
+        telling.start()
+        mute.settimeout(60)
+        taken, _ = mute.accept()  # the notice is in hand
+        with taken:
+            lost = {("node_lost",): lambda _: [Signal("node_lost", f"node{n}", 1.0, "lost") for n in (1, 2)]}
+            control_alarms.alarm_sweep(control, lost)
+            assert ("node_lost", "node2", "raised") in live(control)
+            mute.setblocking(False)
+            with pytest.raises(BlockingIOError):  # the sweep has not even called it
+                mute.accept()
+            telling.join(60)
+    assert counts == [{"sent": 0, "failed": 1, "given up": 0}]

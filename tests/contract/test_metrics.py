@@ -17,6 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import promql_parser
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
@@ -139,6 +140,14 @@ def test_it_serves_what_there_is_and_all_that_dashboard_and_alerts_name(pool: Co
             assert asked <= keys, f"{name} has no label {asked - keys}"
             named += 1
     assert named > 30
+
+
+def test_prometheus_would_understand_every_expression() -> None:
+    assert len(expressions()) > 20
+    for expression in expressions():
+        promql_parser.parse(expression)
+    with pytest.raises(ValueError, match="unclosed"):
+        promql_parser.parse("sum by (kind) (hdcs_alarms")
 
 
 def test_single_vms_are_told_only_while_they_are_few(pool: Control) -> None:  # noqa: F811

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import time_machine
 
+from hdcs_tasks.app import make_app
 from hdcs_tasks.errors import Invalid, NotFound, QuotaExceeded
 from hdcs_tasks.monitor import control_samples
 from hdcs_tasks.monitor.control_usage import usage
@@ -17,6 +22,7 @@ from hdcs_tasks.operations.views import show
 from hdcs_tasks.pool import control as pool_control
 from hdcs_tasks.pool.proof import JoinRequest
 from hdcs_tasks.states import VmState
+from hdcs_tasks.store.migrate import upgrade
 from hdcs_tasks.store.models import ServerNode, Step, Vm, now
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm import control as vms
@@ -24,9 +30,11 @@ from hdcs_tasks.vm import control_migrate, control_quota
 from hdcs_tasks.vm.control_clone import Shape, new_vm
 from hdcs_tasks.vm.control_quota import check_quota
 from hdcs_tasks.vm.quota_rules import Amounts
+from tests.contract.conftest import make_settings
 from tests.contract.test_samples import pool, sample_of, vm_of  # noqa: F401 - pool is a fixture
 from tests.contract.test_store import together
 from tests.contract.test_tidy import FACTS, TOKEN, join_request, stopped_vm
+from tests.services import RedisServer
 
 pytestmark = pytest.mark.contract
 
@@ -179,3 +187,33 @@ def test_two_requests_at_once_cannot_both_take_the_last_of_it(pool: Control) -> 
     with pool.store.read() as session:
         assert session.query(Vm).filter(Vm.state == VmState.STARTING).count() == 1
         assert session.get_one(ServerNode, "node1")
+
+
+def test_a_celery_caller_without_a_database_sets_reads_and_drops_quotas(own_redis: RedisServer, tmp_path: Path) -> None:
+    settings = make_settings(own_redis.url, f"sqlite:///{tmp_path}/hdcs.sqlite", tmp_path / "state")
+    upgrade(settings.database_url)
+    caller = make_app(settings.model_copy(update={"database_url": "none://"}))
+
+    def ask(task: str, **arguments: Any) -> dict[str, Any]:
+        answer = caller.send_task(task, kwargs=arguments, queue="control", ignore_result=False).get(timeout=90)
+        assert isinstance(answer, dict)
+        return answer
+
+    environment = os.environ | {
+        "HDCS_REDIS_URL": settings.redis_url, "HDCS_DATABASE_URL": settings.database_url,
+        "HDCS_STATE_DIR": str(settings.state_dir),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "workers.control", "--name", "quotas"]
+    with (tmp_path / "control.log").open("wb") as log:
+        worker = subprocess.Popen(command, env=environment, cwd=Path(__file__).parents[2], stdout=log, stderr=log)
+    try:
+        assert ask("quota.set", owner="alice", limits={"vms": 3})["vms"] == 3
+        (seen,) = ask("quota.list")["quotas"]
+        assert (seen["owner"], seen["vms"], seen["used_vms"]) == ("alice", 3, 0)
+        assert ask("quota.set", owner="alice", limits={"chairs": 3})["error"]["code"] == "invalid"
+        assert ask("quota.set", owner="alice", limits={"vms": "many"})["error"]["code"] == "invalid"
+        assert ask("quota.drop", owner="alice") == {"owner": "alice"}
+        assert ask("quota.drop", owner="alice")["error"]["code"] == "not_found"
+    finally:
+        worker.terminate()
+        worker.wait(60)
