@@ -44,6 +44,8 @@ class HdcsTask(Task):  # type: ignore[type-arg]  # generic only in the type stub
 
 def describe(kwargs: dict[str, Any]) -> str:
     """What Flower shows of a message: the key facts, one line, never a secret or a whole spec."""
+    if isinstance(report := kwargs.get("report"), dict):
+        kwargs = {key: report[key] for key in ("vm", "node", "operation") if report.get(key)}
     spec = kwargs.get("spec") or {}
     shown = spec.get("shown") or {k: v for k, v in kwargs.items() if isinstance(v, str | int | float) and k != "proof"}
     shown = dict(shown)

@@ -77,6 +77,7 @@ def context_of(task: str, task_id: str | None, kwargs: Mapping[str, Any]) -> dic
     for message in ("report", "event", "sample"):
         if isinstance(inner := kwargs.get(message), Mapping):
             found |= {"step": inner.get("step"), "attempt": inner.get("attempt"), "server_node": inner.get("node")}
+            found |= {key: inner[key] for key in ("operation", "vm") if inner.get(key)}
     if isinstance(shown, Mapping):
         found["vm"] = shown.get("vm", found["vm"])
     return {key: value for key, value in found.items() if isinstance(value, str | int)}

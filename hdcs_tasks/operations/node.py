@@ -185,7 +185,9 @@ def execute(
     began = monotonic_s()
     answer = ctx.reservations.steps.claim(step, attempt, holder, ctx.server_node, ctx.settings.lease_ttl_s)
     if answer is ClaimAnswer.CANCELLED:
-        report = _report(ctx, step, attempt, now_s()) | {"error": Cancelled("cancelled before it began").to_dict()}
+        report = _report(ctx, step, attempt, now_s(), operation, spec) | {
+            "error": Cancelled("cancelled before it began").to_dict()
+        }
         deliver(ctx, report)
         return "cancelled"
     if answer is not ClaimAnswer.CLAIMED:
@@ -206,7 +208,7 @@ def execute(
 
 def _work(run: Run, name: str, handler: Handler, spec: dict[str, Any]) -> str:
     started = now_s()
-    report = _report(run.ctx, run.step, run.attempt, started)
+    report = _report(run.ctx, run.step, run.attempt, started, run.operation, spec)
     try:
         report["result"] = handler(run, spec)
         json.dumps(report)  # what cannot travel is the handler's error, here and now
@@ -234,9 +236,13 @@ def _work(run: Run, name: str, handler: Handler, spec: dict[str, Any]) -> str:
     return "failed" if "error" in report else "done"
 
 
-def _report(ctx: NodeContext, step: str, attempt: int, started: float) -> dict[str, Any]:
+def _report(
+    ctx: NodeContext, step: str, attempt: int, started: float, operation: str, spec: dict[str, Any]
+) -> dict[str, Any]:
+    """What control settles by; ``operation`` and ``vm`` are for whoever reads the logs and Flower."""
     return {
-        "step": step, "attempt": attempt, "node": ctx.server_node, "started_at": started, "ended_at": now_s()
+        "step": step, "attempt": attempt, "node": ctx.server_node, "started_at": started, "ended_at": now_s(),
+        "operation": operation, "vm": (spec.get("shown") or {}).get("vm", ""),
     }  # fmt: skip
 
 

@@ -65,9 +65,12 @@ def test_celerys_own_lines_tell_it_too(lines: Any) -> None:
 
 def test_the_context_of_messages_to_control() -> None:
     report = {"step": "s", "attempt": 1, "node": "node2", "result": {"password": SECRET}}
+    report |= {"operation": "1a2b3c4d-rest", "vm": "desk-001"}
     assert logs.context_of("operations.outcome", "t", {"report": report}) == {
-        "task": "operations.outcome", "task_id": "t", "step": "s", "attempt": 1, "server_node": "node2"
+        "task": "operations.outcome", "task_id": "t", "step": "s", "attempt": 1, "server_node": "node2",
+        "operation": "1a2b3c4d-rest", "vm": "desk-001",
     }  # fmt: skip
+    assert describe({"report": report}) == "vm=desk-001 node=node2 op=1a2b3c4d"
     assert logs.context_of("vm.start", None, {"vm": "desk-001"}) == {"task": "vm.start", "vm": "desk-001"}
     assert logs.context_of("vm.start", "t", {"vm": ["a"], "spec": None}) == {"task": "vm.start", "task_id": "t"}
 
