@@ -212,6 +212,11 @@ def delete(control: Control, backup_id: str, asked: Asked) -> Operation:
         later = tx.session.scalar(select(Backup.id).where(Backup.parent_id == backup.id, Backup.state.in_(living)))
         if later:
             raise WrongState(f"backup {backup.id} is the base of {later}", next="Delete the later points first")
+        if is_being_read(tx, backup.vm_id):
+            raise Conflict(
+                f"a backup of VM {backup.vm_name} is being read right now",
+                next="Ask again when it has ended: hdcs op list --live",
+            )
         move(backup, BackupState.DELETING)
         operation = tx.open("backup.delete", asked=asked, subject=backup.id, request={"backup": backup.id})
         tx.step(operation, "backup.delete_on_node", backup.domain_node, spec_of(backup))

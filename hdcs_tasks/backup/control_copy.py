@@ -45,12 +45,15 @@ def open_copy(tx: Tx, backup: Backup, to: str, asked: Asked, *, bandwidth_mib_s:
     )
     if (other := tx.session.scalar(running)) is not None:
         raise Conflict(f"operation {other.id} copies {subject} already", next=f"Watch it: hdcs op watch {other.id}")
+    # First what may fail: who opens it for a policy goes on without it.
+    there = lies_in(places_of(backup), to)
+    spec = {} if there else fetch_step_spec(tx, backup, to, bandwidth_mib_s=bandwidth_mib_s)
     request = {"backup": backup.id, "to": to}
     operation = tx.open("backup.copy", asked=asked, subject=subject, request=request)
-    if lies_in(places_of(backup), to):
+    if there:
         tx.finish(operation, {"bytes": 0, "domain_node": to})
     else:
-        add_fetch_step(tx, operation, backup, to, bandwidth_mib_s=bandwidth_mib_s)
+        tx.step(operation, FETCH, to, spec, patience_s=PATIENCE_S)
     return operation
 
 
@@ -59,10 +62,14 @@ def places_of(backup: Backup) -> dict[str, BackupState]:
     return {backup.domain_node: backup.state} | {c.domain_node: c.state for c in backup.copies}
 
 
-def add_fetch_step(
-    tx: Tx, operation: Operation, backup: Backup, to: str, *, bandwidth_mib_s: int | None = None
-) -> Step:
-    """The step that brings the point to ``to``. Raises Unreachable (no storage that has it whole can be read)."""
+def add_fetch_step(tx: Tx, operation: Operation, backup: Backup, to: str) -> Step:
+    """The step that brings the point to ``to``; raises as ``fetch_step_spec``."""
+    return tx.step(operation, FETCH, to, fetch_step_spec(tx, backup, to), patience_s=PATIENCE_S)
+
+
+def fetch_step_spec(tx: Tx, backup: Backup, to: str, *, bandwidth_mib_s: int | None = None) -> dict[str, Any]:
+    """What that step needs to know. Raises Unreachable (no storage that has the point whole can be read), BackupBroken
+    (what it stands on is not there)."""
     links = links_of(tx, backup)
     source = _source(tx, links, backup)
     spec = fetch_spec(
@@ -74,7 +81,7 @@ def add_fetch_step(
         "replace": [link.id for link in links if places_of(link).get(to) is BackupState.BROKEN],
         "drop": gone_at(tx, backup.vm_id, to),
     }  # fmt: skip
-    return tx.step(operation, FETCH, to, spec, patience_s=PATIENCE_S)
+    return spec
 
 
 def links_of(tx: Tx, backup: Backup) -> list[Backup]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from sqlalchemy import select
@@ -9,10 +10,11 @@ from sqlalchemy import select
 from hdcs_tasks.backup.control import is_being_read, of_vm, points_of
 from hdcs_tasks.backup.control_drop import drop_copies
 from hdcs_tasks.backup.rules import Keep, Prune, plan_prune
-from hdcs_tasks.errors import Conflict, HdcsError, NotFound, OutcomeUnknown
+from hdcs_tasks.errors import Conflict, HdcsError, NotFound, OutcomeUnknown, from_dict
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed
-from hdcs_tasks.states import BackupState
+from hdcs_tasks.operations.settling import has_live_step
+from hdcs_tasks.states import BackupState, StepState
 from hdcs_tasks.store.models import Backup, Operation, Step, Vm
 from hdcs_tasks.store.transitions import move
 
@@ -64,6 +66,7 @@ def add_prune_steps(tx: Tx, operation: Operation, vm_id: str, keep: Keep, *, mer
     if not (found.merges or found.drop) or is_being_read(tx, vm_id):
         return False
     rows = {b.id: b for b in tx.session.scalars(select(Backup).where(Backup.vm_id == vm_id))}
+    was = {point.id: rows[point.id].state.value for point in found.drop}
     for point in found.drop:
         move(rows[point.id], BackupState.DELETING)
     touched = [*(each.point for each in found.merges), *(point.id for point in found.drop)]
@@ -71,7 +74,10 @@ def add_prune_steps(tx: Tx, operation: Operation, vm_id: str, keep: Keep, *, mer
         spec = {
             "shown": {"vm": operation.subject, "drop": len(found.drop), "merge": len(found.merges)}, "vm_id": vm_id,
             "merge": [vars(each) for each in found.merges if rows[each.point].domain_node == home],
-            "drop": [{"point": p.id, "chain": p.chain, "seq": p.seq} for p in found.drop if p.domain_node == home],
+            "drop": [
+                {"point": p.id, "chain": p.chain, "seq": p.seq, "was": was[p.id]}
+                for p in found.drop if p.domain_node == home
+            ],
         }  # fmt: skip
         tx.step(operation, "backup.prune_on_node", home, spec)
     return True
@@ -88,7 +94,11 @@ def _pruned(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) ->
         backup = tx.session.get(Backup, point)
         if backup is not None:
             move(backup, BackupState.DELETED)
-    _keep_on(tx, result["left"], BackupState.READY)
+    _keep_on(tx, step, result["left"])
+    failed = [other for other in operation.steps if other.state is StepState.FAILED and other.error]
+    if failed and operation.kind == "backup.prune" and not has_live_step(tx, operation):
+        # Each domain node has a step of its own: one that failed before this one was done counts.
+        tx.fail(operation, from_dict(failed[-1].error or {}))
     policy = operation.request.get("policy") or {}
     drop_copies(tx, step.spec["vm_id"], operation.subject, without=filter(None, [policy.get("copy_to")]))
 
@@ -96,12 +106,14 @@ def _pruned(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) ->
 @on_failed("backup.prune_on_node")
 def _not_pruned(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
     """A merge failed before anything was dropped; or nobody knows, and then none of them is counted on."""
-    state = BackupState.BROKEN if error.code == OutcomeUnknown.code else BackupState.READY
-    _keep_on(tx, [point["point"] for point in step.spec["drop"]], state)
+    points = [point["point"] for point in step.spec["drop"]]
+    _keep_on(tx, step, points, BackupState.BROKEN if error.code == OutcomeUnknown.code else None)
 
 
-def _keep_on(tx: Tx, points: list[str], state: BackupState) -> None:
+def _keep_on(tx: Tx, step: Step, points: Collection[str], state: BackupState | None = None) -> None:
+    """Points that stay after all: in ``state``, or else as they were before."""
+    was = {point["point"]: BackupState(point["was"]) for point in step.spec["drop"]}
     for point in points:
         backup = tx.session.get(Backup, point)
         if backup is not None and backup.state is BackupState.DELETING:
-            move(backup, state)
+            move(backup, state or was.get(point, BackupState.READY))

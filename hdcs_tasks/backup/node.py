@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from hdcs_tasks.hypervisor.locks import vm_lock
 from hdcs_tasks.hypervisor.manifests import BaseImage, Kind, Point
 from hdcs_tasks.hypervisor.repository import Repository
 from hdcs_tasks.operations.node import HandOver, Run
-from hdcs_tasks.vm.node import CHECKPOINTS, image_path
+from hdcs_tasks.vm.node import CHECKPOINTS, image_path, still_ours
 
 LOCK_WAIT_S = 10.0
 
@@ -49,7 +50,7 @@ def create(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
             _check(run, spec, repository)
             done = _write(run, spec, layout, repository)
         # Also when an earlier attempt published it: that one may have died before its checkpoint counted.
-        _keep(run, layout, spec["vm_id"], done)
+        _keep_or_undo(run, layout, repository, done)
     return {
         "node": ctx.server_node, "checkpoint": done.checkpoint, "file_bytes": done.file_bytes, "sha256": done.sha256,
         "consistency": done.consistency, "manifest": asdict(done),
@@ -85,6 +86,7 @@ def _write(run: Run, spec: dict[str, Any], layout: storage.StorageLayout, reposi
     checkpoint = f"hdcs-{spec['point']}"
     _discard_earlier(run, spec["vm_id"], partial, checkpoint)  # first: what follows may fail, and the guest be frozen
     try:
+        repository.check_free(spec["vm_id"], spec["chain"], spec["seq"])
         base = _base(run, spec, layout, repository)
         below = _parent(repository, spec) or base
         backing = repository.backing(below, spec["vm_id"], spec["chain"]) if below is not None else None
@@ -179,6 +181,18 @@ def _kept(layout: storage.StorageLayout, vm_id: str) -> list[str]:
     file = layout.vm_dir(vm_id) / CHECKPOINTS
     found: list[str] = json.loads(file.read_text()) if file.exists() else []
     return found
+
+
+def _keep_or_undo(run: Run, layout: storage.StorageLayout, repository: Repository, point: Point) -> None:
+    """A point whose checkpoint cannot be kept is none: it would be in the way of the next one."""
+    try:
+        _keep(run, layout, point.vm_id, point)
+    except HdcsError:
+        still_ours(run)
+        repository.delete(point.vm_id, point.chain, point.seq, point.id)
+        with suppress(HdcsError):  # it is gone with its guest, or the next full backup drops it
+            delete_checkpoint(run.ctx.host(), point.vm_id, point.checkpoint)
+        raise
 
 
 def _keep(run: Run, layout: storage.StorageLayout, vm_id: str, point: Point) -> None:

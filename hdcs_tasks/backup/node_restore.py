@@ -15,7 +15,7 @@ from hdcs_tasks.hypervisor.manifests import Point
 from hdcs_tasks.hypervisor.repository import Repository
 from hdcs_tasks.operations.node import Run
 from hdcs_tasks.vm import node_swap
-from hdcs_tasks.vm.node import image_path
+from hdcs_tasks.vm.node import image_path, remove_folder, still_ours
 
 
 def found_point(run: Run, spec: dict[str, Any]) -> tuple[Repository, Point]:
@@ -35,18 +35,17 @@ def restore(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     image = _image(run, spec, layout, repository, point)
     target = layout.disk(spec["vm_id"])
     _drop_partials(target)
-    if not target.exists():
-        target.parent.mkdir(mode=0o711, exist_ok=True)
-        try:
-            key = _key(run, spec)
+    try:
+        key = _key(run, spec)
+        if not target.exists():
+            target.parent.mkdir(mode=0o711, exist_ok=True)
             _write(run, repository, point, target, image, key)
-            if spec.get("compare"):
-                _check_same(run, repository, point, target, key)
-        except HdcsError:
-            for left in target.parent.iterdir():
-                left.unlink()
-            target.parent.rmdir()
-            raise
+        if spec.get("compare"):
+            _check_same(run, repository, point, target, key)
+    except HdcsError:
+        still_ours(run)
+        remove_folder(target.parent)
+        raise
     return _result(run, point, image)
 
 
@@ -65,10 +64,11 @@ def extract(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
             _write(run, repository, point, target, None, None, whole=True)
         _check_same(run, repository, point, target, None)
     except HdcsError:
+        still_ours(run)
         target.unlink(missing_ok=True)
-        raise
-    finally:
         marker.unlink(missing_ok=True)
+        raise
+    marker.unlink(missing_ok=True)
     return {"node": run.ctx.server_node, "path": f"import/{target.name}", "file_bytes": target.stat().st_size}
 
 

@@ -62,8 +62,9 @@ def next_point(
 ) -> Plan:
     """The next backup of a VM whose points are given oldest first.
 
-    An increment follows the newest point if that is ready, has its checkpoint, lies in the VM's own domain node and is
-    of a disk of the present size (``disk_bytes``): after a move, a set-back or a growth a chain begins anew.
+    An increment follows the newest point if that has its checkpoint, lies in the VM's own domain node and is of a disk
+    of the present size (``disk_bytes``), and no point of its chain is broken: after a move, a set-back or a growth a
+    chain begins anew.
     """
     newest = points[-1] if points else None
     if full:
@@ -76,7 +77,10 @@ def next_point(
         return Plan("full", 1, None, f"the chain lies in {newest.domain_node}")
     if newest.disk_bytes and disk_bytes > newest.disk_bytes:
         return Plan("full", 1, None, f"the disk has grown from {newest.disk_bytes} to {disk_bytes} bytes")
-    why = _outgrown([p for p in points if p.chain == newest.chain], rule or FullRule())
+    chain = [p for p in points if p.chain == newest.chain]
+    if any(p.state is BackupState.BROKEN for p in chain):
+        return Plan("full", 1, None, "the chain cannot go on: a point below is broken")
+    why = _outgrown(chain, rule or FullRule())
     if why is not None:
         return Plan("full", 1, None, why)
     return Plan("increment", newest.seq + 1, newest, "follows the newest point")

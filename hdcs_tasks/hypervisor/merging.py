@@ -65,7 +65,7 @@ def merge(
             )
         draft = replace(point, parent=below.id if below else None, kind="inc" if below else "full")
         merged = repository.complete(partial, draft, on_progress=None, cancelled=cancelled)
-        with storage_errors(f"merging into {point.id}"):
+        with repository.bases.locked(), storage_errors(f"merging into {point.id}"):
             write_durably(_intent(repository, merged), manifests.dump(merged))
             os.replace(partial, repository.file(merged))
             disks.sync(partial.parent)
@@ -77,7 +77,15 @@ def merge(
 
 def settle(repository: Repository, vm_id: str) -> int:
     """End the merges of a VM's points that dead workers left half done; returns how many there were."""
-    found = sorted((repository.folder / manifests.check_vm_id(vm_id)).glob(f"*/.*{_INTENT}"))
+    pattern = f"*/.*{_INTENT}"
+    folder = repository.folder / manifests.check_vm_id(vm_id)
+    if next(folder.glob(pattern), None) is None:
+        return 0
+    with repository.bases.locked():  # a merge that lives has what it does between intent and end in one go
+        return _settle(repository, sorted(folder.glob(pattern)))
+
+
+def _settle(repository: Repository, found: list[Path]) -> int:
     for path in found:
         merged = manifests.load(path.read_bytes(), path.name)
         file = repository.file(merged)

@@ -80,12 +80,11 @@ class Repository:
     ) -> Point:
         """Make the whole file ``partial`` the point ``draft`` describes; returns it with sizes, hash and time.
 
-        Raises BackupBroken (it does not stand on what the draft says: nothing is published), Conflict (the point
-        exists), Cancelled, HypervisorRefused (no space). On an error ``partial`` is left to the caller.
+        Raises BackupBroken (it does not stand on what the draft says, or another point has its place: nothing is
+        published), Cancelled, HypervisorRefused (no space). On an error ``partial`` is left to the caller.
         """
         final = self.chain_folder(draft.vm_id, draft.chain) / draft.file_name
-        if final.with_name(draft.manifest_name).exists():
-            raise Conflict(f"backup point {final.name} exists", next="Take the next number; see: hdcs backup list")
+        self.check_free(draft.vm_id, draft.chain, draft.seq)
         point = self.complete(partial, draft, on_progress=on_progress, cancelled=cancelled)
         with self.bases.locked(), storage_errors(f"writing backup point {point.id}"):
             if draft.base is not None and not self.bases.file(draft.base).is_file():
@@ -94,6 +93,12 @@ class Repository:
             sync(final.parent)
             write_durably(final.with_name(point.manifest_name), manifests.dump(point))
         return point
+
+    def check_free(self, vm_id: str, chain: str, seq: int) -> None:
+        """BackupBroken if a point has that place in the chain, which then is not the one the record knows."""
+        found = next(iter(sorted(self.chain_folder(vm_id, chain).glob(f"{seq:04d}.json"))), None)
+        if found is not None:
+            raise BackupBroken(f"backup point {found.stem} of that chain exists", next="The next backup is a full one")
 
     def receive(self, point: Point) -> None:
         """Make a point of a file that was brought here under its own name, from another repository.

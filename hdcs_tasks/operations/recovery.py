@@ -203,20 +203,23 @@ def _wake(tx: Tx, step: Step) -> None:
         settle_failed(tx, step, Cancelled("cancelled while it waited"))
         return
     if step.error is not None and is_waiting(step.error) and now() >= step.deadline_at:
-        settle_failed(tx, step, _waited_too_long(tx, step.error))
+        settle_failed(tx, step, _waited_too_long(step, step.error))
         return
     _publish_where_touched(tx, step)
 
 
-def _waited_too_long(tx: Tx, error: dict[str, Any]) -> HdcsError:
-    waited = f"waited {tx.control.settings.park_deadline_s:.0f} s for room: "
+def _waited_too_long(step: Step, error: dict[str, Any]) -> HdcsError:
+    waited = f"waited {(step.deadline_at - step.created_at).total_seconds():.0f} s for room: "
     return from_dict(error | {"message": waited + error["message"].removeprefix(waited)})
 
 
-def _recover(tx: Tx, step: Step, status: StepStatus | None) -> Verdict:
+def _recover(tx: Tx, step: Step, status: StepStatus | None, *, looked_now: bool = False) -> Verdict:
     if step.state is not StepState.PUBLISHED or step.published_at is None:
         return Verdict.LEAVE
     known = status is not None and status.attempt == step.attempt
+    if not looked_now and not (known and status is not None and status.leased):
+        # What was read before the sweep came to this step may be long over.
+        return _recover(tx, step, tx.control.reservations.steps.status(step.id), looked_now=True)
     if status is not None and known:
         _observe(step, status)
         if status.cancel and status.holder is None and not status.done:

@@ -89,9 +89,24 @@ def snapshot(control: Control, reports: dict[str, dict[str, Any]]) -> Snapshot:
         pool = _pool_snapshot(control, row, nodes, vms, reports)
         held = present[row.name].claims if row.name in present else ()
         coming = _coming(control, row.name, vms, live)
+        pool = replace(pool, disks=dict(pool.disks) | _promised(row.name, vms, live))
         pools[row.name] = _with_busy(pool, [*(claim for claim in held if claim.vm in live), *coming])
     subnets = {node.name: node.subnet for node in nodes}
     return Snapshot(macs={vm.id: vm.mac for vm in vms}, subnets=subnets, pools=pools)
+
+
+def _promised(domain_node: str, vms: list[Vm], live: dict[str | None, Operation]) -> dict[str, int]:
+    """Storage that operations under way were promised beyond what the record says: where a VM goes, and to what it
+    grows."""
+    found = {}
+    for vm in vms:
+        request = live[vm.id].request if vm.id in live else {}
+        wanted = max(vm.disk_bytes, request.get("disk_bytes") or 0)
+        if domain_node == (request.get("domain_node") or vm.home) and (
+            domain_node != vm.home or wanted > vm.disk_bytes
+        ):
+            found[vm.id] = wanted
+    return found
 
 
 def _coming(control: Control, domain_node: str, vms: list[Vm], live: dict[str | None, Operation]) -> list[Claim]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import select
 
-from hdcs_tasks.errors import HdcsError, NoCapacity
+from hdcs_tasks.errors import Cancelled, HdcsError, NoCapacity
 from hdcs_tasks.operations.control import Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed, on_no_room
 from hdcs_tasks.pool import planning
@@ -19,6 +19,7 @@ from hdcs_tasks.store.models import DomainNode, Image, Operation, Step, Vm
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import vm_of
 from hdcs_tasks.vm.control_clone import Shape, add_clone_step, choose_homes, promise_disk, rooms_of
+from hdcs_tasks.vm.control_delete import forget
 
 REPLANS = 3
 """Domain nodes a clone tries beside its first home before it waits."""
@@ -47,7 +48,8 @@ def _elsewhere(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> bo
     operation.request = operation.request | {"refused": [*refused, old]}
     operation.decision = found[1]
     tx.event("vm.replanned", vm.name, f"VM {vm.name} goes to {vm.home}: {error.message}", was=old)
-    spec = {"shown": {"vm": vm.name, "pool": old}, "vm_id": vm.id, "name": vm.name, "home": old}
+    # Also when a cancel comes: nobody would remove that disk later.
+    spec = {"shown": {"vm": vm.name, "pool": old}, "vm_id": vm.id, "name": vm.name, "home": old, "binding": True}
     tx.step(operation, "vm.discard_on_node", old, spec)
     return True
 
@@ -80,11 +82,14 @@ def _not_discarded(tx: Tx, operation: Operation, step: Step, error: HdcsError) -
     """The disk that stays there keeps its promise of storage: an operator removes both."""
     vm, old = vm_of(tx, operation), step.spec["home"]
     tx.event("vm.disk_left", vm.name, f"the disk VM {vm.name} had in {old} was not removed: {error.message}", home=old)
-    if not operation.cancel_asked:
-        _go_on(tx, operation, vm)
+    _go_on(tx, operation, vm)
 
 
 def _go_on(tx: Tx, operation: Operation, vm: Vm) -> None:
+    if operation.cancel_asked:
+        forget(tx, vm)
+        tx.fail(operation, Cancelled("cancelled before it was cloned elsewhere"))
+        return
     image = tx.session.get(Image, vm.image_id)
     if vm.state is VmState.CREATING and image is not None:
         add_clone_step(tx, operation, vm, image)
