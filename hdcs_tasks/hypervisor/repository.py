@@ -96,9 +96,8 @@ class Repository:
 
     def check_free(self, vm_id: str, chain: str, seq: int) -> None:
         """BackupBroken if a point has that place in the chain, which then is not the one the record knows."""
-        found = next(iter(sorted(self.chain_folder(vm_id, chain).glob(f"{seq:04d}.json"))), None)
-        if found is not None:
-            raise BackupBroken(f"backup point {found.stem} of that chain exists", next="The next backup is a full one")
+        if (self.chain_folder(vm_id, chain) / f"{seq:04d}.json").exists():
+            raise BackupBroken(f"backup point {seq:04d} of that chain exists", next="The next backup is a full one")
 
     def receive(self, point: Point) -> None:
         """Make a point of a file that was brought here under its own name, from another repository.

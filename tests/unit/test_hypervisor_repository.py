@@ -328,7 +328,7 @@ def test_two_attempts_at_one_point(store: Store) -> None:
     point = store.take(1)
     again = store.repository.partial(VM, "a", 1, "2")
     shutil.copy(store.repository.file(point), again)
-    with pytest.raises(Conflict):
+    with pytest.raises(BackupBroken):
         store.repository.publish(again, store.draft(1))
     assert list(store.repository.leftovers(VM)) == [again]
     store.repository.verify(point)
