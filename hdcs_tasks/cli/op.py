@@ -106,7 +106,8 @@ def _print_attempts(steps: list[dict[str, Any]]) -> None:
     rows = [
         {
             "step": step["seq"], "attempt": tried["attempt"], "node": tried["node"], "error": _told(tried["error"]),
-            "took_s": tried["ended_at"] - tried["started_at"] if tried["ended_at"] and tried["started_at"] else None,
+            # Of one whose executor was lost nobody knows when it began.
+            "took_s": tried["ended_at"] - tried["started_at"] if tried.get("started_at") else None,
         }
         for step in steps if len(step["history"]) > 1 or step["attempt"] > 1 for tried in step["history"]
     ]  # fmt: skip

@@ -295,16 +295,20 @@ def _publish_where_touched(tx: Tx, step: Step) -> None:
     tx.publish(step, queue=make(node.domain_node, node.name))
 
 
-def sweep_once(control: Control, name: str, period_s: float, sweep: Callable[[Control], Any]) -> Any:
-    """Run a sweep if nobody ran it in this slot: two beats, or a beat that repeats, are harmless."""
+def sweep_once(
+    control: Control, name: str, period_s: float, sweep: Callable[[Control], Any], *, periodic: bool = True
+) -> Any:
+    """Run a sweep if nobody ran it in this slot: two beats, or a beat that repeats, are harmless. ``periodic`` False:
+    it runs when something asks for it, and is never late."""
     slot = int(now_s() / period_s)
     holder = random_hex(8)
     if not control.reservations.leases.grant("sweep", f"{name}:{slot}", holder, 2 * period_s):
         return None
     began_s = monotonic_s()
     answer = sweep(control)
-    # What has not run to its end is late, whatever the reason.
-    control.reservations.samples.swept(name, now_s(), monotonic_s() - began_s, period_s)
+    if periodic:
+        # What has not run to its end is late, whatever the reason.
+        control.reservations.samples.swept(name, now_s(), monotonic_s() - began_s, period_s)
     return answer
 
 

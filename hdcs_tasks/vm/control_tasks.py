@@ -177,7 +177,7 @@ def warm_sweep(period_s: float) -> None:
 @app.task(name="vm.top_up_warm")
 def top_up_warm() -> None:
     # Under the slot of a short sweep: many that take at once make one top-up.
-    sweep_once(control(), "top-up", 1.0, control_warm.warm_sweep)
+    sweep_once(control(), "top-up", 1.0, control_warm.warm_sweep, periodic=False)
 
 
 @request_task("vm.refresh")

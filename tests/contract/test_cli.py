@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import redis
+from sqlalchemy import select
 
 from hdcs_tasks.cli.main import run
 from hdcs_tasks.cloud import Cloud
@@ -30,6 +31,7 @@ from hdcs_tasks.pool import control as pool_control
 from hdcs_tasks.pool.profiles import ensure_built_in
 from hdcs_tasks.pool.proof import JoinRequest
 from hdcs_tasks.pool.rebuild import reservation_sweep
+from hdcs_tasks.store.models import Step
 from tests.services import RedisServer, free_port
 
 pytestmark = pytest.mark.contract
@@ -348,6 +350,18 @@ def test_op_show_tells_every_attempt(cloud: Cloud, hdcs: Hdcs) -> None:
     assert 0.9 < float(row[row.index("s", 8) - 1]) < 5, "answer() began a second ago"
     code, out, err = hdcs("op", "watch", operation)
     assert code == 1 and "failed" in out and "image is locked" in err
+
+
+def test_op_show_tells_an_attempt_whose_executor_was_lost(cloud: Cloud, hdcs: Hdcs) -> None:
+    clone(cloud, "desk-1")
+    operation = hdcs("vm", "start", "desk-1", "--no-wait")[1].strip()
+    with cloud.control.store.session() as session:
+        step = session.scalars(select(Step).where(Step.operation_id == operation)).one()
+        lost = {"code": "outcome_unknown", "message": "executor lost"}
+        step.history = [{"attempt": 1, "node": "node1", "ended_at": 1.0, "error": lost}]
+        step.attempt = 2
+    code, table, _ = hdcs("op", "show", operation)
+    assert code == 0 and "executor lost" in table
 
 
 # --- waiting

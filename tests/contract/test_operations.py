@@ -25,7 +25,7 @@ from hdcs_tasks.hypervisor.connection import HostPool
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_start
 from hdcs_tasks.operations.node import HandOver, NodeContext, Run, execute, resend_spooled
-from hdcs_tasks.operations.recovery import recovery_sweep, settle, wake
+from hdcs_tasks.operations.recovery import recovery_sweep, settle, sweep_once, wake
 from hdcs_tasks.operations.spool import Spool
 from hdcs_tasks.operations.views import cancel, list_operations, show
 from hdcs_tasks.reservations import Reservations
@@ -447,6 +447,16 @@ def test_a_step_that_cannot_be_recovered_does_not_keep_the_others(desk: Desk) ->
     desk.due(bad, published_at=ago(60))
     recovery_sweep(desk.control)
     assert desk.step(fine).state is StepState.PUBLISHED
+
+
+def test_a_sweep_that_runs_when_asked_for_is_never_late(desk: Desk) -> None:
+    known = desk.control.reservations.samples.sweeps
+    assert sweep_once(desk.control, "asked", 1.0, lambda _: "ran", periodic=False) == "ran"
+    assert "asked" not in known()
+    assert sweep_once(desk.control, "beaten", 1.0, lambda _: "ran") == "ran"
+    assert "beaten" in known()
+    assert sweep_once(desk.control, "beaten", 1e9, lambda _: "ran") == "ran", "another slot"
+    assert sweep_once(desk.control, "beaten", 1e9, lambda _: "ran") is None, "once per slot"
 
 
 # ---- cancelling
