@@ -17,8 +17,8 @@ from hdcs_tasks.operations.handlers import on_done, on_failed, plan_steps
 from hdcs_tasks.routing import direct_queue
 from hdcs_tasks.states import VmState
 from hdcs_tasks.store.models import Backup, Operation, Step, now
-from hdcs_tasks.vm.control import add_start_step, leave_via, vm_of
-from hdcs_tasks.vm.control_delete import add_delete_step, begin_delete
+from hdcs_tasks.vm.control import add_start_step, vm_of
+from hdcs_tasks.vm.control_delete import begin_delete, not_deleted, then_delete
 
 plan_steps("backup.drill", {
     "backup.restore_on_node": 50, "vm.start_on_node": 5, "backup.prove_on_node": 40, "vm.stop_on_node": 3,
@@ -84,14 +84,8 @@ def _give_up(tx: Tx, operation: Operation, error: HdcsError | None) -> None:
     begin_delete(tx, operation)
 
 
-@on_done("backup.drill:vm.stop_on_node")
-def _stopped(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
-    add_delete_step(tx, operation, vm_of(tx, operation))
-
-
-@on_failed("backup.drill:vm.stop_on_node")
-def _not_stopped(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
-    leave_via(vm_of(tx, operation), VmState.DELETING, VmState.FAILED)
+on_done("backup.drill:vm.stop_on_node")(then_delete)
+on_failed("backup.drill:vm.stop_on_node")(not_deleted)
 
 
 @on_done("backup.drill:vm.delete_on_node")

@@ -56,23 +56,19 @@ def add_delete_step(tx: Tx, operation: Operation, vm: Vm) -> Step:
 
 
 @on_done("vm.delete:vm.stop_on_node")
-def _stopped(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
+def then_delete(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
+    """Its guest has ended: the disk goes."""
     add_delete_step(tx, operation, vm_of(tx, operation))
 
 
-@on_failed("vm.delete:vm.stop_on_node")
-def _not_stopped(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
+@on_failed("vm.delete:vm.stop_on_node", "vm.delete_on_node")
+def not_deleted(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
     leave_via(vm_of(tx, operation), VmState.DELETING, VmState.FAILED)
 
 
 @on_done("vm.delete_on_node")
 def _deleted(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
     forget(tx, vm_of(tx, operation))
-
-
-@on_failed("vm.delete_on_node")
-def _not_deleted(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
-    leave_via(vm_of(tx, operation), VmState.DELETING, VmState.FAILED)
 
 
 def forget(tx: Tx, vm: Vm) -> None:
