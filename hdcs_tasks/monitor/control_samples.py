@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import bindparam, select, update
 
 from hdcs_tasks.errors import HdcsError
 from hdcs_tasks.logs import logger
@@ -34,7 +34,7 @@ log = logger(__name__)
 
 SAMPLE_TASK = "monitor.sample_on_node"
 TOLD_AGAIN_S = 3600.0
-_COLUMNS = (*COLUMNS, Vm.state_at)
+_VMS_OF = select(*COLUMNS, Vm.state_at).where(Vm.server_node == bindparam("node"), Vm.deleted_at.is_(None))
 
 
 def sample_sweep(control: Control) -> int:
@@ -70,12 +70,12 @@ def take_sample(control: Control, sample: dict[str, Any]) -> None:
             return
         node.observed_at = at
         _record_storage(tx, node, sample.get("storage") or {})
-        vms = tx.session.execute(select(*_COLUMNS).where(Vm.server_node == node.name, Vm.deleted_at.is_(None))).all()
+        vms = tx.session.execute(_VMS_OF, {"node": node.name}).all()
         here = {vm.id: vm for vm in vms}
         _record_seen(tx, [(here[vm_id], guest) for vm_id, guest in seen.items() if vm_id in here], at)
-        metering.seen(tx.session, node.name, seen.keys() & here.keys(), at)
-        watched = {vm_id for vm_id in seen.keys() & here.keys() if seen[vm_id]["console_clients"] > 0}
-        metering.consoles(tx.session, node.name, watched, at)
+        running = seen.keys() & here.keys()
+        watched = {vm_id for vm_id in running if seen[vm_id]["console_clients"] > 0}
+        metering.sampled(tx.session, node.name, running, watched, at)
         todo = Found([], [])
         for vm in vms:
             _compare(vm, seen.get(vm.id), at, todo)
@@ -87,8 +87,10 @@ def take_sample(control: Control, sample: dict[str, Any]) -> None:
 
 
 def _record_storage(tx: Tx, node: ServerNode, storage: dict[str, int]) -> None:
+    if not storage.get("total_bytes"):
+        return
     row = tx.session.get(DomainNode, node.domain_node)
-    if row is not None and storage.get("total_bytes"):
+    if row is not None:
         row.storage_total_bytes, row.storage_free_bytes = storage["total_bytes"], storage["free_bytes"]
 
 
