@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import bindparam, select, update
+from sqlalchemy import Update, bindparam, select, update
 
 from hdcs_tasks.errors import HdcsError
 from hdcs_tasks.logs import logger
@@ -26,6 +26,7 @@ from hdcs_tasks.pool.waiting import wake_waiting
 from hdcs_tasks.reservations import PlaceRequest
 from hdcs_tasks.states import VmState
 from hdcs_tasks.store import metering
+from hdcs_tasks.store.lookups import by_key
 from hdcs_tasks.store.models import DomainNode, Event, Operation, ServerNode, Vm
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm import control as vm_control
@@ -34,6 +35,9 @@ log = logger(__name__)
 
 SAMPLE_TASK = "monitor.sample_on_node"
 TOLD_AGAIN_S = 3600.0
+_THESE = update(Vm).where(Vm.id.in_(bindparam("ids", expanding=True)))
+_OBSERVED = _THESE.values(observed_state=bindparam("seen"), observed_at=bindparam("seen_at"))
+_USED = _THESE.values(active_at=bindparam("seen_at"))
 _VMS_OF = select(*COLUMNS, Vm.state_at).where(Vm.server_node == bindparam("node"), Vm.deleted_at.is_(None))
 
 
@@ -65,7 +69,7 @@ def take_sample(control: Control, sample: dict[str, Any]) -> None:
     at = datetime.fromtimestamp(sample["at"], UTC)
     seen = {guest["vm_id"]: guest for guest in sample["guests"]}
     with control.transaction() as tx:
-        node = tx.session.get(ServerNode, sample["node"])
+        node = by_key(tx.session, ServerNode, sample["node"])
         if node is None or (node.observed_at is not None and node.observed_at > at):
             return
         node.observed_at = at
@@ -99,7 +103,7 @@ def _record_seen(tx: Tx, guests: list[tuple[Any, dict[str, Any]]], at: datetime)
     if not guests:
         return
     for state in ("running", "paused"):
-        _update(tx, (vm.id for vm, guest in guests if guest["state"] == state), observed_state=state, observed_at=at)
+        _update(tx, _OBSERVED, (vm.id for vm, guest in guests if guest["state"] == state), seen=state, seen_at=at)
     policies, usual = load(tx.session), Limits()
     used = []
     for vm, guest in guests:
@@ -108,15 +112,13 @@ def _record_seen(tx: Tx, guests: list[tuple[Any, dict[str, Any]]], at: datetime)
         policy = policy_of(policies, desktop(vm)) if policies else None
         if sample_use(policy.limits if policy else usual, guest):
             used.append(vm.id)
-    _update(tx, used, active_at=at)
+    _update(tx, _USED, used, seen_at=at)
 
 
-def _update(tx: Tx, ids: Iterable[str], **values: Any) -> None:
+def _update(tx: Tx, change: Update, ids: Iterable[str], **values: Any) -> None:
     chosen = list(ids)
     if chosen:
-        tx.session.execute(
-            update(Vm).where(Vm.id.in_(chosen)).values(**values), execution_options={"synchronize_session": False}
-        )
+        tx.session.execute(change, values | {"ids": chosen}, execution_options={"synchronize_session": False})
 
 
 def _compare(vm: Any, guest: dict[str, Any] | None, at: datetime, todo: Found) -> None:
