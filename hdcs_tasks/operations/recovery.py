@@ -160,7 +160,8 @@ def _each(control: Control, ids: list[str], action: Callable[[Tx, Step], None]) 
             with control.transaction() as tx:
                 step = tx.lock_step(step_id)
                 if step is not None and step.state in STEP_LIVE:
-                    action(tx, step)
+                    with bound_contextvars(operation=step.operation_id, vm=step.operation.subject):
+                        action(tx, step)
         except HdcsError as error:
             log.warning("step not recovered this time", step=step_id, error=str(error))
         except Exception:  # one step that cannot be recovered must not keep the sweep from the others
