@@ -11,7 +11,8 @@ from sqlalchemy import bindparam, select
 from hdcs_tasks.clock import monotonic_s, now_s, random_hex
 from hdcs_tasks.errors import Cancelled, HdcsError, NoCapacity, OutcomeUnknown, Unreachable, from_dict
 from hdcs_tasks.logs import bound_contextvars, logger
-from hdcs_tasks.operations.control import Control, Tx, request_cancel
+from hdcs_tasks.operations.cancelling import request_cancel
+from hdcs_tasks.operations.control import Control, Tx
 from hdcs_tasks.operations.handlers import ON_NO_ROOM
 from hdcs_tasks.operations.rules import (
     StepFacts,
