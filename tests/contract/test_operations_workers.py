@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from hdcs_tasks.app import make_app
+from hdcs_tasks.operations.cancelling import ask_cancel
 from hdcs_tasks.operations.control import Asked, Control
 from hdcs_tasks.operations.lookups import get_operation
 from hdcs_tasks.operations.publishing import Publisher
@@ -195,7 +196,7 @@ def test_a_cancel_reaches_the_executor(center: Center) -> None:
     operation = center.ask(wait=True)
     eventually(lambda: len(center.notes("begin")) == 1, 20, "begun")
     with center.control.transaction() as tx:
-        tx.ask_cancel(get_operation(tx.session, operation))
+        ask_cancel(tx, get_operation(tx.session, operation))
     eventually(lambda: center.state(operation) == "cancelled", 20, "cancelled")
     assert center.notes("effect") == []
     assert len(center.notes("end")) == 1
