@@ -19,7 +19,7 @@ from hdcs_tasks.routing import check_name
 from hdcs_tasks.states import BackupState, ImageState, VmState
 from hdcs_tasks.store.models import Backup, Image, ImageCopy, Operation, ServerNode, Step, Vm, new_id, now
 from hdcs_tasks.store.transitions import move
-from hdcs_tasks.vm.control import add_start_step, get_vm, vm_of
+from hdcs_tasks.vm.control import add_start_step, get_vm, names_taken, vm_of
 from hdcs_tasks.vm.control_clone import Shape, choose, choose_homes, new_vm, rooms_of
 from hdcs_tasks.vm.control_delete import forget
 from hdcs_tasks.vm.control_quota import check_quota
@@ -40,7 +40,8 @@ def restore(
     if in_place == (name is not None):
         raise Invalid("a restore makes a new VM or sets one back", next="Give a name, or ask for it in place")
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        words = {"name": name, "in_place": in_place, "domain_node": domain_node, "start": start}
+        if (same := tx.same_request(asked, "backup.restore", backup_id, **words)) is not None:
             return same
         backup = usable(tx, backup_id, BackupState.READY, BackupState.BROKEN)
         if name is None:
@@ -48,8 +49,7 @@ def restore(
         at, decision = _place(tx, backup, domain_node), None
         if domain_node is None:
             at, decision = _where_it_fits(tx, backup, at)
-        taken = set(tx.session.scalars(select(Vm.name).where(Vm.deleted_at.is_(None))))
-        name = expand_names(name, 1, taken)[0]
+        name = expand_names(name, 1, names_taken(tx.session))[0]
         operation = open_as_new(tx, "backup.restore", backup, name, asked, {"start": start}, *at)
         operation.decision = decision
         return operation
@@ -130,7 +130,8 @@ def extract(control: Control, backup_id: str, name: str, asked: Asked, *, domain
     be looked into, added as an image, or given to another VM."""
     check_name("file", name)
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        words = {"name": name, "domain_node": domain_node}
+        if (same := tx.same_request(asked, "backup.extract", backup_id, **words)) is not None:
             return same
         backup = usable(tx, backup_id, BackupState.READY, BackupState.BROKEN)
         at, fetch = _place(tx, backup, domain_node)

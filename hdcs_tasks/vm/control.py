@@ -26,6 +26,7 @@ from hdcs_tasks.pool.rooms import expected_mix, order_of, vm_shape, vm_terms
 from hdcs_tasks.pool.waiting import wake_waiting
 from hdcs_tasks.routing import direct_queue, quick_queue
 from hdcs_tasks.states import VM_RESTS, VmState
+from hdcs_tasks.store.lookups import by_key
 from hdcs_tasks.store.models import Operation, Step, Vm, now
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control_quota import check_quota, starting
@@ -34,6 +35,14 @@ from hdcs_tasks.vm.rules import COMMANDS, Command, check_usb, given_in, wrong_st
 _BY_NAME = select(Vm).where(
     (Vm.name == bindparam("name")) | (Vm.id == bindparam("name")), Vm.deleted_at.is_(None)
 )  # fmt: skip
+
+
+_NAMES = select(Vm.name).where(Vm.deleted_at.is_(None))
+
+
+def names_taken(session: Session) -> set[str]:
+    """The names of all living VMs."""
+    return set(session.scalars(_NAMES))
 
 
 def get_vm(session: Session, name: str) -> Vm:
@@ -45,7 +54,7 @@ def get_vm(session: Session, name: str) -> Vm:
 
 
 def vm_of(tx: Tx, operation: Operation) -> Vm:
-    vm = tx.session.get(Vm, operation.vm_id) if operation.vm_id else None
+    vm = by_key(tx.session, Vm, operation.vm_id) if operation.vm_id else None
     if vm is None:
         raise NotFound(f"operation {operation.id} has no VM")
     return vm
@@ -151,7 +160,7 @@ def label_of(vm: Vm) -> str:
 def start(control: Control, name: str, asked: Asked, *, pin: str | None = None) -> Operation:
     """Ask for a VM's start. Layer two picks the server node when the step runs."""
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        if (same := tx.same_request(asked, "vm.start", name, pin=pin)) is not None:
             return same
         vm = get_vm(tx.session, name)
         check_given(tx, vm, "start")
@@ -172,10 +181,16 @@ def check_pin(session: Session, vm: Vm, pin: str) -> None:
         )
 
 
-def start_many(control: Control, names: Sequence[str], asked: Asked) -> Operation:
-    """One parent operation that starts every named VM; a VM in a wrong state or busy fails alone."""
+def start_many(
+    control: Control, names: Sequence[str], asked: Asked, *, chosen_by: Mapping[str, Any] | None = None
+) -> Operation:
+    """One parent operation that starts every named VM; a VM in a wrong state or busy fails alone.
+
+    ``chosen_by``: the selector the names were found by. It is the request then, not the names: asked again, fewer rest.
+    """
+    words = {"chosen_by": chosen_by} if chosen_by is not None else {"vms": sorted(set(names))}
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        if (same := tx.same_request(asked, "vm.start_many", "VMs", **words)) is not None:
             return same
         vms = [get_vm(tx.session, name) for name in dict.fromkeys(names)]
         if not vms:
@@ -284,7 +299,8 @@ def command(
     somebody uses the VM right before it acts (monitor/node_idle.py), and nothing is superseded.
     """
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        words = {"force": force, "timeout_s": timeout_s, "guard": guard}
+        if (same := tx.same_request(asked, f"vm.{verb}", name, **words)) is not None:
             return same
         vm = get_vm(tx.session, name)
         check_given(tx, vm, verb)

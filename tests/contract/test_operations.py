@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import redis
+from kombu.exceptions import OperationalError
 from sqlalchemy import select
 
 from hdcs_tasks.app import make_app
@@ -29,6 +30,7 @@ from hdcs_tasks.operations.recovery import recovery_sweep, settle, sweep_once, w
 from hdcs_tasks.operations.spool import Spool
 from hdcs_tasks.operations.views import cancel, list_operations, show
 from hdcs_tasks.reservations import Reservations
+from hdcs_tasks.reservations.steps import Steps
 from hdcs_tasks.routing import direct_queue, queue_for
 from hdcs_tasks.states import OperationState, ServerNodeState, StepState
 from hdcs_tasks.store.models import DomainNode, Operation, ServerNode, Step, Vm, now
@@ -112,8 +114,11 @@ class Desk:
             finally:
                 simple.close()
 
-    def work(self, message: dict[str, Any], handler: Handler, node: str = "node1") -> str:
-        return execute(self.nodes[node], "test.work", handler, lambda _: None, queue="east", **message)
+    def work(
+        self, message: dict[str, Any], handler: Handler, node: str = "node1",
+        on_progress: Callable[[str], None] = lambda _: None,
+    ) -> str:  # fmt: skip
+        return execute(self.nodes[node], "test.work", handler, on_progress, queue="east", **message)
 
     def settle_all(self) -> int:
         reports = [message["report"] for message in self.messages("control")]
@@ -173,6 +178,23 @@ def desk(control: Control, tmp_path: Path) -> Iterator[Desk]:
 
 
 # ---- one attempt
+
+
+def test_progress_that_reaches_nobody_ends_no_work(desk: Desk) -> None:
+    """Restarted Redis: the lease is renewed in time, but the event for Flower finds no broker."""
+
+    def handler(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
+        run.progress(50, "half way")
+        return {}
+
+    def away(text: str) -> None:
+        raise OperationalError("Connection refused")
+
+    operation = desk.ask()
+    (message,) = desk.messages()
+    assert desk.work(message, handler, on_progress=away) == "done"
+    desk.settle_all()
+    assert desk.state(operation) == "done"
 
 
 def test_a_step_is_published_executed_and_settled(desk: Desk) -> None:
@@ -342,13 +364,22 @@ def test_waiting_for_room_ends_at_the_deadline(desk: Desk) -> None:
 # ---- recovery
 
 
+def lose(steps: Steps, step: str, attempt: int) -> None:
+    """The lease of the executor named ``dead`` ends now."""
+    assert steps.renew(step, attempt, "dead", 0.001)
+    deadline = time.monotonic() + 30
+    while (seen := steps.status(step)) is not None and seen.leased:
+        assert time.monotonic() < deadline, "its lease goes on"
+        time.sleep(0.002)
+
+
 def test_a_dead_executor_is_noticed_by_its_lease_and_never_before(desk: Desk) -> None:
     operation = desk.ask()
     message = desk.messages()[0]
     steps = desk.control.reservations.steps
-    steps.claim(message["step"], 1, "dead", "node1", 0.3)
+    steps.claim(message["step"], 1, "dead", "node1", 600)
     assert recovery_sweep(desk.control)["new_attempt"] == 0
-    time.sleep(0.4)
+    lose(steps, message["step"], 1)
     assert recovery_sweep(desk.control)["new_attempt"] == 1
     assert desk.work(message, never) == "stale"
     assert desk.run(good, queue=direct_queue("east", "node1")) == ["done"]
@@ -360,8 +391,8 @@ def test_executors_lost_again_and_again_need_an_operator(desk: Desk) -> None:
     operation = desk.ask()
     steps = desk.control.reservations.steps
     for attempt in range(1, desk.control.settings.attempts_max + 1):
-        assert steps.claim(desk.step(operation).id, attempt, "dead", "node1", 0.05) == "claimed"
-        time.sleep(0.06)
+        assert steps.claim(desk.step(operation).id, attempt, "dead", "node1", 600) == "claimed"
+        lose(steps, desk.step(operation).id, attempt)
         recovery_sweep(desk.control)
     found = show(desk.control, operation)
     assert (found["state"], found["needs_operator"]) == ("failed", True)
@@ -455,8 +486,19 @@ def test_a_sweep_that_runs_when_asked_for_is_never_late(desk: Desk) -> None:
     assert "asked" not in known()
     assert sweep_once(desk.control, "beaten", 1.0, lambda _: "ran") == "ran"
     assert "beaten" in known()
-    assert sweep_once(desk.control, "beaten", 1e9, lambda _: "ran") == "ran", "another slot"
-    assert sweep_once(desk.control, "beaten", 1e9, lambda _: "ran") is None, "once per slot"
+
+
+def test_two_beats_run_a_sweep_once_in_a_period_and_one_that_is_early_misses_none(desk: Desk) -> None:
+    def run(period_s: float) -> Any:
+        return sweep_once(desk.control, "beaten", period_s, lambda _: "ran")
+
+    assert (run(600), run(600)) == ("ran", None)
+    redis.Redis.from_url(desk.control.settings.redis_url).delete(
+        desk.control.settings.key_prefix + "lease:sweep:beaten"
+    )
+    assert run(1.0) == "ran"
+    time.sleep(0.7)
+    assert run(1.0) == "ran", "a message that waited made its turn late, and this one seem early"
 
 
 # ---- cancelling
