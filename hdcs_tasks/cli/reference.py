@@ -129,13 +129,14 @@ def configuration_page() -> str:
     """docs/configuration.md."""
     from pydantic_settings import BaseSettings
 
-    from hdcs_tasks.config import AlarmSettings, CapacitySettings, MetricsSettings, RateSettings, Settings
+    from hdcs_tasks.config import AlarmSettings, CapacitySettings, KeepSettings, MetricsSettings, RateSettings, Settings
 
     tables: list[tuple[str, type[BaseSettings]]] = [
         ("Services, timing, network and nodes", Settings),
         ("Capacity", CapacitySettings),
         ("Alarms", AlarmSettings),
         ("Rates", RateSettings),
+        ("Keeping", KeepSettings),
         ("Metrics", MetricsSettings),
     ]
     parts = [_CONFIGURATION_HEAD]
