@@ -145,7 +145,7 @@ def configuration_page() -> str:
         fields = [
             (name, field)
             for name, field in cls.model_fields.items()
-            if name not in ("capacity", "alarm", "rates", "metrics")
+            if name not in ("capacity", "alarm", "rates", "metrics", "keep")
         ]
         rows = [_setting(prefix + name.upper(), name, field) for name, field in fields]
         parts.append("\n".join(["", f"## {title}", "", *_TABLE_HEAD, *rows, ""]))
