@@ -69,7 +69,16 @@ uses its own.
 """
 
 _TABLE_HEAD = ("| variable | default | unit | meaning |", "| --- | --- | --- | --- |")
-_UNITS = (("_mib", "MiB"), ("_bytes", "bytes"), ("_percent", "percent"), ("_s", "s"), ("mhz_per_vcpu", "MHz"))
+_UNITS = (
+    ("_mib", "MiB"),
+    ("_bytes", "bytes"),
+    ("_percent", "percent"),
+    ("_s", "s"),
+    ("_days", "days"),
+    ("_hour", "per hour"),
+    ("_month", "per 30 days"),
+    ("mhz_per_vcpu", "MHz"),
+)
 
 
 def leaves(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:

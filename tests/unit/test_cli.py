@@ -234,7 +234,7 @@ def test_errors_of_libraries_become_a_sentence() -> None:
     import redis.exceptions
     import sqlalchemy.exc
 
-    from hdcs_tasks.config import CapacitySettings, Settings
+    from hdcs_tasks.config import CapacitySettings, RateSettings, Settings
 
     class Special(redis.exceptions.ConnectionError):
         pass
@@ -249,6 +249,9 @@ def test_errors_of_libraries_become_a_sentence() -> None:
     with pytest.raises(ValueError, match="ht_credit") as wrong:
         CapacitySettings(ht_credit=7)
     assert "HDCS_CAPACITY_HT_CREDIT" in as_hdcs_error(wrong.value).message
+    with pytest.raises(ValueError, match="vcpu_hour") as other:
+        RateSettings(vcpu_hour=-1)
+    assert "HDCS_RATES_VCPU_HOUR" in as_hdcs_error(other.value).message
     assert as_hdcs_error(wrong.value).exit_code == 2
     assert as_hdcs_error(sqlalchemy.exc.NoSuchModuleError("nonsense")).exit_code == 2
 
