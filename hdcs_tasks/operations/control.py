@@ -352,7 +352,8 @@ class Tx:
 
     def event(self, kind: str, subject: str, message: str, **data: Any) -> None:
         self.session.add(Event(kind=kind, subject=subject, message=message, data=data))
-        log.info("event", kind=kind, subject=subject, message=message)
+        about = {"vm": subject} if kind.startswith("vm.") else {}
+        log.info("event", kind=kind, subject=subject, message=message, **about)
 
     def committed(self) -> None:
         for action in self._after:

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Any
 
 from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from hdcs_tasks.errors import NotFound
+from hdcs_tasks.store.lookups import Record, by_key
 
 LOOKED_AT = 2000
 """So many names are compared at most, those of like length first: among 50,000 a mistake must not take a second."""
 LISTED = 8
 """So few names are told all where none comes close."""
 
-Named = TypeVar("Named")
 
-
-def named(session: Session, model: type[Named], name: str, noun: str, see: str) -> Named:
+def named(session: Session, model: type[Record], name: str, noun: str, see: str) -> Record:
     """The row whose key is ``name``; else NotFound. ``noun``: what it is; ``see``: the command that lists them."""
-    found = session.get(model, name)
+    found = by_key(session, model, name)
     if found is None:
         raise unknown(session, model.name, name, noun, see)  # type: ignore[attr-defined]
     return found

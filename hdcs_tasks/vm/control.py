@@ -26,6 +26,7 @@ from hdcs_tasks.pool.rooms import expected_mix, order_of, vm_shape, vm_terms
 from hdcs_tasks.pool.waiting import wake_waiting
 from hdcs_tasks.routing import direct_queue, quick_queue
 from hdcs_tasks.states import VM_RESTS, VmState
+from hdcs_tasks.store.lookups import by_key
 from hdcs_tasks.store.models import Operation, Step, Vm, now
 from hdcs_tasks.store.naming import unknown
 from hdcs_tasks.store.transitions import move
@@ -37,6 +38,14 @@ _BY_NAME = select(Vm).where(
 )  # fmt: skip
 
 
+_NAMES = select(Vm.name).where(Vm.deleted_at.is_(None))
+
+
+def names_taken(session: Session) -> set[str]:
+    """The names of all living VMs."""
+    return set(session.scalars(_NAMES))
+
+
 def get_vm(session: Session, name: str) -> Vm:
     """The living VM of this name or id; else NotFound."""
     vm = session.scalar(_BY_NAME, {"name": name})
@@ -46,7 +55,7 @@ def get_vm(session: Session, name: str) -> Vm:
 
 
 def vm_of(tx: Tx, operation: Operation) -> Vm:
-    vm = tx.session.get(Vm, operation.vm_id) if operation.vm_id else None
+    vm = by_key(tx.session, Vm, operation.vm_id) if operation.vm_id else None
     if vm is None:
         raise NotFound(f"operation {operation.id} has no VM")
     return vm
@@ -336,7 +345,9 @@ def check_given(tx: Tx, vm: Vm, verb: str, said: str = "") -> None:
     live = tx.live_operation(vm)
     if live is not None and vm.state not in VM_RESTS:
         raise busy(live)
-    raise WrongState(f"VM {vm.name} is {vm.state}: it cannot {said or verb}", next=wrong_state_hint(verb, vm.state))
+    raise WrongState(
+        f"VM {vm.name} is {vm.state}: it cannot {said or verb}", next=wrong_state_hint(verb, vm.state, vm.name)
+    )
 
 
 def check_reachable(session: Session, vm: Vm) -> None:
