@@ -226,7 +226,7 @@ def create_overlay(
     with partial_file(target, attempt) as partial:
         keys.run(
             ["qemu-img", "create"], "-q", "-f", "qcow2", *keys.encryption(key), "-F", fmt, "-b", base.absolute(),
-            partial, *size, keys=(key,), timeout_s=_QUICK_S / 4,
+            partial, *size, keys=(key,), timeout_s=keys.CREATE_S if key else _QUICK_S,
         )  # fmt: skip
         if bitmap is not None:
             argv = [*keys.opened(partial, (key,)), bitmap]

@@ -35,7 +35,7 @@ def create_layer(target: Path, backing: Backing | None, size_bytes: int, key: Ke
     on = [] if backing is None else ["-u", "-F", backing.format, "-b", backing.path]
     _keys.run(
         ["qemu-img", "create"], "-q", "-f", "qcow2", *_keys.encryption(key), *on, target, str(size_bytes), keys=(key,),
-        timeout_s=_QUICK_S / 4,
+        timeout_s=_keys.CREATE_S if key else _QUICK_S,
     )  # fmt: skip
 
 
@@ -120,10 +120,20 @@ def _convert(
     source: Path, target: Path, on_percent: Callable[[float], None], cancelled: IsCancelled | None, timeout_s: float,
     of_source: Keys, key: Key | None,
 ) -> None:  # fmt: skip
-    _keys.run(
-        ["qemu-img", "convert"], "-p", *_keys.opened(source, of_source), "-O", "qcow2", *_keys.encryption(key), target,
-        keys=(key, *of_source), timeout_s=timeout_s, on_percent=on_percent, cancelled=cancelled,
-    )  # fmt: skip
+    how: dict[str, Any] = {"timeout_s": timeout_s, "on_percent": on_percent, "cancelled": cancelled}
+    if key is None:
+        argv = [*_keys.opened(source, of_source), "-O", "qcow2", target]
+        _keys.run(["qemu-img", "convert"], "-p", *argv, keys=of_source, **how)
+        return
+    create_layer(target, None, virtual_bytes(source), key)  # by itself: making the header may have to be tried again
+    argv = [
+        "-n",
+        "--target-is-zero",
+        "--target-image-opts",
+        *_keys.opened(source, of_source),
+        _keys.options(target, key),
+    ]
+    _keys.run(["qemu-img", "convert"], "-p", *argv, keys=(key, *of_source), **how)
 
 
 def same_content(

@@ -1,6 +1,6 @@
 """Backup chains as plain files, readable without HDCS:
 
-    <storage root>/backups/bases/<sha256>.qcow2         base images, each version once (bases.py)
+    <storage root>/backups/bases/<sha256>.qcow2         base images, each version once (bases.py); .luks: encrypted
                            <vm_id>/<chain>/0001.qcow2   full: on the base image, by a relative backing path
                                            0001.json    manifest, written last: without it there is no point
                                            0002.qcow2   increment: on 0001.qcow2
@@ -40,7 +40,7 @@ class Repository:
         self.root = root
         self.ring = ring or KeyRing()
         self.folder = root / "backups"
-        self.bases = Bases(self.folder / "bases")
+        self.bases = Bases(self.folder / "bases", self.ring)
 
     def chain_folder(self, vm_id: str, chain: str) -> Path:
         """Where a chain's files lie; raises Invalid for names that are none, or are linked out of the storage."""
@@ -65,10 +65,13 @@ class Repository:
             return Backing(below.file_name)
         return Backing(os.path.relpath(self.bases.file(below), self.chain_folder(vm_id, chain)), below.format)
 
-    def keys_of(self, point: Point) -> Keys:
-        """The keys of the point's file and of all below it, for QEMU. Raises NotFound: one is not on this node."""
-        links = self.links(point) if point.key or point.parent else [point]
-        return [self.ring.find(link.key) for link in reversed(links)]
+    def keys_of(self, below: Point | BaseImage | None) -> Keys:
+        """The keys of a point's (or a base's) file and of all below it, for QEMU. Raises NotFound: one is not on this
+        node."""
+        if not isinstance(below, Point):
+            return [self.bases.key_of(below)]
+        links = self.links(below) if below.key or below.parent else [below]
+        return [*(self.ring.find(link.key) for link in reversed(links)), self.bases.key_of(below.base)]
 
     def publish(
         self,
@@ -110,6 +113,8 @@ class Repository:
         with self.bases.locked(), storage_errors(f"writing backup point {point.id}"):
             if point.base is not None and not self.bases.file(point.base).is_file():
                 raise BackupBroken(f"base image {point.base.name} of {point.id} is missing", next="Copy it once more")
+            if point.base is not None:
+                self.bases.note(point.base)
             sync(file.parent)
             write_durably(file.with_name(point.manifest_name), manifests.dump(point))
 
@@ -208,7 +213,7 @@ class Repository:
             below = link
         if base and image is not None and point.base is not None:
             tell = _share(on_progress, len(chain), steps, "verify")
-            if sha256(image, on_progress=tell, cancelled=cancelled) != point.base.sha256:
+            if sha256(image, on_progress=tell, cancelled=cancelled) != point.base.file_sha256:
                 raise BackupBroken(
                     f"base image {image.name} of {point.id} has changed", next="Import that version again"
                 )
@@ -296,7 +301,7 @@ class Repository:
         """Delete base images no manifest names; returns their hashes. Does nothing while a manifest is unreadable."""
         with self.bases.locked():
             damaged: list[str] = []
-            used = {p.base.sha256 for p in self.points(None, damaged) if p.base is not None}
+            used = {p.base.file_sha256 for p in self.points(None, damaged) if p.base is not None}
             busy = next(self.leftovers(), None)  # a backup under way may stand on one
             return [] if damaged or busy else self.bases.drop_all_but(used)
 
