@@ -113,7 +113,7 @@ def _write(run: Run, spec: dict[str, Any], layout: storage.StorageLayout, reposi
 
 @contextmanager
 def _begun(partial: Path) -> Iterator[None]:
-    """A file that is no point, from before its base image is looked for: while it is there, no base image is dropped."""
+    """A file that is no point, from before its base image is looked for: while it is there, none is dropped."""
     mark = partial.with_name(f"{partial.name.removesuffix(PARTIAL)}.begun{PARTIAL}")
     with storage_errors(f"writing {mark.name}"):
         mark.touch()

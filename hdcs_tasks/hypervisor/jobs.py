@@ -173,6 +173,17 @@ def stop_reason(what: str, cancelled: IsCancelled | None, deadline: float) -> Ex
     return None
 
 
+def share(on_progress: OnProgress | None, number: int, steps: int, phase: str) -> OnProgress | None:
+    """Progress of one of several equal steps as progress of the whole."""
+    if on_progress is None:
+        return None
+
+    def tell(percent: float, _phase: str, _eta_s: float | None) -> None:
+        on_progress((number * 100.0 + percent) / steps, phase, None)
+
+    return tell
+
+
 @dataclass(frozen=True)
 class JobEnd:
     """How a job that was found ended. ``ended``: "none" (there was none), "completed", "failed", "aborted"."""

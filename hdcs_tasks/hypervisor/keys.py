@@ -119,12 +119,12 @@ def opened(path: Path, keys: Keys) -> list[str]:
     return [_json_name(path, keys)]
 
 
-def _json_name(path: Path, keys: Keys) -> str:
+def _json_name(path: Path, keys: Keys, more: dict[str, str] | None = None) -> str:
     top = "file.file." if keys[0] is not None and keys[0].container else "file."
     said = {"driver": "qcow2", f"{top}driver": "file", f"{top}filename": os.path.abspath(path)}
     for depth, key in enumerate(keys):
         said |= {} if key is None else _opens("backing." * depth, key)
-    return "json:" + json.dumps(said)
+    return "json:" + json.dumps(said | (more or {}))
 
 
 def _opens(node: str, key: Key) -> dict[str, str]:
@@ -143,6 +143,14 @@ def options(path: Path, key: Key) -> str:
 def named(path: Path, keys: Keys) -> str:
     """As ``opened``, without the format."""
     return _json_name(path, keys) if any(keys) else str(path)
+
+
+def named_with(path: Path, keys: Keys, depth: int) -> tuple[str, str]:
+    """As ``named``; and a name for its layer ``depth`` files down, raw. A header holds 1023 bytes of a backing file's
+    name: the keys of a chain of a dozen files are more, so that its layers are named by what is open already."""
+    return _json_name(
+        path, keys, {"backing." * depth + "node-name": "below"}
+    ), 'json:{"driver": "raw", "file": "below"}'
 
 
 def encryption(key: Key | None) -> list[str]:

@@ -51,7 +51,7 @@ def merge(
     partial.unlink(missing_ok=True)
     try:
         of_point, of_below = repository.keys_of(point), repository.keys_of(stands_on)
-        backing = backing and replace(backing, keys=of_below)
+        backing = backing and replace(backing, keys=of_below, depth=len(of_point) - len(of_below))
         flatten(
             repository.file(point), partial, backing, on_progress, cancelled, deadline_s, keys=of_point, key=of_point[0]
         )  # fmt: skip

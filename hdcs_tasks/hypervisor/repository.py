@@ -24,7 +24,7 @@ from hdcs_tasks.hypervisor import keys, manifests
 from hdcs_tasks.hypervisor.bases import PARTIAL, Bases, storage_errors, write_durably
 from hdcs_tasks.hypervisor.bitmaps import ensure_seed
 from hdcs_tasks.hypervisor.disks import sha256, sync
-from hdcs_tasks.hypervisor.jobs import IsCancelled, OnProgress
+from hdcs_tasks.hypervisor.jobs import IsCancelled, OnProgress, share
 from hdcs_tasks.hypervisor.keys import Key, KeyRing, Keys
 from hdcs_tasks.hypervisor.layers import Backing, flatten, header, same_content
 from hdcs_tasks.hypervisor.manifests import BaseImage, Point
@@ -93,7 +93,7 @@ class Repository:
             if draft.base is not None and not self.bases.file(draft.base).is_file():
                 raise BackupBroken(f"base image {draft.base.name} of {draft.id} is missing", next="Back up once more")
             os.replace(partial, final)
-            sync(final.parent)
+            self._sync_folders(final)
             write_durably(final.with_name(point.manifest_name), manifests.dump(point))
         return point
 
@@ -115,7 +115,7 @@ class Repository:
                 raise BackupBroken(f"base image {point.base.name} of {point.id} is missing", next="Copy it once more")
             if point.base is not None:
                 self.bases.note(point.base)
-            sync(file.parent)
+            self._sync_folders(file)
             write_durably(file.with_name(point.manifest_name), manifests.dump(point))
 
     def drop_partials(self, point: Point) -> None:
@@ -209,10 +209,10 @@ class Repository:
         steps = len(chain) + (1 if base and image else 0)
         below: Point | None = None
         for number, link in enumerate(chain):
-            self._verify_file(link, below, _share(on_progress, number, steps, "verify"), cancelled)
+            self._verify_file(link, below, share(on_progress, number, steps, "verify"), cancelled)
             below = link
         if base and image is not None and point.base is not None:
-            tell = _share(on_progress, len(chain), steps, "verify")
+            tell = share(on_progress, len(chain), steps, "verify")
             if sha256(image, on_progress=tell, cancelled=cancelled) != point.base.file_sha256:
                 raise BackupBroken(
                     f"base image {image.name} of {point.id} has changed", next="Import that version again"
@@ -247,7 +247,7 @@ class Repository:
         try:
             with storage_errors(f"restoring {point.id}"):
                 flatten(
-                    self.file(point), partial, backing, _as(on_progress, "restore"), cancelled, deadline_s,
+                    self.file(point), partial, backing, share(on_progress, 0, 1, "restore"), cancelled, deadline_s,
                     keys=self.keys_of(point), key=key,
                 )  # fmt: skip
                 if bitmap:
@@ -378,24 +378,14 @@ class Repository:
                 next="It was not written by HDCS or was changed: restore an earlier point",
             )
 
+    def _sync_folders(self, file: Path) -> None:
+        """The names of a chain's files and, as the chain may be new, of its folder and the VM's."""
+        for folder in (file.parent, file.parent.parent, self.folder):
+            sync(folder)
+
     def _remove_empty(self, folder: Path) -> None:
         for each in (folder, folder.parent):
             try:
                 each.rmdir()
             except OSError:
                 return  # not empty, or gone
-
-
-def _as(on_progress: OnProgress | None, phase: str) -> OnProgress | None:
-    return _share(on_progress, 0, 1, phase)
-
-
-def _share(on_progress: OnProgress | None, number: int, steps: int, phase: str) -> OnProgress | None:
-    """Progress of one of several equal steps as progress of the whole."""
-    if on_progress is None:
-        return None
-
-    def tell(percent: float, _phase: str, _eta_s: float | None) -> None:
-        on_progress((number * 100.0 + percent) / steps, phase, None)
-
-    return tell

@@ -229,6 +229,24 @@ def test_a_chain_may_go_on_with_another_key_or_in_clear(tmp_path: Path, ring: Ke
     assert layers.same_content(target, vault.disk, (), (vault.key,))
 
 
+def test_a_long_encrypted_chain_is_merged(tmp_path: Path, ring: KeyRing) -> None:
+    """The keys of so many files, written out, are more than a header can hold."""
+    vault = Vault(tmp_path / "srv", ring, base_key="vault", disk_key=None)
+    vault.change(5)
+    points, key = [vault.take(1)], ring.get("vault")
+    first = vault.repository.file(points[0])
+    for seq in range(2, 20):  # the same file again, each on the one before
+        partial = vault.repository.partial(VM, "a", seq, "1")
+        partial.write_bytes(first.read_bytes())
+        layers.set_backing(partial, layers.Backing(points[-1].file_name), key)
+        draft = replace(points[-1], id=f"a-{seq}", seq=seq, kind="inc", parent=points[-1].id, checkpoint=f"a-{seq}")
+        points.append(vault.repository.publish(partial, draft))
+    merged = merging.merge(vault.repository, points[18], points[16], attempt="1")
+    assert merged.parent == points[16].id
+    vault.repository.check_headers(vault.repository.links(merged))
+    assert layers.same_content(vault.repository.file(merged), vault.disk, vault.repository.keys_of(merged))
+
+
 def test_a_key_s_name_in_a_manifest_is_checked() -> None:
     point = Point(
         id="a-1", vm_id=VM, chain="a", seq=1, kind="full", parent=None, checkpoint="a-1", checkpoint_xml="<x/>",
