@@ -31,7 +31,8 @@ def create(
     ``policy``: the policy's name and rules (``control_policy.terms``) when it is one that asks.
     """
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        words = {"full": full, "bandwidth_mib_s": bandwidth_mib_s}
+        if (same := tx.same_request(asked, "backup.create", name, **words)) is not None:
             return same
         vm = get_vm(tx.session, name)
         check_given(tx, vm, "backup", "be backed up")
@@ -176,7 +177,7 @@ def _not_created(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> 
 def verify(control: Control, backup_id: str, asked: Asked, *, domain_node: str | None = None) -> Operation:
     """Check a point and every link below it against the hashes of their manifests; ``domain_node``: the copy there."""
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        if (same := tx.same_request(asked, "backup.verify", backup_id, domain_node=domain_node)) is not None:
             return same
         backup = usable(tx, backup_id, BackupState.READY, BackupState.BROKEN)
         at = domain_node or backup.domain_node
@@ -236,7 +237,7 @@ def delete(control: Control, backup_ids: str | Sequence[str], asked: Asked) -> O
     Raises WrongState (a later point that is not named builds on one), Conflict, NotFound, Invalid.
     """
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        if (same := tx.same_request(asked, "backup.delete", backup_id)) is not None:
             return same
         wanted = [backup_ids] if isinstance(backup_ids, str) else backup_ids
         rows = {(b := usable(tx, each, BackupState.READY, BackupState.BROKEN)).id: b for each in wanted}
