@@ -237,9 +237,9 @@ def delete(control: Control, backup_ids: str | Sequence[str], asked: Asked) -> O
     Raises WrongState (a later point that is not named builds on one), Conflict, NotFound, Invalid.
     """
     with control.transaction() as tx:
-        if (same := tx.same_request(asked, "backup.delete", backup_id)) is not None:
-            return same
         wanted = [backup_ids] if isinstance(backup_ids, str) else backup_ids
+        if (same := tx.same_request(asked, "backup.delete", " ".join(wanted))) is not None:
+            return same
         rows = {(b := usable(tx, each, BackupState.READY, BackupState.BROKEN)).id: b for each in wanted}
         if len({b.vm_id for b in rows.values()}) != 1:
             raise Invalid("these are backups of several VMs, or none", next="Delete those of one VM at once")
