@@ -78,6 +78,9 @@ def test_a_second_copy_outlives_the_first(center: Center, keys_dir: Path) -> Non
         desk.vm.stop().result(timeout_s=LONG_S)
         cloud.backups.restore(points[1]["id"], in_place=True)
     cloud.backups.copy(points[1]["id"], "west").result(timeout_s=LONG_S)  # it is there
+    cloud.backups.copy(points[1]["id"], "east").result(timeout_s=LONG_S)  # and from there the first is made good
+    assert cloud.backups.show(points[1]["id"])["state"] == "ready"
+    desk.repository.verify(desk.repository.get(desk.id, points[1]["id"]))
     _moved_encrypted(desk)
 
 
