@@ -20,6 +20,7 @@ from hdcs_tasks.pool.proof import JoinRequest, proof_of, token_key
 from hdcs_tasks.reservations import PoolNode
 from hdcs_tasks.routing import check_name, quick_queue
 from hdcs_tasks.states import VM_HOLDS_GUEST, ServerNodeState
+from hdcs_tasks.store.lookups import by_key
 from hdcs_tasks.store.models import DomainNode, ServerNode, Vm, now
 from hdcs_tasks.store.transitions import move
 
@@ -66,14 +67,14 @@ def new_token(control: Control, name: str) -> str:
 
 
 def get_domain_node(session: Session, name: str) -> DomainNode:
-    found = session.get(DomainNode, name)
+    found = by_key(session, DomainNode, name)
     if found is None:
         raise NotFound(f"there is no domain node {name!r}", next="See: hdcs domain list")
     return found
 
 
 def get_server_node(session: Session, name: str) -> ServerNode:
-    found = session.get(ServerNode, name)
+    found = by_key(session, ServerNode, name)
     if found is None:
         raise NotFound(f"there is no server node {name!r}", next="See: hdcs node list")
     return found

@@ -26,6 +26,7 @@ from hdcs_tasks.pool.rooms import expected_mix, order_of, vm_shape, vm_terms
 from hdcs_tasks.pool.waiting import wake_waiting
 from hdcs_tasks.routing import direct_queue, quick_queue
 from hdcs_tasks.states import VM_RESTS, VmState
+from hdcs_tasks.store.lookups import by_key
 from hdcs_tasks.store.models import Operation, Step, Vm, now
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control_quota import check_quota, starting
@@ -34,6 +35,14 @@ from hdcs_tasks.vm.rules import COMMANDS, Command, check_usb, given_in, wrong_st
 _BY_NAME = select(Vm).where(
     (Vm.name == bindparam("name")) | (Vm.id == bindparam("name")), Vm.deleted_at.is_(None)
 )  # fmt: skip
+
+
+_NAMES = select(Vm.name).where(Vm.deleted_at.is_(None))
+
+
+def names_taken(session: Session) -> set[str]:
+    """The names of all living VMs."""
+    return set(session.scalars(_NAMES))
 
 
 def get_vm(session: Session, name: str) -> Vm:
@@ -45,7 +54,7 @@ def get_vm(session: Session, name: str) -> Vm:
 
 
 def vm_of(tx: Tx, operation: Operation) -> Vm:
-    vm = tx.session.get(Vm, operation.vm_id) if operation.vm_id else None
+    vm = by_key(tx.session, Vm, operation.vm_id) if operation.vm_id else None
     if vm is None:
         raise NotFound(f"operation {operation.id} has no VM")
     return vm
