@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from hdcs_tasks.clock import monotonic_s
-from hdcs_tasks.errors import BackupBroken, Cancelled, HdcsError, NotFound, OutcomeUnknown
+from hdcs_tasks.errors import BackupBroken, Cancelled, HdcsError, NotFound, OutcomeUnknown, Rejected
 from hdcs_tasks.hypervisor import backup as guest_backup
 from hdcs_tasks.hypervisor import guests, merging, storage
-from hdcs_tasks.hypervisor.bases import PARTIAL, storage_errors
+from hdcs_tasks.hypervisor.bases import PARTIAL, storage_errors, write_durably
 from hdcs_tasks.hypervisor.bitmaps import bitmaps, ensure_seed
 from hdcs_tasks.hypervisor.checkpoints import delete_checkpoint, keep_checkpoints, name_of
 from hdcs_tasks.hypervisor.keys import KeyRing
@@ -25,6 +25,7 @@ from hdcs_tasks.operations.node import HandOver, Run
 from hdcs_tasks.vm.node import CHECKPOINTS, image_path, still_ours
 
 LOCK_WAIT_S = 10.0
+ENCRYPTED = ".encrypted"
 
 
 def layout_of(run: Run) -> storage.StorageLayout:
@@ -87,6 +88,7 @@ def _write(run: Run, spec: dict[str, Any], layout: storage.StorageLayout, reposi
     _discard_earlier(run, spec["vm_id"], partial, checkpoint)  # first: what follows may fail, and the guest be frozen
     try:
         repository.check_free(spec["vm_id"], spec["chain"], spec["seq"])
+        stay_encrypted(repository, run.ctx.settings.backup_key)
         with _begun(partial):
             parent = _parent(repository, spec)
             base = _base(run, spec, layout, repository) if parent is None else _base_of(repository, parent, spec)
@@ -109,6 +111,22 @@ def _write(run: Run, spec: dict[str, Any], layout: storage.StorageLayout, reposi
         repository.forget_empty(spec["vm_id"], spec["chain"])
         raise
     return published
+
+
+def stay_encrypted(repository: Repository, key: str) -> None:
+    """A repository that holds encrypted points gets none in clear from a server node that was not told its key's name.
+
+    Raises Rejected.
+    """
+    mark = repository.folder / ENCRYPTED
+    if not key and mark.exists():
+        raise Rejected(
+            "the backups here are encrypted, and this server node has no HDCS_BACKUP_KEY",
+            next=f"Set it as on the others; to go on in clear, remove {mark}",
+        )
+    if key and not mark.exists():
+        with storage_errors(f"writing {mark.name}"):
+            write_durably(mark, b"New backups in this folder are encrypted.\n")
 
 
 @contextmanager

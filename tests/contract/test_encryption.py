@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hdcs_tasks.backup.node import stay_encrypted
 from hdcs_tasks.errors import BackupBroken, HypervisorRefused, NotFound, Rejected
 from hdcs_tasks.hypervisor import disks, keys, layers, manifests, merging
 from hdcs_tasks.hypervisor.bitmaps import bitmaps, ensure_seed
@@ -243,6 +244,17 @@ def test_a_long_encrypted_chain_is_merged(tmp_path: Path, ring: KeyRing) -> None
     assert merged.parent == points[16].id
     vault.repository.check_headers(vault.repository.links(merged))
     assert layers.same_content(vault.repository.file(merged), vault.disk, vault.repository.keys_of(merged))
+
+
+def test_no_point_in_clear_comes_into_an_encrypted_repository(tmp_path: Path) -> None:
+    repository = Repository(tmp_path)
+    repository.folder.mkdir()
+    stay_encrypted(repository, "")  # it is in clear, and may stay so
+    stay_encrypted(repository, "vault")
+    stay_encrypted(repository, "another")
+    with pytest.raises(Rejected, match="no HDCS_BACKUP_KEY"):
+        stay_encrypted(repository, "")
+    assert repository.vm_ids() == [] and list(repository.leftovers()) == []
 
 
 def test_a_key_s_name_in_a_manifest_is_checked() -> None:
