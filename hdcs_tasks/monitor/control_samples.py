@@ -31,6 +31,7 @@ from hdcs_tasks.store.lookups import by_key
 from hdcs_tasks.store.models import DomainNode, Event, Operation, ServerNode, Vm
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm import control as vm_control
+from hdcs_tasks.vm.control_ready import note_ready
 
 log = logger(__name__)
 
@@ -236,7 +237,7 @@ def _tell_unrecorded(tx: Tx, node: ServerNode, subject: str, at: datetime) -> No
 
 
 def take_event(control: Control, event: dict[str, Any]) -> None:
-    """A guest told something by itself: ``{node, vm_id, kind: agent_up | ended, at}``."""
+    """A guest told something by itself: ``{node, vm_id, kind: agent_up | ended, at, heard: false where found so}``."""
     gone = None
     (host,) = control.reservations.samples.hosts([event["node"]]).values() or ({},)
     at = _moment({"at": event["at"], "host": host})
@@ -245,7 +246,7 @@ def take_event(control: Control, event: dict[str, Any]) -> None:
         if vm is None or vm.deleted_at is not None:
             return
         if event["kind"] == "agent_up":
-            vm.ready_at = at
+            note_ready(tx, vm, at, heard=event.get("heard", True))
             _booted(tx, vm, event["node"])
         elif vm.server_node == event["node"] and tx.live_operation(vm) is None and vm.state is VmState.RUNNING:
             gone = vm.name

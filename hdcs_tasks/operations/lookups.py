@@ -44,5 +44,8 @@ def get_operation(session: Session, operation_id: str) -> Operation:
         matches = session.scalars(select(Operation).where(Operation.id.startswith(operation_id, autoescape=True))).all()
         found = matches[0] if len(matches) == 1 else None
     if found is None:
-        raise NotFound(f"there is no operation {operation_id!r}", next="See: hdcs op list")
+        raise NotFound(
+            f"there is no operation {operation_id!r}",
+            next="Give its id or 6 and more characters it alone begins with. See: hdcs op list",
+        )
     return found
