@@ -29,6 +29,7 @@ from hdcs_tasks.routing import direct_queue, quick_queue
 from hdcs_tasks.states import VM_RESTS, VmState
 from hdcs_tasks.store.lookups import by_key
 from hdcs_tasks.store.models import Operation, Step, Vm, now
+from hdcs_tasks.store.naming import unknown
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control_quota import check_quota, starting
 from hdcs_tasks.vm.rules import COMMANDS, Command, check_usb, given_in, wrong_state_hint
@@ -50,7 +51,7 @@ def get_vm(session: Session, name: str) -> Vm:
     """The living VM of this name or id; else NotFound."""
     vm = session.scalar(_BY_NAME, {"name": name})
     if vm is None:
-        raise NotFound(f"there is no VM {name!r}", next="See: hdcs vm list")
+        raise unknown(session, Vm.name, name, "VM", "hdcs vm list", Vm.deleted_at.is_(None))
     return vm
 
 
@@ -335,7 +336,9 @@ def check_given(tx: Tx, vm: Vm, verb: str, said: str = "") -> None:
     live = tx.live_operation(vm)
     if live is not None and vm.state not in VM_RESTS:
         raise busy(live)
-    raise WrongState(f"VM {vm.name} is {vm.state}: it cannot {said or verb}", next=wrong_state_hint(verb, vm.state))
+    raise WrongState(
+        f"VM {vm.name} is {vm.state}: it cannot {said or verb}", next=wrong_state_hint(verb, vm.state, vm.name)
+    )
 
 
 def check_reachable(session: Session, vm: Vm) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import select
-from sqlalchemy.orm import Session
 
 from hdcs_tasks.errors import Cancelled, HdcsError, Invalid, NoCapacity, NotFound
 from hdcs_tasks.image.control_copy import bring, is_ready
@@ -18,11 +17,11 @@ from hdcs_tasks.pool import planning, weighing
 from hdcs_tasks.pool import rules as pool_rules
 from hdcs_tasks.pool.control import get_domain_node, get_server_node
 from hdcs_tasks.pool.policy import VmPolicy, changed, check_tags, read
+from hdcs_tasks.pool.profiles import get_profile
 from hdcs_tasks.pool.rooms import candidate, disk_limit_bytes
 from hdcs_tasks.pool.words import explain
 from hdcs_tasks.states import ImageState, VmState
-from hdcs_tasks.store.lookups import by_key
-from hdcs_tasks.store.models import DomainNode, Image, Operation, Profile, Step, Vm, new_id
+from hdcs_tasks.store.models import DomainNode, Image, Operation, Step, Vm, new_id
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import add_start_step, names_taken, vm_of
 from hdcs_tasks.vm.control_delete import forget
@@ -85,14 +84,6 @@ class Shape:
         return pool_rules.Terms(
             pin=ruled.pin, node_tags=ruled.node_tags, together=ruled.together, apart=ruled.apart, tags=tuple(tags)
         )
-
-
-def get_profile(session: Session, name: str) -> Profile:
-    found = by_key(session, Profile, name)
-    if found is None:
-        known = ", ".join(session.scalars(select(Profile.name).order_by(Profile.name)))
-        raise NotFound(f"there is no profile {name!r}", next=f"Known: {known or 'none'}; see: hdcs profile list")
-    return found
 
 
 def clone(control: Control, request: CloneRequest, asked: Asked) -> Operation:

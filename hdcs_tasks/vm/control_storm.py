@@ -16,14 +16,16 @@ from typing import Any
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from hdcs_tasks.errors import Conflict, HdcsError, Invalid, NoCapacity, NotFound
+from hdcs_tasks.errors import Conflict, HdcsError, Invalid, NoCapacity
 from hdcs_tasks.image.control import get_image
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.control import Asked, Control
 from hdcs_tasks.pool.control import get_domain_node
+from hdcs_tasks.pool.profiles import get_profile
 from hdcs_tasks.routing import check_name
 from hdcs_tasks.states import VmState
 from hdcs_tasks.store.models import Operation, Storm, Vm, now
+from hdcs_tasks.store.naming import named
 from hdcs_tasks.vm import control_clone
 from hdcs_tasks.vm.control import list_vms, start_many
 from hdcs_tasks.vm.control_ready import boots_s, ready_by
@@ -83,17 +85,14 @@ def _checked_clone(session: Session, clone: Mapping[str, Any]) -> dict[str, Any]
         raise Invalid(f"a storm that clones needs {', '.join(missing)}", next="As in --image mini --count 60 --name …")
     expand_names(wanted["name"], wanted["count"], ())
     get_image(session, wanted["image"])
-    control_clone.get_profile(session, wanted.setdefault("profile", "small"))
+    get_profile(session, wanted.setdefault("profile", "small"))
     if "domain_node" in wanted:
         get_domain_node(session, wanted["domain_node"])
     return wanted
 
 
 def _get(session: Session, name: str) -> Storm:
-    found = session.get(Storm, name)
-    if found is None:
-        raise NotFound(f"there is no storm {name!r}", next="See: hdcs storm list")
-    return found
+    return named(session, Storm, name, "storm", "hdcs storm list")
 
 
 def delete(control: Control, name: str) -> None:

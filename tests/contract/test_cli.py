@@ -205,7 +205,7 @@ def test_doctor(cloud: Cloud, hdcs: Hdcs) -> None:
 @pytest.mark.parametrize(
     ("line", "code", "words"),
     [
-        ("vm show nobody", 3, "no VM 'nobody'. See: hdcs vm list"),
+        ("vm show nobody", 3, "no VM 'nobody'. Known: desk-1. See: hdcs vm list"),
         ("vm start nobody", 3, "no VM"),
         ("op show 123456", 3, "no operation"),
         ("op watch nonsense", 3, "no operation"),
@@ -217,6 +217,8 @@ def test_doctor(cloud: Cloud, hdcs: Hdcs) -> None:
         ("vm clone mini --name Bad_Name --profile tiny", 2, "not a valid VM name"),
         ("vm clone mini --name a --count 2 --profile tiny", 2, "{:03d}"),
         ("vm clone mini --name a --profile large", 5, "node1"),
+        ("vm clone mini --name a --profile tiny --memory-overcommit 0", 2, "overcommit"),
+        ("vm list --home eats", 3, "Did you mean east?"), ("vm stop --node nowhere", 3, "no server node"),
         ("vm list --state sleepy", 2, "Known: creating"),
         ("vm stop --state sleepy", 2, "Known: creating"),
         ("image add mini mini.qcow2", 2, "absolute path"),
@@ -246,6 +248,15 @@ def test_a_busy_vm_is_a_conflict_that_names_the_operation(cloud: Cloud, hdcs: Hd
     assert code == 4
     code, _, err = hdcs("vm", "stop", "desk-1")
     assert code == 4 and f"hdcs op cancel {operation}" in err
+
+
+def test_without_settings_no_record_is_made_by_the_way(tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HDCS_")}
+    environment["PYTHONPATH"] = str(ROOT)
+    asked = [sys.executable, "-m", "hdcs_tasks.cli", "vm", "list"]
+    done = subprocess.run(asked, cwd=tmp_path, env=environment, text=True, capture_output=True)
+    assert done.returncode == 3 and list(tmp_path.iterdir()) == []
+    assert "there is no record here" in done.stderr and "Set HDCS_DATABASE_URL" in done.stderr
 
 
 def command(config: Settings, *words: str, **changed: str) -> subprocess.Popen[str]:
@@ -325,7 +336,7 @@ def test_a_ratio_of_nothing_is_refused(hdcs: Hdcs) -> None:
     code, _, err = hdcs("vm", "clone", "mini", "--name", "a", "--vcpu-overcommit", "0", "--dry-run")
     assert code == 2 and "vcpu_overcommit 0.0 is not a ratio above 0" in err
     code, _, err = hdcs("vm", "list", "--home", "eats")
-    assert code == 3 and "Known: east" in err
+    assert code == 3 and "Did you mean east?" in err
 
 
 def test_a_refused_dry_run_still_explains(cloud: Cloud, hdcs: Hdcs) -> None:
