@@ -43,9 +43,9 @@ Handler = Callable[[Run, dict[str, Any]], dict[str, Any]]
 
 @on_start("test.on_vm")
 def _begin_on_vm(tx: Tx, operation: Operation) -> None:
+    tx.step(operation, "test.work", "east", {"shown": {"vm": operation.subject}})
     if operation.request.get("refuse"):
         raise WrongState("it cannot begin")
-    tx.step(operation, "test.work", "east", {"shown": {"vm": operation.subject}})
 
 
 class Desk:
@@ -570,6 +570,20 @@ def test_a_cancelled_step_that_fails_with_an_unknown_outcome_says_so(desk: Desk)
 # ---- one VM
 
 
+def test_a_part_that_is_refused_leaves_nothing_and_the_rest_stays(desk: Desk) -> None:
+    vm, given_back = desk.vm(), []
+    with desk.control.transaction() as tx:
+        parent = tx.open("test.many", asked=Asked())
+        with pytest.raises(WrongState), tx.part():
+            tx.undo(lambda: given_back.append("a reservation"))
+            tx.step(tx.open("test.one", asked=Asked(), parent=parent), "test.work", "east", {"shown": {}})
+            tx.open("test.on_vm", asked=Asked(), vm=tx.session.get_one(Vm, vm), parent=parent, request={"refuse": True})
+        assert given_back == ["a reservation"]
+        child = tx.open("test.on_vm", asked=Asked(), vm=tx.session.get_one(Vm, vm), parent=parent).id
+    assert [found["id"] for found in show(desk.control, parent.id)["children"]] == [child]
+    assert [message["step"] for message in desk.messages()] == [desk.step(child).id]
+
+
 def test_supersede_waits_for_the_cancelled_one(desk: Desk) -> None:
     vm = desk.vm()
     first = desk.ask_on(vm)
@@ -613,6 +627,7 @@ def test_one_that_cannot_begin_does_not_keep_the_other_from_ending(desk: Desk) -
     desk.run(never)
     assert desk.state(first) == "cancelled"
     assert (desk.state(second), show(desk.control, second)["error"]["code"]) == ("failed", "wrong_state")
+    assert show(desk.control, second)["steps"] == [] and desk.messages() == [], "what it had begun is undone"
 
 
 def test_nobody_waits_for_one_that_ends_at_the_same_moment(desk: Desk) -> None:
