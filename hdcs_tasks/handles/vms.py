@@ -17,6 +17,7 @@ from hdcs_tasks.vm import (
     control_console,
     control_delete,
     control_export,
+    control_list,
     control_migrate,
     control_plan,
     control_refresh,
@@ -149,12 +150,12 @@ class Vms(Part):
         """Views; filters: state, home, server_node, owner, profile, tag, names. NotFound for a home, server node or
         profile that there is not."""
         check_filters(self._control, filters)
-        return vm_control.list_vms(self._control, **filters)
+        return control_list.list_vms(self._control, **filters)
 
     def that_can(self, verb: str, **filters: Any) -> Sequence[View]:
         """The listed VMs that ``verb`` (start, stop, …, backup) can be given to as they are; filters as in ``list``."""
         check_filters(self._control, filters)
-        return vm_control.list_given(self._control, verb, **filters)
+        return control_list.list_given(self._control, verb, **filters)
 
     def clone(
         self, image: str, *, name: str, count: int = 1, profile: str = "small", domain_node: str | None = None,

@@ -16,7 +16,7 @@ from hdcs_tasks.store.models import ServerNode, Vm
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm import control as vms
 from hdcs_tasks.vm import control_console, control_delete, control_select
-from tests.contract.test_operations import Desk, desk, failing  # noqa: F401 - desk is a fixture
+from tests.contract.desk import Desk, desk, failing  # noqa: F401 - desk is a fixture
 from tests.contract.test_store import vm_row
 
 pytestmark = pytest.mark.contract
