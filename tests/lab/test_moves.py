@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,9 +87,14 @@ class Desk:
 def whole(center: Center) -> None:
     """Record, reservations, libvirt and storages agree: every VM once, nothing of a move is left."""
     wait_idle(center)
+    homes = {vm["id"]: vm["home"] for vm in center.cloud.vms.list()}
+    for name in center.lab.domain_nodes:
+        here = {vm["id"] for vm in center.cloud.vms.list() if vm["server_node"] and vm["home"] == name}
+        soon_equal(f"console ports in {name}", lambda n=name: owned_ports(center, n), here)  # type: ignore[misc]
+        promised = center.cloud.control.reservations.disks.all
+        soon_equal(f"storage promised in {name}", lambda n=name: set(promised(n)), here_of(homes, name))  # type: ignore[misc]
     seen = picture(center)
     assert seen["live"] == []
-    homes = {vm["id"]: vm["home"] for vm in center.cloud.vms.list()}
     holds = {i: node for i, state, node, *_ in seen["vms"].values() if node is not None}
     assert {vm_id: node for node, (found, _) in seen["libvirt"].items() for vm_id, _ in found} == holds
     claims = [claim for pool in seen["reservations"].pools.values() for claim in pool.claims]
@@ -96,14 +102,31 @@ def whole(center: Center) -> None:
     assert len(claims) == len(holds)
     macs = {vm["mac"]: vm["server_node"] for vm in center.cloud.vms.list() if vm["server_node"]}
     assert {mac: node for node, (_, hosts) in seen["libvirt"].items() for mac in hosts} == macs
-    for name, pool in seen["reservations"].pools.items():
-        assert set(pool.disks) == {i for i, home in homes.items() if home == name}
-        cooling = center.cloud.control.reservations.ports.cooling(name)
-        assert {vm for vm in pool.ports if vm not in cooling} == {i for i in holds if homes[i] == name}
+    for name in center.lab.domain_nodes:
         kept = {path.split("/")[1] for path in seen["storage"][name] if path.startswith("vms/")}
-        assert kept == {i for i, home in homes.items() if home == name}
+        assert kept == here_of(homes, name)
         left = [path for path in seen["storage"][name] if path.endswith((".partial", ".transfer", ".memory"))]
         assert left == []
+
+
+def here_of(homes: dict[str, str], name: str) -> set[str]:
+    return {vm_id for vm_id, home in homes.items() if home == name}
+
+
+def owned_ports(center: Center, domain_node: str) -> set[str]:
+    """VMs that own a console port which does not cool. A port may begin or end to cool between two questions."""
+    ports = center.cloud.control.reservations.ports
+    cooling = ports.cooling(domain_node)
+    return set(ports.all(domain_node)) - cooling - ports.cooling(domain_node)
+
+
+def soon_equal(what: str, look: Callable[[], set[str]], wanted: set[str]) -> None:
+    """What control gives back right after it has recorded an operation's end is given back now, or within seconds; no
+    sweep tidies up as soon as that."""
+    end = time.monotonic() + 3.0
+    while (found := look()) != wanted and time.monotonic() < end:
+        time.sleep(0.1)
+    assert found == wanted, what
 
 
 def delete(center: Center, *names: str) -> None:
