@@ -138,14 +138,20 @@ def discard(tx: Tx, operation: Operation, home: str) -> Step | None:
     return tx.step(operation, "vm.discard_on_node", home, spec)
 
 
-def finish(tx: Tx, operation: Operation, vm: Vm, measured: dict[str, Any]) -> None:
+def ends_of(operation: Operation, vm: Vm) -> dict[str, Any]:
+    """Where the VM came from and to, as of now: it may go on before its move is cleaned up after."""
+    came_from = operation.request["source"] or operation.request["home"]
+    return {"from": came_from, "to": vm.server_node or vm.home, "ip": vm.ip, "port": vm.port}
+
+
+def finish(tx: Tx, operation: Operation, measured: dict[str, Any]) -> None:
     """End the operation as done, with what was measured; what the next backup will be, where that has changed."""
     told: dict[str, Any] = {"moved": True, "way": operation.request["way"]}
     if is_between(operation):
         told |= {
-            "domain_node": vm.home, "image_bytes": operation.request.get("image_bytes", 0), "next_backup": "full",
+            "domain_node": target_home(operation), "image_bytes": operation.request.get("image_bytes", 0),
+            "next_backup": "full",
         }  # fmt: skip
-    ends = {"from": operation.request["source"] or operation.request["home"], "to": vm.server_node or vm.home}
-    tx.finish(operation, measured | ends | {"ip": vm.ip, "port": vm.port} | told)
-    for home in {vm.home, operation.request["home"]}:
+    tx.finish(operation, measured | operation.request["ends"] | told)
+    for home in {target_home(operation), operation.request["home"]}:
         wake_others(tx, home)

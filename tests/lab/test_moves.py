@@ -91,8 +91,7 @@ def whole(center: Center) -> None:
     for name in center.lab.domain_nodes:
         here = {vm["id"] for vm in center.cloud.vms.list() if vm["server_node"] and vm["home"] == name}
         soon_equal(f"console ports in {name}", lambda n=name: owned_ports(center, n), here)  # type: ignore[misc]
-        promised = center.cloud.control.reservations.disks.all
-        soon_equal(f"storage promised in {name}", lambda n=name: set(promised(n)), here_of(homes, name))  # type: ignore[misc]
+        soon_equal(f"storage promised in {name}", lambda n=name: promised(center, n), here_of(homes, name))  # type: ignore[misc]
     seen = picture(center)
     assert seen["live"] == []
     holds = {i: node for i, state, node, *_ in seen["vms"].values() if node is not None}
@@ -111,6 +110,10 @@ def whole(center: Center) -> None:
 
 def here_of(homes: dict[str, str], name: str) -> set[str]:
     return {vm_id for vm_id, home in homes.items() if home == name}
+
+
+def promised(center: Center, domain_node: str) -> set[str]:
+    return set(center.cloud.control.reservations.disks.all(domain_node))
 
 
 def owned_ports(center: Center, domain_node: str) -> set[str]:
