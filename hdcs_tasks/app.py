@@ -42,8 +42,12 @@ class HdcsTask(Task):  # type: ignore[type-arg]  # generic only in the type stub
         return super().apply_async(args, kwargs, task_id, producer, link, link_error, shadow, **options)
 
 
+DESCRIBED_MOST = 200
+
+
 def describe(kwargs: dict[str, Any]) -> str:
-    """What Flower shows of a message: the key facts, one line, never a secret or a whole spec."""
+    """What Flower shows of a message and Celery's own log lines are read by: the key facts, one line, never a secret or
+    a whole spec. The operation's id stands last and is never cut."""
     if isinstance(report := kwargs.get("report"), dict):
         kwargs = {key: report[key] for key in ("vm", "node", "operation") if report.get(key)}
     spec = kwargs.get("spec") or {}
@@ -51,9 +55,10 @@ def describe(kwargs: dict[str, Any]) -> str:
     shown = dict(shown)
     moves = f" {shown.pop('from')} → {shown.pop('to')}" if "from" in shown and "to" in shown else ""
     operation = kwargs.get("operation")
-    about = f" op={operation[:8]}" if isinstance(operation, str) else ""
-    text = (" ".join(f"{k}={v}" for k, v in shown.items() if k != "operation") + moves + about).strip()
-    return text if len(text) <= 200 else text[:199] + "…"
+    about = f" op={operation}" if isinstance(operation, str) else ""
+    text = " ".join(f"{k}={v}" for k, v in shown.items() if k != "operation") + moves
+    most = DESCRIBED_MOST - len(about)
+    return ((text if len(text) <= most else text[: most - 1] + "…") + about).strip()
 
 
 def celery_config(config: Settings) -> dict[str, Any]:

@@ -26,7 +26,8 @@ _SECRET_IN_TEXT = (
     (re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s:/@]*:)[^\s@]*@", re.I), rf"\1{HIDDEN}@"),
     (re.compile(r"(\b(?:password|passwd|secret|token)\b['\"]?\s*[=:]\s*['\"]?)[^\s'\",;&}]+", re.I), rf"\1{HIDDEN}"),
 )  # fmt: skip
-_DESCRIBED = re.compile(r"(?:^| )(vm|op)=(\S+)")
+_DESCRIBED = re.compile(r"(?:^| )(vm|op|node)=(\S+)")
+_FIELD = {"op": "operation", "node": "server_node"}
 _DEPTH_MAX = 4
 
 Line = MutableMapping[str, Any]
@@ -63,7 +64,7 @@ def _task_of_record(_logger: Any, _method: str, line: Line) -> Line:
                 line.setdefault(name, data[key])
         described = data.get("kwargs")
         for name, value in _DESCRIBED.findall(described) if isinstance(described, str) else ():
-            line.setdefault("operation" if name == "op" else name, value)
+            line.setdefault(_FIELD.get(name, name), value)
     return line
 
 

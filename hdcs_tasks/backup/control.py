@@ -30,7 +30,8 @@ def create(
     ``policy``: the policy's name and rules (``control_policy.terms``) when it is one that asks.
     """
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        words = {"full": full, "bandwidth_mib_s": bandwidth_mib_s}
+        if (same := tx.same_request(asked, "backup.create", name, **words)) is not None:
             return same
         vm = get_vm(tx.session, name)
         check_given(tx, vm, "backup", "be backed up")
@@ -148,7 +149,7 @@ def _not_created(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> 
 def verify(control: Control, backup_id: str, asked: Asked, *, domain_node: str | None = None) -> Operation:
     """Check a point and every link below it against the hashes of their manifests; ``domain_node``: the copy there."""
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        if (same := tx.same_request(asked, "backup.verify", backup_id, domain_node=domain_node)) is not None:
             return same
         backup = usable(tx, backup_id, BackupState.READY, BackupState.BROKEN)
         at = domain_node or backup.domain_node
@@ -205,7 +206,7 @@ def _held_at(backup: Backup, at: str | None) -> Backup | BackupCopy:
 def delete(control: Control, backup_id: str, asked: Asked) -> Operation:
     """Delete a point that no later point builds on."""
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        if (same := tx.same_request(asked, "backup.delete", backup_id)) is not None:
             return same
         backup = usable(tx, backup_id, BackupState.READY, BackupState.BROKEN)
         living = (BackupState.READY, BackupState.BROKEN, BackupState.CREATING)

@@ -26,7 +26,7 @@ def adopt(control: Control, domain_node: str, asked: Asked) -> Operation:
     as ready, but not there.
     """
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        if (same := tx.same_request(asked, "backup.adopt", domain_node)) is not None:
             return same
         get_domain_node(tx.session, domain_node)
         running = select(Operation).where(

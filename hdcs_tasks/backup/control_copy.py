@@ -30,7 +30,8 @@ PATIENCE_S = 30.0
 def copy(control: Control, backup_id: str, to: str, asked: Asked, *, bandwidth_mib_s: int | None = None) -> Operation:
     """Copy a point and what it stands on to domain node ``to``; there already: done at once."""
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        words = {"to": to, "bandwidth_mib_s": bandwidth_mib_s}
+        if (same := tx.same_request(asked, "backup.copy", backup_id, **words)) is not None:
             return same
         backup = usable(tx, backup_id, BackupState.READY, BackupState.BROKEN)
         get_domain_node(tx.session, to)

@@ -32,7 +32,7 @@ AGENT_TIMEOUT_S = 600.0
 def drill(control: Control, backup_id: str, asked: Asked, *, timeout_s: float = AGENT_TIMEOUT_S) -> Operation:
     """Prove a point. ``timeout_s``: how long the guest's agent may take to answer."""
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        if (same := tx.same_request(asked, "backup.drill", backup_id, timeout_s=timeout_s)) is not None:
             return same
         backup = usable(tx, backup_id)
         # ``force`` and ``timeout_s`` are what the stop of the throwaway is given.

@@ -216,7 +216,7 @@ def _homes(session: Session, vm_ids: list[str]) -> dict[str, str]:
 def _begin(control: Control, policy: BackupPolicy, vm_id: str) -> int | None:
     """1 if the VM's backup was begun, 0 if it never will, None if it stays in line."""
     key = f"policy:{policy.name}:{policy.slot_at.isoformat()}:{vm_id}"
-    asked = Asked(by=f"policy {policy.name}", reason=policy.schedule, idempotency_key=key)
+    asked = Asked(by=f"policy {policy.name}", reason=policy.schedule, idempotency_key=key, key_says_all=True)
     try:
         share = bandwidth_share(policy.bandwidth_mib_s, policy.concurrency)
         backups.create(control, vm_id, asked, bandwidth_mib_s=share, policy=terms(policy))

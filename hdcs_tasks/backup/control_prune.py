@@ -22,7 +22,7 @@ from hdcs_tasks.store.transitions import move
 def prune(control: Control, vm: str, asked: Asked, keep: Keep, *, merge: bool = False) -> Operation:
     """Prune one VM's points; ``vm`` by name or id, also of a VM that is gone. Nothing to do is done at once."""
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        if (same := tx.same_request(asked, "backup.prune", vm, keep=vars(keep), merge=merge)) is not None:
             return same
         vm_id, name = _vm_of_backups(tx, vm)
         if is_being_read(tx, vm_id):

@@ -40,7 +40,8 @@ def restore(
     if in_place == (name is not None):
         raise Invalid("a restore makes a new VM or sets one back", next="Give a name, or ask for it in place")
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        words = {"name": name, "in_place": in_place, "domain_node": domain_node, "start": start}
+        if (same := tx.same_request(asked, "backup.restore", backup_id, **words)) is not None:
             return same
         backup = usable(tx, backup_id, BackupState.READY, BackupState.BROKEN)
         if name is None:
@@ -130,7 +131,8 @@ def extract(control: Control, backup_id: str, name: str, asked: Asked, *, domain
     be looked into, added as an image, or given to another VM."""
     check_name("file", name)
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        words = {"name": name, "domain_node": domain_node}
+        if (same := tx.same_request(asked, "backup.extract", backup_id, **words)) is not None:
             return same
         backup = usable(tx, backup_id, BackupState.READY, BackupState.BROKEN)
         at, fetch = _place(tx, backup, domain_node)

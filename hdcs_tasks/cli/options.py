@@ -78,7 +78,10 @@ bandwidth_option = click.option(
     "--bandwidth-mib-s", type=click.IntRange(min=1), default=None, help="At most so many MiB/s per move. Default: any."
 )
 key_option = click.option(
-    "--idempotency-key", "key", default=None, help="Asked twice with the same key, it is done once."
+    "--idempotency-key",
+    "key",
+    default=None,
+    help="The same request with the same key is done once; another one is refused.",
 )
 
 
@@ -178,10 +181,12 @@ SELECTOR_KEYS = ("tag", "home", "server_node", "owner", "state")
 
 @dataclass(frozen=True)
 class Selection:
-    """The VMs a command acts on. ``one``: it was given exactly one name, so its output is one object, not a list."""
+    """The VMs a command acts on. ``one``: it was given exactly one name, so its output is one object, not a list.
+    ``chosen_by``: the selector they were found by ({}: all), if they were not named."""
 
     names: list[str]
     one: bool
+    chosen_by: dict[str, Any] | None = None
 
 
 def select(face: Face, verb: str, names: Sequence[str], every: bool, selector: dict[str, Any]) -> Selection:
@@ -194,7 +199,7 @@ def select(face: Face, verb: str, names: Sequence[str], every: bool, selector: d
         return Selection(unique, one=len(unique) == 1)
     if not every and not wanted:
         raise click.UsageError("Name at least one VM, or select with --all, --tag, --home, --node, --owner or --state.")
-    return Selection([vm["name"] for vm in face.cloud.vms.that_can(verb, **wanted)], one=False)
+    return Selection([vm["name"] for vm in face.cloud.vms.that_can(verb, **wanted)], False, wanted)
 
 
 def confirm(question: str, yes: bool) -> None:

@@ -118,7 +118,9 @@ def start(face: Face, /, pin: str | None, dry_run: bool, **options: Any) -> None
     if dry_run:
         plans.conclude(face.cloud.vms.start_all(chosen.names, dry_run=True).explain(), options["form"])
         return
-    operation = face.cloud.vms.start_all(chosen.names, idempotency_key=options["key"], reason=options["reason"])
+    operation = face.cloud.vms.start_all(
+        chosen.names, idempotency_key=options["key"], reason=options["reason"], chosen_by=chosen.chosen_by
+    )
     waiting.conclude([operation], form=options["form"], wait=options["wait"], timeout_s=options["timeout_s"], one=False)
 
 

@@ -169,10 +169,14 @@ class Vms(Part):
 
     def start_all(
         self, names: Sequence[str] = (), *, dry_run: bool = False, idempotency_key: str | None = None,
-        reason: str = "", **selector: Any,
+        reason: str = "", chosen_by: Mapping[str, Any] | None = None, **selector: Any,
     ) -> Any:  # fmt: skip
-        """Start every named or selected VM: one parent operation, or with ``dry_run`` a Plan."""
+        """Start every named or selected VM: one parent operation, or with ``dry_run`` a Plan. ``chosen_by``: what the
+        names were found by, where the caller looked; an idempotency key stands for that then, not for the names."""
         chosen = list(names) or [vm["name"] for vm in self.that_can("start", **selector)]
         if dry_run:
             return Plan(control_plan.plan_start(self._control, chosen))
-        return self._op(vm_control.start_many(self._control, chosen, self._asked(idempotency_key, reason)))
+        asked = self._asked(idempotency_key, reason)
+        if chosen_by is None and not names:
+            chosen_by = selector
+        return self._op(vm_control.start_many(self._control, chosen, asked, chosen_by=chosen_by))

@@ -45,7 +45,7 @@ def add(control: Control, name: str, path: str, asked: Asked, *, domain_nodes: S
     if not PurePosixPath(path).is_absolute():
         raise Invalid(f"{path!r} is not an absolute path", next="The server nodes read it: give its full path there")
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        if (same := tx.same_request(asked, "image.add", name, path=path, domain_nodes=domain_nodes)) is not None:
             return same
         wanted = list(domain_nodes) or list(tx.session.scalars(select(DomainNode.name).order_by(DomainNode.name)))
         if not wanted:
@@ -133,7 +133,7 @@ def delete(control: Control, name: str, asked: Asked, *, force: bool = False) ->
     ``force``: also one that only backups refer to (they keep their own copy of it) or that is published.
     """
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        if (same := tx.same_request(asked, "image.delete", name, force=force)) is not None:
             return same
         image = get_image(tx.session, name)
         _refuse_used(tx, image, force)

@@ -25,7 +25,7 @@ PATIENCE_S = 30.0
 def copy(control: Control, name: str, to: str, asked: Asked) -> Operation:
     """Bring an image (``name`` or ``name:version``) to domain node ``to`` from one that has it; there already: done."""
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        if (same := tx.same_request(asked, "image.copy", name, to=to)) is not None:
             return same
         image = get_image(tx.session, name)
         get_domain_node(tx.session, to)

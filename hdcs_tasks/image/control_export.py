@@ -53,8 +53,9 @@ class ExportRequest:
 
 def export(control: Control, name: str, request: ExportRequest, asked: Asked, *, dry_run: bool = False) -> Operation:
     """Export an image (NAME is its newest version); ``dry_run``: only look whether the target may be written."""
+    kind = "image.check_export" if dry_run else "image.export"
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        if (same := tx.same_request(asked, kind, name, **vars(request))) is not None:
             return same
         image = get_image(tx.session, name)
         shown = f"{image.name}:{image.version}"
@@ -65,7 +66,6 @@ def export(control: Control, name: str, request: ExportRequest, asked: Asked, *,
             "shape": _shape(image), "origin": {"image": shown, "sha256": image.sha256, "domain_node": home},
         }  # fmt: skip
         wanted = {"image": image.id, "path": request.path, "domain_node": home, "node": request.node}
-        kind = "image.check_export" if dry_run else "image.export"
         operation = tx.open(kind, asked=asked, subject=f"{shown} to {request.path}", request=wanted)
         queue = direct_queue(home, request.node) if request.node else home
         tx.step(operation, f"{kind}_on_node", queue, spec, patience_s=PATIENCE_S)

@@ -51,7 +51,7 @@ class ImportRequest:
 def import_(control: Control, request: ImportRequest, asked: Asked) -> Operation:
     """Open the import. Raises Invalid, NotFound, Conflict (the profile exists), Unreachable, NoCapacity."""
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        if (same := tx.same_request(asked, "image.import", request.name, **vars(request))) is not None:
             return same
         homes, copies_to = _check(tx.session, request)
         image = Image(id=new_id(), name=request.name, version=next_version(tx.session, request.name))
@@ -77,7 +77,7 @@ def plan(control: Control, request: ImportRequest) -> dict[str, Any]:
 def probe(control: Control, request: ImportRequest, asked: Asked) -> Operation:
     """Have a server node look at what is to be imported; its result tells format, sizes and shape. Changes nothing."""
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        if (same := tx.same_request(asked, "image.probe", request.path, **vars(request))) is not None:
             return same
         homes, _ = _check(tx.session, request)
         operation = tx.open(

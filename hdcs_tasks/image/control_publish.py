@@ -23,7 +23,8 @@ def publish(control: Control, name: str, version: int, asked: Asked, *, domain_n
     version of it. Where its copy is missing it is brought first; one child operation per domain node. A domain node
     whose copy fails keeps what it had."""
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        words = {"version": version, "domain_nodes": domain_nodes}
+        if (same := tx.same_request(asked, "image.publish", name, **words)) is not None:
             return same
         image, wanted = _check(tx.session, name, version, domain_nodes)
         shown = f"{image.name}:{image.version}"

@@ -1,8 +1,9 @@
 """Taking back desktops nobody uses, rung by rung.
 
-The sweep finds by samples whose next rung is due. Who runs is looked into by its server node first (``look_on_node``);
-the answer is judged again, and if nobody uses it the rung is taken: an ordinary operation with a ``guard``, by which
-the server node looks a last time right before it acts.
+Whose next rung is due shows as soon as a sample of its server node is taken in (``look_at``); at rest, where nobody
+samples, at the next ``idle_sweep``. Who runs is looked into by its server node first (``look_on_node``); the answer is
+judged again, and if nobody uses it the rung is taken: an ordinary operation with a ``guard``, by which the server node
+looks a last time right before it acts. So a rung is taken within its time and one sweep, and the time its look takes.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, select
 
-from hdcs_tasks.clock import random_hex
+from hdcs_tasks.clock import now_s
 from hdcs_tasks.errors import HdcsError
 from hdcs_tasks.logs import logger
 from hdcs_tasks.monitor.control_idle_policy import COLUMNS, MESSAGE, desktop, load
@@ -42,43 +43,64 @@ from hdcs_tasks.vm.rules import COMMANDS
 log = logger(__name__)
 
 LOOK_TASK = "monitor.look_on_node"
-LOOKS_AT_ONCE = 16
 LOOK_MAX_S = 60.0
-"""A server node looks into so many guests at once, and once at a time: silent agents must not keep its quick worker
-from stopping and sampling."""
+"""A server node that did not begin within this time is asked again by its next sample."""
 LOOK_KEPT_S = 3600.0
-RESTS = (VmState.RUNNING, VmState.SUSPENDED, VmState.STOPPED, VmState.SAVED)
+ON_NODE = (VmState.RUNNING, VmState.SUSPENDED)
+AT_REST = (VmState.STOPPED, VmState.SAVED)
 DONE = {"warn": "warned", "suspend": "suspended", "save": "saved", "stop": "stopped", "delete": "deleted"}
 
 
 def idle_sweep(control: Control) -> list[str]:
-    """Look at every desktop whose next rung is due; those that do not run are acted on at once. Returns their names."""
+    """Take the next rung of every desktop at rest whose rung is due. Returns their names."""
+    found = _found(control, Vm.state.in_(AT_REST))
+    for policy, row, due in found:
+        _take(control, policy, row.id, due, _found_when(due, now()))
+    return [row.name for _, row, _ in found]
+
+
+def look_at(control: Control, node: str, at: datetime) -> list[str]:
+    """A server node was sampled at ``at``: act on its suspended desktops whose next rung is due, and have it look into
+    the running ones. Returns their names, those idle longest first."""
+    found = _found(control, Vm.state.in_(ON_NODE) & (Vm.server_node == node))
+    wanted = []
+    for policy, row, due in found:
+        when = _found_when(due, at)
+        if row.state is VmState.RUNNING:
+            warn = (policy.message or MESSAGE) if due.do == "warn" else ""
+            wanted.append({"vm_id": row.id, "inside": policy.inside, "warn": warn, "found": when})
+        else:
+            _take(control, policy, row.id, due, when)
+    if wanted:
+        with control.store.read() as session:
+            home = session.scalar(select(ServerNode.domain_node).where(
+                ServerNode.name == node, ServerNode.state.in_(IN_POOL)))  # fmt: skip
+        if home is not None:
+            send(control.celery, LOOK_TASK, {"wanted": wanted}, quick_queue(home, node), expires_s=LOOK_MAX_S)
+    return [row.name for _, row, _ in found]
+
+
+def _found(control: Control, where: ColumnElement[bool]) -> list[tuple[Policy, Any, Next]]:
     with control.store.read() as session:
         policies = load(session)
         if not policies:
             return []
         since = now() - timedelta(seconds=shortest_s(policies))
-        resting = select(*COLUMNS).where(Vm.state.in_(RESTS), Vm.deleted_at.is_(None), Vm.active_at <= since)
-        resting = resting.order_by(Vm.active_at)
-        rows = session.execute(resting).all()
-        nodes = {n.name: n for n in session.scalars(select(ServerNode).where(ServerNode.state.in_(IN_POOL)))}
-    found: list[str] = []
-    looks: dict[str, list[dict[str, Any]]] = {}
+        resting = select(*COLUMNS).where(where, Vm.deleted_at.is_(None), Vm.active_at <= since)
+        rows = session.execute(resting.order_by(Vm.active_at)).all()
+    found = []
     for row in rows:
         vm = desktop(row)
         policy = policy_of(policies, vm)
         due = _due(policy, vm)
-        if policy is None or due is None:
-            continue
-        found.append(vm.name)
-        if vm.state is not VmState.RUNNING:
-            _take(control, policy, row.id, due)
-        elif row.server_node in nodes:
-            warn = (policy.message or MESSAGE) if due.do == "warn" else ""
-            looks.setdefault(row.server_node, []).append({"vm_id": row.id, "inside": policy.inside, "warn": warn})
-    for name, wanted in looks.items():
-        _ask_looks(control, nodes[name], wanted)
+        if policy is not None and due is not None:
+            found.append((policy, row, due))
     return found
+
+
+def _found_when(due: Next, at: datetime) -> dict[str, Any]:
+    """When a rung was found to be due, and how long it had been by then."""
+    return {"at": at.isoformat(), "late_s": round(due.late_s, 3)}
 
 
 def _due(policy: Policy | None, vm: Desktop) -> Next | None:
@@ -86,22 +108,10 @@ def _due(policy: Policy | None, vm: Desktop) -> Next | None:
     return rung if rung is not None and rung.in_s <= 0 else None
 
 
-def _ask_looks(control: Control, node: ServerNode, wanted: Sequence[dict[str, Any]]) -> None:
-    """Ask a server node to look into the guests that are idle longest, unless it is at it; the rest has its turn."""
-    asked = random_hex(8)
-    if control.reservations.leases.grant("look", node.name, asked, LOOK_MAX_S):
-        message = {"wanted": list(wanted[:LOOKS_AT_ONCE]), "asked": asked}
-        queue = quick_queue(node.domain_node, node.name)
-        send(control.celery, LOOK_TASK, message, queue, expires_s=LOOK_MAX_S)
-
-
 def take_looks(control: Control, report: dict[str, Any]) -> None:
-    """What a server node saw in its guests: ``{node, at, looks, asked}``. Who is used begins anew, who is not goes
-    on."""
-    control.reservations.leases.drop("look", report["node"], report["asked"])
-    at = datetime.fromtimestamp(report["at"], UTC)
+    """What a server node saw in its guests: ``{node, looks}``. Who is used begins anew, who is not goes on."""
     looks = {look["vm_id"]: look for look in report["looks"]}
-    control.reservations.samples.write_looks(report["looks"], at=report["at"], ttl_s=LOOK_KEPT_S)
+    control.reservations.samples.write_looks(report["looks"], at=now_s(), ttl_s=LOOK_KEPT_S)
     todo: list[tuple[Policy, str, Next]] = []
     with control.transaction() as tx:
         policies = load(tx.session)
@@ -109,7 +119,7 @@ def take_looks(control: Control, report: dict[str, Any]) -> None:
         for vm in tx.session.scalars(here):
             look = looks[vm.id]
             if use_inside(look):
-                vm.active_at = max(at, vm.active_at) if vm.active_at else at
+                vm.active_at = now()
                 continue
             seen = desktop(vm)
             policy = policy_of(policies, seen)
@@ -122,27 +132,28 @@ def take_looks(control: Control, report: dict[str, Any]) -> None:
                 _remember(vm, "warn", policy)
                 how = "in the guest" if look["told"] else f"by this event alone ({look['says'] or 'no way to show it'})"
                 tx.event("vm.warned", vm.name, f"VM {vm.name} was warned {how}: nobody used it for "
-                         f"{seen.idle_s:.0f} s (policy {policy.name})", policy=policy.name)  # fmt: skip
+                         f"{seen.idle_s:.0f} s (policy {policy.name})", policy=policy.name,
+                         found=look["found"])  # fmt: skip
     for policy, vm_id, due in todo:
-        _take(control, policy, vm_id, due)
+        _take(control, policy, vm_id, due, looks[vm_id]["found"])
 
 
 def _remember(vm: Vm, did: str, policy: Policy) -> None:
     vm.idle = {"did": did, "at": now().isoformat(), "policy": policy.name}
 
 
-def _take(control: Control, policy: Policy, vm_id: str, due: Next) -> None:
+def _take(control: Control, policy: Policy, vm_id: str, due: Next, found: dict[str, Any]) -> None:
     asked = Asked(by=f"idle policy {policy.name}", reason=f"{due.do}: nobody used it")
     try:
         if due.do == "delete":
-            _delete(control, policy, vm_id, asked)
+            _delete(control, policy, vm_id, asked, found)
             return
         with control.store.read() as session:
             vm = session.get_one(Vm, vm_id)
             suspended, idle_s = vm.state is VmState.SUSPENDED, desktop(vm).idle_s
         guard = {
             "policy": policy.name, "inside": policy.inside, "limits": asdict(policy.limits), "rung": due.do,
-            "idle_s": idle_s,
+            "idle_s": idle_s, "found": found,
         }  # fmt: skip
         force = due.do == "stop" and (policy.force or suspended)
         vm_control.command(control, due.do, vm_id, asked, force=force, guard=guard)
@@ -150,7 +161,7 @@ def _take(control: Control, policy: Policy, vm_id: str, due: Next) -> None:
         log.info("idle desktop left alone", vm=vm_id, error=str(error))
 
 
-def _delete(control: Control, policy: Policy, vm_id: str, asked: Asked) -> None:
+def _delete(control: Control, policy: Policy, vm_id: str, asked: Asked, found: dict[str, Any]) -> None:
     """Delete a desktop at rest; unlike a delete somebody asks for it supersedes nothing."""
     with control.transaction() as tx:
         vm = tx.session.get(Vm, vm_id, with_for_update=True)
@@ -160,12 +171,12 @@ def _delete(control: Control, policy: Policy, vm_id: str, asked: Asked) -> None:
             raise busy(live)
         idle_s = desktop(vm).idle_s or 0.0
         tx.open("vm.delete", asked=asked, vm=vm, request={"was": vm.state.value, "force": False})
-        _tell(tx, vm, "delete", policy.name, idle_s)
+        _tell(tx, vm, "delete", policy.name, idle_s, found)
 
 
-def _tell(tx: Tx, vm: Vm, did: str, policy: str, idle_s: float) -> None:
+def _tell(tx: Tx, vm: Vm, did: str, policy: str, idle_s: float, found: dict[str, Any] | None) -> None:
     tx.event("vm.reclaimed", vm.name, f"VM {vm.name} was {DONE[did]}: nobody used it for {idle_s:.0f} s "
-             f"(policy {policy})", idle_s=idle_s, policy=policy)  # fmt: skip
+             f"(policy {policy})", idle_s=idle_s, policy=policy, found=found)  # fmt: skip
 
 
 # --- what became of it
@@ -179,7 +190,7 @@ def _settle(verb: str, step_name: str) -> None:
             return
         vm = vm_control.vm_of(tx, operation)
         vm.idle = {"did": verb, "at": now().isoformat(), "policy": guard["policy"]}
-        _tell(tx, vm, verb, guard["policy"], guard.get("idle_s") or 0.0)
+        _tell(tx, vm, verb, guard["policy"], guard.get("idle_s") or 0.0, guard.get("found"))
 
     @on_failed(f"vm.{verb}:{step_name}")
     def failed(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
@@ -213,7 +224,7 @@ def preview(control: Control, *, names: Sequence[str] = (), policy: str | None =
     """
     with control.store.read() as session:
         policies = load(session)
-        resting = select(*COLUMNS).where(Vm.state.in_(RESTS), Vm.deleted_at.is_(None)).order_by(Vm.name)
+        resting = select(*COLUMNS).where(Vm.state.in_((*ON_NODE, *AT_REST)), Vm.deleted_at.is_(None)).order_by(Vm.name)
         rows = session.execute(resting.where(Vm.name.in_(names)) if names else resting).all()
     mine = [(row, vm, chosen) for row in rows if (chosen := policy_of(policies, vm := desktop(row))) is not None
             and policy in (None, chosen.name)]  # fmt: skip

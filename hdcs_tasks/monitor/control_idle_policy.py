@@ -108,21 +108,18 @@ def load(session: Session) -> list[Policy]:
 
 
 def desktop(row: Any) -> Desktop:
-    """A VM, or a row of ``COLUMNS``, as policies see it. A running one is idle as far as it was observed: what nobody
-    looks at is not idle."""
-    did_at = datetime.fromisoformat(row.idle["at"]) if row.idle else None
-    valid = did_at is not None and row.active_at is not None and did_at > row.active_at
-    return Desktop(
-        row.name, row.state, row.home, row.owner, row.profile, row.tags, row.warm_pool, idle_s(row),
-        row.idle["did"] if valid else None, (now() - did_at).total_seconds() if valid and did_at else 0.0,
-    )  # fmt: skip
-
-
-def idle_s(row: Any) -> float | None:
-    """Seconds since somebody used it; None where nothing is known."""
+    """A VM, or a row of ``COLUMNS``, as policies see it. A running one is idle as far as it was observed, by its newest
+    sample: what nobody looks at is not idle."""
     runs = row.state in (VmState.RUNNING, VmState.SUSPENDED)
     seen_at: datetime | None = row.observed_at if runs else now()
     active_at: datetime | None = row.active_at
-    if seen_at is None or active_at is None:
-        return None
-    return max(0.0, (seen_at - active_at).total_seconds())
+    did_at = datetime.fromisoformat(row.idle["at"]) if row.idle else None
+    valid = did_at is not None and active_at is not None and did_at > active_at
+    return Desktop(
+        row.name, row.state, row.home, row.owner, row.profile, row.tags, row.warm_pool, _between_s(active_at, seen_at),
+        row.idle["did"] if valid else None, (_between_s(did_at, seen_at) or 0.0) if valid else 0.0,
+    )  # fmt: skip
+
+
+def _between_s(begin: datetime | None, end: datetime | None) -> float | None:
+    return None if begin is None or end is None else max(0.0, (end - begin).total_seconds())

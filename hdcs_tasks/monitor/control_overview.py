@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from hdcs_tasks.errors import Invalid
 from hdcs_tasks.monitor.control import list_events
 from hdcs_tasks.monitor.control_alarms import list_alarms
-from hdcs_tasks.monitor.control_idle_policy import idle_s
+from hdcs_tasks.monitor.control_idle_policy import desktop
 from hdcs_tasks.operations.control import Control
 from hdcs_tasks.operations.pages import check_page
 from hdcs_tasks.pool import capacity as pool_capacity
@@ -71,7 +71,8 @@ def _row(vm: Vm, backups: Sequence[Backup], live: Operation | None) -> dict[str,
     proven = next((backup for backup in reversed(backups) if backup.proven_at is not None), None)
     keys = ("id", "name", "home", "server_node", "ip", "profile", "owner", "tags")
     return {key: getattr(vm, key) for key in keys} | {
-        "state": vm.state.value, "idle_s": idle_s(vm) if vm.state is VmState.RUNNING else None, "backups": len(backups),
+        "state": vm.state.value, "idle_s": desktop(vm).idle_s if vm.state is VmState.RUNNING else None,
+        "backups": len(backups),
         "proven": proven and {
             "id": proven.id, "taken_at": proven.created_at.isoformat(),
             "proven_at": proven.proven_at.isoformat() if proven.proven_at else None,

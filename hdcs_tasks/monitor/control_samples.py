@@ -14,6 +14,7 @@ from sqlalchemy import select, update
 
 from hdcs_tasks.errors import HdcsError
 from hdcs_tasks.logs import logger
+from hdcs_tasks.monitor import control_idle
 from hdcs_tasks.monitor.control_idle_policy import COLUMNS, desktop, load
 from hdcs_tasks.monitor.idle_rules import Limits, policy_of, sample_use
 from hdcs_tasks.monitor.rules import Drift, drift_of, has_gone
@@ -34,6 +35,8 @@ log = logger(__name__)
 
 SAMPLE_TASK = "monitor.sample_on_node"
 TOLD_AGAIN_S = 3600.0
+SKEW_S = 1.0
+"""Less than this may be the round trip by which it was measured."""
 _COLUMNS = (*COLUMNS, Vm.state_at)
 
 
@@ -62,7 +65,7 @@ def take_sample(control: Control, sample: dict[str, Any]) -> None:
         if found is None:
             return  # Redis was emptied meanwhile: the next one comes soon
         sample = found
-    at = datetime.fromtimestamp(sample["at"], UTC)
+    at = _moment(sample)
     seen = {guest["vm_id"]: guest for guest in sample["guests"]}
     with control.transaction() as tx:
         node = tx.session.get(ServerNode, sample["node"])
@@ -84,6 +87,14 @@ def take_sample(control: Control, sample: dict[str, Any]) -> None:
         settle_gone(control, name, f"not seen on {sample['node']}", last_seen, at)
     for name, drift in todo.drifted:
         _settle_drift(control, name, drift, at)
+    control_idle.look_at(control, sample["node"], at)
+
+
+def _moment(sample: dict[str, Any]) -> datetime:
+    """When it was taken. A server node whose clock is wrong (which is an alarm) tells of another time than the record
+    has: by what its sample before was ahead of Redis it is set right."""
+    skew_s = (sample.get("host") or {}).get("clock_skew_s") or 0.0
+    return datetime.fromtimestamp(sample["at"] - (skew_s if abs(skew_s) >= SKEW_S else 0.0), UTC)
 
 
 def _record_storage(tx: Tx, node: ServerNode, storage: dict[str, int]) -> None:
@@ -222,7 +233,8 @@ def _tell_unrecorded(tx: Tx, node: ServerNode, subject: str, at: datetime) -> No
 def take_event(control: Control, event: dict[str, Any]) -> None:
     """A guest told something by itself: ``{node, vm_id, kind: agent_up | ended, at}``."""
     gone = None
-    at = datetime.fromtimestamp(event["at"], UTC)
+    (host,) = control.reservations.samples.hosts([event["node"]]).values() or ({},)
+    at = _moment({"at": event["at"], "host": host})
     with control.transaction() as tx:
         vm = tx.session.get(Vm, event["vm_id"])
         if vm is None or vm.deleted_at is not None:

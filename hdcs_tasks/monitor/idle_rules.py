@@ -81,10 +81,11 @@ class Desktop:
 
 @dataclass(frozen=True)
 class Next:
-    """The next rung and in how many seconds it is due (0: now)."""
+    """The next rung, in how many seconds it is due (0: now), and for how long it has been."""
 
     do: str
     in_s: float
+    late_s: float = 0.0
 
 
 def ladder_of(times: Mapping[str, float | None]) -> tuple[Rung, ...]:
@@ -193,7 +194,7 @@ def next_rung(ladder: Sequence[Rung], vm: Desktop) -> Next | None:
         wait_s = rung.after_s - vm.idle_s
         if done is not None:
             wait_s = max(wait_s, rung.after_s - ladder[done].after_s - vm.did_s)
-        return Next(rung.do, max(0.0, wait_s))
+        return Next(rung.do, max(0.0, wait_s), max(0.0, -wait_s))
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -66,28 +67,66 @@ def _asked(found: dict[str, Any], what: str, ask: Callable[[], list[str]]) -> li
         return None
 
 
-def look_and_tell(ctx: NodeContext, wanted: Sequence[Mapping[str, Any]], asked: str) -> None:
-    """Look at each of ``[{vm_id, inside, warn}]``; who is not used is shown the text ``warn`` if there is one.
+class Looker:
+    """Threads that look into guests, apart from those of the quick worker: agents that are silent keep it from no stop
+    and no sample, nor one another from being looked into for longer than it takes."""
 
-    Control hears of it as ``monitor.looked``: ``{node, at, looks, asked}``, with ``told`` where it was to be told.
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(AT_ONCE, "idle-look")
+        self._lock = threading.Lock()
+        self._asked: set[str] = set()
+
+    def ask(self, vm_id: str, look: Callable[[], None]) -> bool:
+        """Have it looked into; False: it waits for that already, or this process ends."""
+        with self._lock:
+            if vm_id in self._asked:
+                return False
+            self._asked.add(vm_id)
+        try:
+            self._pool.submit(self._look, vm_id, look)
+        except RuntimeError:  # shut down
+            return False
+        return True
+
+    def _look(self, vm_id: str, look: Callable[[], None]) -> None:
+        try:
+            look()
+        except Exception:  # a thread's error would be seen by nobody
+            log.exception("not looked at", vm=vm_id)
+        finally:
+            with self._lock:
+                self._asked.discard(vm_id)
+
+    def stop(self) -> None:
+        """Forget whom nobody has begun to look into: the next worker is asked anew."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+looker = Looker()
+
+
+def look_and_tell(ctx: NodeContext, wanted: Sequence[Mapping[str, Any]]) -> None:
+    """Look into each of ``[{vm_id, inside, warn, found}]`` who is not being looked into; who is not used is shown the
+    text ``warn`` if there is one. Returns at once.
+
+    Control hears of each as ``monitor.looked``: ``{node, looks}``, with ``told`` where it was to be told, and ``found``
+    as it came.
     """
-    host = ctx.host()
-    with ThreadPoolExecutor(AT_ONCE, "idle-look") as pool:
-        looks = [found for found in pool.map(lambda one: _look_and_tell(host, one), wanted) if found is not None]
-    report = {"node": ctx.server_node, "at": time.time(), "looks": looks, "asked": asked}
-    send(ctx.celery, "monitor.looked", {"report": report}, CONTROL, expires_s=60)
+    for one in wanted:
+        looker.ask(one["vm_id"], lambda one=one: _look_and_tell(ctx, one))  # type: ignore[misc]
 
 
-def _look_and_tell(host: Host, one: Mapping[str, Any]) -> dict[str, Any] | None:
+def _look_and_tell(ctx: NodeContext, one: Mapping[str, Any]) -> None:
+    host, vm_id = ctx.host(), one["vm_id"]
     try:
-        found = look(host, one["vm_id"], inside=one["inside"])
-        if one.get("warn") and not use_inside(found):
-            found["told"] = found["agent"] and agent.tell_users(host, one["vm_id"], one["warn"])
-            looked_at[one["vm_id"]] = time.time()
+        seen = look(host, vm_id, inside=one["inside"]) | {"found": one["found"]}
+        if one.get("warn") and not use_inside(seen):
+            seen["told"] = seen["agent"] and agent.tell_users(host, vm_id, one["warn"])
+            looked_at[vm_id] = time.time()
     except HdcsError as error:
-        log.info("not looked at", vm=one["vm_id"], error=str(error))
-        return None
-    return found
+        log.info("not looked at", vm=vm_id, error=str(error))
+        return
+    send(ctx.celery, "monitor.looked", {"report": {"node": ctx.server_node, "looks": [seen]}}, CONTROL, expires_s=60)
 
 
 def check_unused(run: Run, spec: dict[str, Any]) -> None:

@@ -18,13 +18,13 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from hdcs_tasks.config import Settings
-from hdcs_tasks.errors import Cancelled, Conflict, HdcsError, OutcomeUnknown, from_dict
+from hdcs_tasks.errors import Cancelled, Conflict, HdcsError
 from hdcs_tasks.logs import logger
-from hdcs_tasks.operations.handlers import ON_CHILD_ENDED, ON_START
+from hdcs_tasks.operations.cancelling import ask_cancel
+from hdcs_tasks.operations.handlers import ON_START
 from hdcs_tasks.operations.lookups import (
     ABOVE,
     BY_KEY,
-    CHILDREN,
     LAST_SEQ,
     LIVE_ON,
     LOCKED_OPERATION,
@@ -32,10 +32,10 @@ from hdcs_tasks.operations.lookups import (
     WAITING_FOR,
 )  # fmt: skip
 from hdcs_tasks.operations.publishing import Publisher
-from hdcs_tasks.operations.rules import bulk_percent, is_binding, is_touched
-from hdcs_tasks.operations.settling import settle_failed
+from hdcs_tasks.operations.rules import request_digest
+from hdcs_tasks.operations.settling import child_ended
 from hdcs_tasks.reservations import Reservations
-from hdcs_tasks.states import OPERATION_LIVE, STEP_LIVE, OperationState, StepState
+from hdcs_tasks.states import OPERATION_LIVE, OperationState, StepState
 from hdcs_tasks.store.engine import Store
 from hdcs_tasks.store.models import Event, Operation, Step, Vm, new_id, now
 from hdcs_tasks.store.transitions import move
@@ -50,6 +50,8 @@ class Asked:
     by: str = ""
     reason: str = ""
     idempotency_key: str | None = None
+    key_says_all: bool = False
+    """The key names the request by itself, as a sweep's does: what it works out anew may differ the second time."""
 
 
 @dataclass
@@ -109,6 +111,17 @@ def busy(blocking: Operation) -> Conflict:
     )
 
 
+def another_request(first: Operation, kind: str, subject: str) -> Conflict:
+    """An idempotency key was given with another request before."""
+    same = (kind, subject) == (first.kind, first.subject)
+    return Conflict(
+        f"idempotency key {first.idempotency_key!r} belongs to operation {first.id} ({first.kind} {first.subject},"
+        f" {first.state}); this is {'the same with other parameters' if same else f'{kind} {subject}'}",
+        next=f"Give a new request a new key; what became of the first: hdcs op show {first.id}",
+        details={"operation": first.id, "kind": first.kind, "subject": first.subject},
+    )
+
+
 class Tx:
     """A use case's transaction: the session, and what is to happen after the commit."""
 
@@ -117,27 +130,37 @@ class Tx:
         self.control = control
         self._undo = undo
         self._to_publish: list[Step] = []
+        self._digests: dict[str, str] = {}  # of the requests of this transaction, by idempotency key
         self._opened: set[str] = set()  # operations of this transaction that have no step yet
         self._locked: list[object] = []  # the session forgets, and reads again, what nobody holds
         self._after: list[Callable[[], object]] = []
 
     # --- opening
 
-    def same_request(self, asked: Asked) -> Operation | None:
-        """The operation this idempotency key was already answered with; asked twice at once, the second waits."""
+    def same_request(self, asked: Asked, kind: str, subject: str, **words: Any) -> Operation | None:
+        """The operation this idempotency key was already answered with; asked twice at once, the second waits.
+
+        ``kind``, ``subject`` and ``words`` (JSON-able) are the request as it was made. Conflict where the key came with
+        another one before.
+        """
         if not asked.idempotency_key:
             return None
+        digest = self._digests[asked.idempotency_key] = request_digest(kind, subject, words)
         if self.session.get_bind().dialect.name == "postgresql":
             # SQLite has one writer at a time anyway.
             key = func.hashtextextended(asked.idempotency_key, 0)
             self.session.execute(select(func.pg_advisory_xact_lock(key)))
-        return self.session.scalar(BY_KEY, {"key": asked.idempotency_key})
+        first = self.session.scalar(BY_KEY, {"key": asked.idempotency_key})
+        if first is not None and first.request_digest != digest and not asked.key_says_all:
+            raise another_request(first, kind, subject)
+        return first
 
     def known_by(self, live: Operation, asked: Asked) -> bool:
         """Whether ``live``, which does what is asked for already, can be the answer also when the same is asked again:
         it takes the request's key. One that has another key cannot."""
         if asked.idempotency_key and live.idempotency_key is None:
             live.idempotency_key = asked.idempotency_key
+            live.request_digest = self._digests[asked.idempotency_key]
         return not asked.idempotency_key or live.idempotency_key == asked.idempotency_key
 
     def open(
@@ -159,11 +182,13 @@ class Tx:
         blocking = self._in_the_way(vm, supersede) if vm is not None else None
         if blocking is not None and not supersede:
             raise busy(blocking)
+        key = None if parent else asked.idempotency_key or None
         operation = Operation(
             kind=kind, state=OperationState.QUEUED, subject=subject or (vm.name if vm else ""),
             vm_id=vm.id if vm else None, live_vm=vm.id if vm and not blocking else None,
             parent_id=parent.id if parent else None, waits_for=blocking.id if blocking else None,
-            idempotency_key=None if parent else asked.idempotency_key, requested_by=asked.by, reason=asked.reason,
+            idempotency_key=key, request_digest=self._digests[key] if key else None,  # same_request comes first
+            requested_by=asked.by, reason=asked.reason,
             request=request or {}, id=new_id(), phase="queued", percent=0.0, cancel_asked=False, needs_operator=False,
         )  # fmt: skip
         self.session.add(operation)
@@ -179,7 +204,7 @@ class Tx:
             operation.phase = f"waits for {blocking.kind} {blocking.id} to end"
             self.session.flush()
             if not behind:
-                self.ask_cancel(blocking)
+                ask_cancel(self, blocking)
         elif kind in ON_START:
             ON_START[kind](self, operation)
         return operation
@@ -289,7 +314,7 @@ class Tx:
         self.session.flush()
         self.start_waiting(operation.id)
         if operation.parent_id:
-            self._child_ended(operation.parent_id)
+            child_ended(self, operation.parent_id)
 
     def start_waiting(self, ended_id: str) -> None:
         """Begin what waited for an operation that has ended or let go of its VM: the oldest; others wait for that."""
@@ -315,73 +340,6 @@ class Tx:
             # It ends, not the one whose end it waited for.
             self.fail(operation, error)
 
-    def _child_ended(self, parent_id: str) -> None:
-        self.session.flush()
-        parent = self.session.scalar(LOCKED_OPERATION, {"id": parent_id})
-        if parent is None or parent.state not in OPERATION_LIVE:
-            return
-        children = self._children(parent_id)
-        later = 0
-        if parent.kind in ON_CHILD_ENDED:
-            left = ON_CHILD_ENDED[parent.kind](self, parent, children)
-            if left is None:
-                return
-            later = left
-            self.session.flush()
-            children = self._children(parent_id)
-        ended = [child for child in children if child.state not in OPERATION_LIVE]
-        percents = [100.0 if child in ended else child.percent for child in children]
-        parent.percent = bulk_percent(percents + [0.0] * later)
-        parent.phase = f"{len(ended)} of {len(children) + later}"
-        if len(ended) < len(children):
-            return
-        failed = [child for child in children if child.state is not OperationState.DONE]
-        if not failed:
-            self.finish(parent, {"children": [child.subject for child in children]})
-            return
-        shown = "; ".join(f"{c.subject}: {(c.error or {}).get('message', c.state)}" for c in failed[:3])
-        error = from_dict((failed[0].error or {}) | {
-            "message": f"{len(failed)} of {len(children)} failed: {shown}",
-            "details": {
-                "failed": [c.subject for c in failed], "done": [c.subject for c in children if c not in failed],
-            },
-        })  # fmt: skip
-        self.fail(parent, error)
-
-    def _children(self, parent_id: str) -> list[Operation]:
-        return list(self.session.scalars(CHILDREN, {"parent": parent_id}))
-
-    # --- cancelling
-
-    def ask_cancel(self, operation: Operation) -> None:
-        """Ask a live operation to stop: at once where nobody holds its step, else through its executor."""
-        if operation.state not in OPERATION_LIVE:
-            return
-        self.lock_operation(operation)
-        operation.cancel_asked = True
-        children = select(Operation).where(Operation.parent_id == operation.id, Operation.state.in_(OPERATION_LIVE))
-        for child in self.session.scalars(children.order_by(Operation.id)).all():
-            self.ask_cancel(child)
-        if operation.waits_for is not None:
-            self.fail(operation, Cancelled("cancelled before it began"))
-            return
-        steps = select(Step).where(Step.operation_id == operation.id, Step.state.in_(STEP_LIVE))
-        for step in self.session.scalars(steps.with_for_update(key_share=True)).all():
-            self._cancel_step(step)
-
-    def _cancel_step(self, step: Step) -> None:
-        if is_binding(step.spec):
-            return
-        if step.state is StepState.PUBLISHED:
-            step.operation.phase = f"cancelling {step.name}"
-            step_id, attempt, touched = step.id, step.attempt, is_touched(step.attempt, step.node)
-            self._after.append(lambda: request_cancel(self.control.reservations, step_id, attempt, touched))
-        elif step.error is not None and step.error.get("code") == OutcomeUnknown.code:
-            # Its outcome must be observed first; the next attempt does that at once.
-            step.not_before = now()
-        else:
-            settle_failed(self, step, Cancelled("cancelled before it began"))
-
     # --- after the commit
 
     def undo(self, action: Callable[[], object]) -> None:
@@ -394,20 +352,10 @@ class Tx:
 
     def event(self, kind: str, subject: str, message: str, **data: Any) -> None:
         self.session.add(Event(kind=kind, subject=subject, message=message, data=data))
-        log.info("event", kind=kind, subject=subject, message=message)
+        about = {"vm": subject} if kind.startswith("vm.") else {}
+        log.info("event", kind=kind, subject=subject, message=message, **about)
 
     def committed(self) -> None:
         for action in self._after:
             _guarded(action, "not done after the commit; the sweeps make up for it")
         self.control.publisher.publish(self._to_publish)
-
-
-def request_cancel(reservations: Reservations, step_id: str, attempt: int, touched: bool) -> None:
-    """Ask the executor to stop. An attempt nobody holds is thereby over, which must not happen to one that is to
-    observe what an earlier one left behind: there the sweep asks as soon as it has an executor."""
-    if touched:
-        status = reservations.steps.status(step_id)
-        if status is None or status.holder is None:
-            return
-    # Nobody can claim it once the flag is set; the sweep settles what nobody holds.
-    reservations.steps.request_cancel(step_id, attempt)

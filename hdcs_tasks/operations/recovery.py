@@ -11,7 +11,8 @@ from sqlalchemy import bindparam, select
 from hdcs_tasks.clock import monotonic_s, now_s, random_hex
 from hdcs_tasks.errors import Cancelled, HdcsError, NoCapacity, OutcomeUnknown, Unreachable, from_dict
 from hdcs_tasks.logs import bound_contextvars, logger
-from hdcs_tasks.operations.control import Control, Tx, request_cancel
+from hdcs_tasks.operations.cancelling import request_cancel
+from hdcs_tasks.operations.control import Control, Tx
 from hdcs_tasks.operations.handlers import ON_NO_ROOM
 from hdcs_tasks.operations.rules import (
     StepFacts,
@@ -160,7 +161,8 @@ def _each(control: Control, ids: list[str], action: Callable[[Tx, Step], None]) 
             with control.transaction() as tx:
                 step = tx.lock_step(step_id)
                 if step is not None and step.state in STEP_LIVE:
-                    action(tx, step)
+                    with bound_contextvars(operation=step.operation_id, vm=step.operation.subject):
+                        action(tx, step)
         except HdcsError as error:
             log.warning("step not recovered this time", step=step_id, error=str(error))
         except Exception:  # one step that cannot be recovered must not keep the sweep from the others
@@ -298,11 +300,11 @@ def _publish_where_touched(tx: Tx, step: Step) -> None:
 def sweep_once(
     control: Control, name: str, period_s: float, sweep: Callable[[Control], Any], *, periodic: bool = True
 ) -> Any:
-    """Run a sweep if nobody ran it in this slot: two beats, or a beat that repeats, are harmless. ``periodic`` False:
+    """Run a sweep if nobody began it just now: two beats, or a beat that repeats, are harmless. ``periodic`` False:
     it runs when something asks for it, and is never late."""
-    slot = int(now_s() / period_s)
-    holder = random_hex(8)
-    if not control.reservations.leases.grant("sweep", f"{name}:{slot}", holder, 2 * period_s):
+    # Of two beats one comes within this share of the period whatever lies between them; a single one that is early by
+    # less than the rest loses no turn.
+    if not control.reservations.leases.grant("sweep", name, random_hex(8), 0.6 * period_s):
         return None
     began_s = monotonic_s()
     answer = sweep(control)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from hashlib import sha256
 from typing import Any
 
 from hdcs_tasks.errors import BY_CODE, HdcsError
@@ -127,3 +129,17 @@ def line_eta_s(place: int, through: int, window_s: float) -> float | None:
     """Seconds until the one at this place in a line is through, when ``through`` were in the last ``window_s``; None:
     nothing to go by."""
     return None if through < 1 else round(place * window_s / through, 1)
+
+
+def request_digest(kind: str, subject: str, words: Mapping[str, Any]) -> str:
+    """What tells a request from another one: its kind, its subject and its parameters (JSON-able), as asked for. 60 and
+    60.0 are the same; so are a tuple and a list."""
+    return sha256(json.dumps([kind, subject, _plain(words)], sort_keys=True).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

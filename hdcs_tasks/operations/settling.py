@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hdcs_tasks.errors import HdcsError
-from hdcs_tasks.operations.handlers import ON_DONE, ON_FAILED, PLANS
-from hdcs_tasks.operations.lookups import LIVE_STEP
-from hdcs_tasks.operations.rules import operation_percent
-from hdcs_tasks.states import OPERATION_LIVE, StepState
+from hdcs_tasks.errors import HdcsError, from_dict
+from hdcs_tasks.operations.handlers import ON_CHILD_ENDED, ON_DONE, ON_FAILED, PLANS
+from hdcs_tasks.operations.lookups import CHILDREN, LIVE_STEP, LOCKED_OPERATION
+from hdcs_tasks.operations.rules import bulk_percent, operation_percent
+from hdcs_tasks.states import OPERATION_LIVE, OperationState, StepState
 from hdcs_tasks.store.models import Operation, Step, now
 from hdcs_tasks.store.transitions import move
 
@@ -55,3 +55,42 @@ def advance(operation: Operation, percent: float) -> None:
 def has_live_step(tx: Tx, operation: Operation) -> bool:
     tx.session.flush()
     return tx.session.scalar(LIVE_STEP, {"operation": operation.id}) is not None
+
+
+def child_ended(tx: Tx, parent_id: str) -> None:
+    """Record how far a parent has come; with the last of its children it ends: failed if one of them did."""
+    tx.session.flush()
+    parent = tx.session.scalar(LOCKED_OPERATION, {"id": parent_id})
+    if parent is None or parent.state not in OPERATION_LIVE:
+        return
+    children = _children(tx, parent_id)
+    later = 0
+    if parent.kind in ON_CHILD_ENDED:
+        left = ON_CHILD_ENDED[parent.kind](tx, parent, children)
+        if left is None:
+            return
+        later = left
+        tx.session.flush()
+        children = _children(tx, parent_id)
+    ended = [child for child in children if child.state not in OPERATION_LIVE]
+    percents = [100.0 if child in ended else child.percent for child in children]
+    parent.percent = bulk_percent(percents + [0.0] * later)
+    parent.phase = f"{len(ended)} of {len(children) + later}"
+    if len(ended) < len(children):
+        return
+    failed = [child for child in children if child.state is not OperationState.DONE]
+    if not failed:
+        tx.finish(parent, {"children": [child.subject for child in children]})
+        return
+    shown = "; ".join(f"{c.subject}: {(c.error or {}).get('message', c.state)}" for c in failed[:3])
+    error = from_dict((failed[0].error or {}) | {
+        "message": f"{len(failed)} of {len(children)} failed: {shown}",
+        "details": {
+            "failed": [c.subject for c in failed], "done": [c.subject for c in children if c not in failed],
+        },
+    })  # fmt: skip
+    tx.fail(parent, error)
+
+
+def _children(tx: Tx, parent_id: str) -> list[Operation]:
+    return list(tx.session.scalars(CHILDREN, {"parent": parent_id}))

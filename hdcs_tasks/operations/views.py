@@ -8,6 +8,7 @@ from typing import Any
 
 from sqlalchemy import select
 
+from hdcs_tasks.operations.cancelling import ask_cancel
 from hdcs_tasks.operations.control import Control
 from hdcs_tasks.operations.handlers import PLANS
 from hdcs_tasks.operations.line import places_of
@@ -106,6 +107,6 @@ def cancel(control: Control, operation_id: str) -> dict[str, Any]:
     """Ask an operation (and its children) to stop; an operation that has ended stays as it is."""
     with control.transaction() as tx:
         operation = get_operation(tx.session, operation_id)
-        tx.ask_cancel(operation)
+        ask_cancel(tx, operation)
         tx.session.flush()
         return view(operation)

@@ -241,6 +241,7 @@ class Operation(Base):
     parent_id: Mapped[str | None] = mapped_column(ForeignKey("operation.id"), index=True)
     waits_for: Mapped[str | None] = mapped_column(ForeignKey("operation.id"), index=True)
     idempotency_key: Mapped[str | None] = mapped_column(String(255), unique=True)
+    request_digest: Mapped[str | None] = mapped_column(String(64))
     requested_by: Mapped[str] = mapped_column(String(255), default="")
     reason: Mapped[str] = mapped_column(Text, default="")
     request: Mapped[dict[str, Any]]

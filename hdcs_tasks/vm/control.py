@@ -153,7 +153,7 @@ def label_of(vm: Vm) -> str:
 def start(control: Control, name: str, asked: Asked, *, pin: str | None = None) -> Operation:
     """Ask for a VM's start. Layer two picks the server node when the step runs."""
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        if (same := tx.same_request(asked, "vm.start", name, pin=pin)) is not None:
             return same
         vm = get_vm(tx.session, name)
         check_given(tx, vm, "start")
@@ -175,10 +175,16 @@ def check_pin(session: Session, vm: Vm, pin: str) -> None:
         )
 
 
-def start_many(control: Control, names: Sequence[str], asked: Asked) -> Operation:
-    """One parent operation that starts every named VM; a VM in a wrong state or busy fails alone."""
+def start_many(
+    control: Control, names: Sequence[str], asked: Asked, *, chosen_by: Mapping[str, Any] | None = None
+) -> Operation:
+    """One parent operation that starts every named VM; a VM in a wrong state or busy fails alone.
+
+    ``chosen_by``: the selector the names were found by. It is the request then, not the names: asked again, fewer rest.
+    """
+    words = {"chosen_by": chosen_by} if chosen_by is not None else {"vms": sorted(set(names))}
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        if (same := tx.same_request(asked, "vm.start_many", "VMs", **words)) is not None:
             return same
         vms = [get_vm(tx.session, name) for name in dict.fromkeys(names)]
         if not vms:
@@ -288,7 +294,8 @@ def command(
     somebody uses the VM right before it acts (monitor/node_idle.py), and nothing is superseded.
     """
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        words = {"force": force, "timeout_s": timeout_s, "guard": guard}
+        if (same := tx.same_request(asked, f"vm.{verb}", name, **words)) is not None:
             return same
         vm = get_vm(tx.session, name)
         check_given(tx, vm, verb)

@@ -98,7 +98,7 @@ def clone(control: Control, request: CloneRequest, asked: Asked) -> Operation:
     Raises NotFound, Invalid, Conflict, or NoCapacity when no domain node has a server node that fits.
     """
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        if (same := tx.same_request(asked, "vm.clone", request.name, **vars(request))) is not None:
             return same
         names, shape, images = checked(tx, request)
         if request.warm_pool is None:

@@ -18,7 +18,7 @@ from hdcs_tasks.vm.control import check_reachable, command_spec, cool_port, get_
 def delete(control: Control, name: str, asked: Asked) -> Operation:
     """Delete a VM: its guest is stopped at once, its disk removed. Its backups stay. Supersedes what is in its way."""
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        if (same := tx.same_request(asked, "vm.delete", name)) is not None:
             return same
         vm = get_vm(tx.session, name)
         if vm.server_node is not None:

@@ -45,7 +45,8 @@ def drain_node(
     Stopped VMs need nothing. ``moving`` False: only close it. Raises NotFound, Conflict (it is being drained).
     """
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        words = {"moving": moving, "concurrency": concurrency, "options": vars(options or MoveOptions())}
+        if (same := tx.same_request(asked, NODE, name, **words)) is not None:
             return same
         _check_none(tx.session, NODE, name)
         pool.set_draining(tx, pool.get_server_node(tx.session, name), draining=True)
@@ -57,7 +58,8 @@ def drain_domain_node(
 ) -> Operation:
     """Close every server node of a domain node and move all its VMs, stopped ones too, to other domain nodes."""
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        words = {"concurrency": concurrency, "options": vars(options or MoveOptions())}
+        if (same := tx.same_request(asked, DOMAIN, name, **words)) is not None:
             return same
         _check_none(tx.session, DOMAIN, name)
         row = pool.get_domain_node(tx.session, name)

@@ -19,8 +19,9 @@ def export(control: Control, name: str, request: ExportRequest, asked: Asked, *,
 
     Of a running or suspended one the disk of one moment leaves; its memory does not.
     """
+    kind = "vm.check_export" if dry_run else "vm.export"
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        if (same := tx.same_request(asked, kind, name, **vars(request))) is not None:
             return same
         vm = get_vm(tx.session, name)
         check_given(tx, vm, "export")
@@ -36,7 +37,6 @@ def export(control: Control, name: str, request: ExportRequest, asked: Asked, *,
                 "image": f"{image.name}:{image.version}" if image else None,
             },
         }  # fmt: skip
-        kind = "vm.check_export" if dry_run else "vm.export"
         subject = f"{vm.name} to {request.path}"
         wanted = {"path": request.path, "node": node, "running": running}
         # Only looking keeps nobody from the VM.

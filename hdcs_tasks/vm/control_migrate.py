@@ -60,10 +60,11 @@ def migrate(
 
     ``live`` False: a running VM is saved and goes on at the target. Raises what ``open_move`` raises.
     """
+    options = options or MoveOptions(live=live)
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        if (same := tx.same_request(asked, "vm.migrate", name, to=to, options=vars(options))) is not None:
             return same
-        return open_move(tx, get_vm(tx.session, name), asked, to=to, options=options or MoveOptions(live=live))
+        return open_move(tx, get_vm(tx.session, name), asked, to=to, options=options)
 
 
 def open_move(

@@ -75,7 +75,8 @@ def rebalance(
     _check("at once", concurrency, 100)
     found = plan(control, domain_node, max_moves=max_moves)
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        words = {"max_moves": max_moves, "concurrency": concurrency}
+        if (same := tx.same_request(asked, "pool.rebalance", domain_node, **words)) is not None:
             return same
         request = {
             "domain_node": domain_node, "concurrency": concurrency, "before": found["before"], "after": found["after"],

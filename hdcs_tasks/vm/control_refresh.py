@@ -31,7 +31,7 @@ def refresh(control: Control, name: str, asked: Asked, *, discard: bool = False)
     gone; its name, MAC, port and backups stay. A VM that is not disposable needs ``discard``. Raises WrongState,
     NotFound, NoCapacity."""
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        if (same := tx.same_request(asked, "vm.refresh", name, discard=discard)) is not None:
             return same
         vm, was, image = _check(tx, name)
         if not (discard or is_disposable(vm)):

@@ -41,7 +41,7 @@ def grow(control: Control, name: str, disk_bytes: int, asked: Asked) -> Operatio
     Raises Invalid (it would shrink), NoCapacity (the storage cannot promise it), WrongState, Conflict.
     """
     with control.transaction() as tx:
-        if (same := tx.same_request(asked)) is not None:
+        if (same := tx.same_request(asked, "vm.grow", name, disk_bytes=disk_bytes)) is not None:
             return same
         vm = get_vm(tx.session, name)
         check_given(tx, vm, "grow", "grow its disk")

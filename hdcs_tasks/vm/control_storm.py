@@ -9,7 +9,7 @@ time) the sweep notes which was ready when.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -278,7 +278,7 @@ def _looked_at(control: Control, storm: Storm, run: dict[str, Any]) -> dict[str,
 def _open(control: Control, storm: Storm, run: dict[str, Any]) -> None:
     """Open the run's operations; asked again after a crash, the same keys are answered with the same operations."""
     key = f"storm:{storm.name}:{run['began_at']}"
-    asked = Asked(by=f"storm {storm.name}", reason=f"ready at {run['slot_at']}", idempotency_key=key)
+    asked = Asked(by=f"storm {storm.name}", reason=f"ready at {run['slot_at']}", idempotency_key=key, key_says_all=True)
     vms = list_vms(control, tag=_tag(storm)) if storm.clone else list_vms(control, with_warm=False, **storm.selector)
     operations: list[Operation] = []
     resting = [vm["id"] for vm in vms if vm["state"] in (VmState.STOPPED, VmState.SAVED)]
@@ -307,7 +307,7 @@ def _clone(control: Control, storm: Storm, run: dict[str, Any], missing: int, as
         wanted["image"], wanted["name"], missing, wanted["profile"], wanted.get("domain_node"), True,
         wanted.get("owner", ""), tags,
     )  # fmt: skip
-    asked = Asked(**(asdict(asked) | {"idempotency_key": f"{asked.idempotency_key}:clone"}))
+    asked = replace(asked, idempotency_key=f"{asked.idempotency_key}:clone")
     try:
         return [control_clone.clone(control, request, asked)]
     except NoCapacity as error:

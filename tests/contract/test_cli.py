@@ -305,6 +305,8 @@ def test_the_same_key_is_the_same_operation(cloud: Cloud, hdcs: Hdcs) -> None:
     words = ("vm", "clone", "mini", "--name", "a", "--profile", "tiny", "--no-wait", "--idempotency-key", "k1")
     assert hdcs(*words)[1] == hdcs(*words)[1] != ""
     assert len(cloud.vms.list()) == 1
+    code, out, err = hdcs("vm", "start", "a", "--no-wait", "--idempotency-key", "k1")
+    assert (code, out) == (4, "") and "(vm.clone a, " in err and "hdcs op show" in err
 
 
 def test_dry_run_tells_and_changes_nothing(cloud: Cloud, hdcs: Hdcs) -> None:

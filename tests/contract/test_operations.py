@@ -29,6 +29,7 @@ from hdcs_tasks.operations.recovery import recovery_sweep, settle, sweep_once, w
 from hdcs_tasks.operations.spool import Spool
 from hdcs_tasks.operations.views import cancel, list_operations, show
 from hdcs_tasks.reservations import Reservations
+from hdcs_tasks.reservations.steps import Steps
 from hdcs_tasks.routing import direct_queue, queue_for
 from hdcs_tasks.states import OperationState, ServerNodeState, StepState
 from hdcs_tasks.store.models import DomainNode, Operation, ServerNode, Step, Vm, now
@@ -342,13 +343,22 @@ def test_waiting_for_room_ends_at_the_deadline(desk: Desk) -> None:
 # ---- recovery
 
 
+def lose(steps: Steps, step: str, attempt: int) -> None:
+    """The lease of the executor named ``dead`` ends now."""
+    assert steps.renew(step, attempt, "dead", 0.001)
+    deadline = time.monotonic() + 30
+    while (seen := steps.status(step)) is not None and seen.leased:
+        assert time.monotonic() < deadline, "its lease goes on"
+        time.sleep(0.002)
+
+
 def test_a_dead_executor_is_noticed_by_its_lease_and_never_before(desk: Desk) -> None:
     operation = desk.ask()
     message = desk.messages()[0]
     steps = desk.control.reservations.steps
-    steps.claim(message["step"], 1, "dead", "node1", 0.3)
+    steps.claim(message["step"], 1, "dead", "node1", 600)
     assert recovery_sweep(desk.control)["new_attempt"] == 0
-    time.sleep(0.4)
+    lose(steps, message["step"], 1)
     assert recovery_sweep(desk.control)["new_attempt"] == 1
     assert desk.work(message, never) == "stale"
     assert desk.run(good, queue=direct_queue("east", "node1")) == ["done"]
@@ -360,8 +370,8 @@ def test_executors_lost_again_and_again_need_an_operator(desk: Desk) -> None:
     operation = desk.ask()
     steps = desk.control.reservations.steps
     for attempt in range(1, desk.control.settings.attempts_max + 1):
-        assert steps.claim(desk.step(operation).id, attempt, "dead", "node1", 0.05) == "claimed"
-        time.sleep(0.06)
+        assert steps.claim(desk.step(operation).id, attempt, "dead", "node1", 600) == "claimed"
+        lose(steps, desk.step(operation).id, attempt)
         recovery_sweep(desk.control)
     found = show(desk.control, operation)
     assert (found["state"], found["needs_operator"]) == ("failed", True)
@@ -455,8 +465,19 @@ def test_a_sweep_that_runs_when_asked_for_is_never_late(desk: Desk) -> None:
     assert "asked" not in known()
     assert sweep_once(desk.control, "beaten", 1.0, lambda _: "ran") == "ran"
     assert "beaten" in known()
-    assert sweep_once(desk.control, "beaten", 1e9, lambda _: "ran") == "ran", "another slot"
-    assert sweep_once(desk.control, "beaten", 1e9, lambda _: "ran") is None, "once per slot"
+
+
+def test_two_beats_run_a_sweep_once_in_a_period_and_one_that_is_early_misses_none(desk: Desk) -> None:
+    def run(period_s: float) -> Any:
+        return sweep_once(desk.control, "beaten", period_s, lambda _: "ran")
+
+    assert (run(600), run(600)) == ("ran", None)
+    redis.Redis.from_url(desk.control.settings.redis_url).delete(
+        desk.control.settings.key_prefix + "lease:sweep:beaten"
+    )
+    assert run(1.0) == "ran"
+    time.sleep(0.7)
+    assert run(1.0) == "ran", "a message that waited made its turn late, and this one seem early"
 
 
 # ---- cancelling

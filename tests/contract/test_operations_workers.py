@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from hdcs_tasks.app import make_app
+from hdcs_tasks.operations.cancelling import ask_cancel
 from hdcs_tasks.operations.control import Asked, Control
 from hdcs_tasks.operations.lookups import get_operation
 from hdcs_tasks.operations.publishing import Publisher
@@ -58,8 +59,8 @@ class Center:
         environment = os.environ | {
             "ROLE": role, "HDCS_REDIS_URL": self.redis.url, "HDCS_DATABASE_URL": self.settings.database_url,
             "HDCS_STATE_DIR": str(self.settings.state_dir), "HDCS_LEASE_TTL_S": "2", "HDCS_DOMAIN_NODE": "east",
-            "HDCS_SERVER_NODE": "node1", "PYTHONPATH": str(ROOT),
-        }  # fmt: skip
+            "PYTHONPATH": str(ROOT),
+        } | ({"HDCS_SERVER_NODE": "node1"} if role == "node" else {})  # fmt: skip
         command = [
             sys.executable, "-m", "celery", "-A", "tests.contract.step_workers", "worker", "-Q", queue, "-P", pool,
             "-c", "2", "-n", name, "--without-mingle", "--without-gossip", "--loglevel", "INFO",
@@ -195,7 +196,7 @@ def test_a_cancel_reaches_the_executor(center: Center) -> None:
     operation = center.ask(wait=True)
     eventually(lambda: len(center.notes("begin")) == 1, 20, "begun")
     with center.control.transaction() as tx:
-        tx.ask_cancel(get_operation(tx.session, operation))
+        ask_cancel(tx, get_operation(tx.session, operation))
     eventually(lambda: center.state(operation) == "cancelled", 20, "cancelled")
     assert center.notes("effect") == []
     assert len(center.notes("end")) == 1
@@ -233,3 +234,28 @@ def test_a_worker_that_stops_hands_its_work_back(center: Center) -> None:
     assert center.step_of(other.id).attempt == 1
     assert len(center.notes("effect", other.id)) == 1
     center.sweep_until(lambda: center.done(operation), 60, "the other worker's is done, too")
+
+
+def test_every_line_about_an_operation_tells_it_and_its_vm_and_server_node(center: Center) -> None:
+    """Over the JSON logs of real workers, Celery's own lines among them."""
+    with center.control.transaction() as tx:
+        operation = tx.open("test.one", asked=Asked(), subject="desk-001")
+        spec = {"log": str(center.log), "until": str(center.go), "shown": {"vm": "desk-001", "why": "x" * 300}}
+        step = tx.step(operation, "test.work", "east", spec)
+        wanted, step_id = operation.id, step.id
+    eventually(lambda: len(center.notes("begin")) == 1, 20, "begun")
+    os.kill(center.notes("begin")[0]["pid"], signal.SIGKILL)
+    center.sweep_until(lambda: len(center.notes("begin")) == 2, 30, "a second attempt")
+    center.go.touch()
+    eventually(lambda: center.done(wanted), 20, "done")
+    seen: dict[str, set[str]] = {}
+    for role, name in (("node", "test.work"), ("control", "operations.outcome")):
+        said = (center.folder / f"{role}.log").read_text().splitlines()
+        lines = [line for line in map(json.loads, filter(lambda text: text.startswith("{"), said))
+                 if name in line["event"] or line.get("task") == name or step_id in json.dumps(line)]  # fmt: skip
+        for line in lines:
+            about = {key: line.get(key) for key in ("operation", "vm", "server_node")}
+            assert about == {"operation": wanted, "vm": "desk-001", "server_node": "node1"}, line
+        seen[role] = {line["event"].split()[-1 if line["event"].endswith("received") else 0] for line in lines}
+    assert {"received", "Task", "step"} <= seen["node"], seen
+    assert {"received", "Task", "operation"} <= seen["control"], seen

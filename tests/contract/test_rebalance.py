@@ -67,7 +67,7 @@ def test_a_pool_is_evened_two_at_a_time(center: Center) -> None:  # noqa: F811
     assert where(center) == {"node1": 3, "node2": 3}
     shown = operation.show()
     assert (shown["state"], len(shown["children"])) == ("done", 3)
-    assert center.cloud.rebalance("east", idempotency_key="k").id == operation.id
+    assert center.cloud.rebalance("east", concurrency=2, idempotency_key="k").id == operation.id
     again = center.cloud.rebalance("east")
     assert again.state == "done" and again.show()["children"] == []
 

@@ -227,7 +227,7 @@ def test_the_same_key_asked_at_once_is_one_operation(control: Control) -> None:
 
     def ask() -> str:
         with control.transaction() as tx:
-            same = tx.same_request(asked)
+            same = tx.same_request(asked, "test.nothing", "")
             return (same or tx.open("test.nothing", asked=asked)).id
 
     answers = together(*[ask] * 6)

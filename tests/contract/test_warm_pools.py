@@ -57,14 +57,14 @@ def test_it_is_topped_up_and_shrinks(pool: Center) -> None:
 
 def test_one_is_taken_and_another_made(pool: Center) -> None:
     before = {vm["id"] for vm in pool.cloud.vms.list()}
-    operation = pool.cloud.vms.clone("mini", name="desk", profile="tiny", owner="ann", tags=["x"], warm=True,
-                                     idempotency_key="k")  # fmt: skip
+    wanted = {"name": "desk", "profile": "tiny", "owner": "ann", "tags": ["x"], "warm": True}
+    operation = pool.cloud.vms.clone("mini", **wanted, idempotency_key="k")
     pool.play()
     assert operation.state == "done"
     vm = pool.cloud.vms["desk"].show()
     assert vm["id"] in before
     assert (vm["state"], vm["owner"], vm["tags"], vm["warm_pool"]) == ("running", "ann", ["x"], None)
-    again = pool.cloud.vms.clone("mini", name="desk", profile="tiny", warm=True, idempotency_key="k")
+    again = pool.cloud.vms.clone("mini", **wanted, idempotency_key="k")
     assert again.id == operation.id
     assert "vm.clone_on_node" not in [step["name"] for step in operation.show()["steps"]]
     settled(pool)

@@ -40,7 +40,8 @@ def data_center(
         yield made
     finally:
         made.down()
-    assert left_by(made.lab, inside) == NOTHING
+    left = left_by(made.lab, inside)
+    assert left == NOTHING, left
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import re
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 from deploy.lab import SRV, Lab
 from deploy.lab.space import marked, pids
@@ -21,11 +22,21 @@ def namespaces(lab: Lab) -> set[str]:
 
 
 def left_by(lab: Lab, inside: set[str], timeout_s: float = 30) -> dict[str, object]:
-    """What is left of it, once the machine's init has collected the dead (it is not ours to hurry)."""
+    """What is left of it, once the machine's init has collected the dead (it is not ours to hurry).
+
+    What has been seen gone is gone: its network and the numbers of its namespaces may be another lab's by now.
+    """
     deadline = time.monotonic() + timeout_s
-    while (traces := _traces(lab, inside)) != NOTHING and time.monotonic() < deadline:
+    left = _traces(lab, inside)
+    while left != NOTHING and time.monotonic() < deadline:
         time.sleep(0.05)
-    return traces
+        found = _traces(lab, inside)
+        left = {kind: found[kind] and _common(old, found[kind]) for kind, old in left.items()}
+    return left
+
+
+def _common(old: Any, new: Any) -> Any:
+    return old and (type(old)(one for one in old if one in new) if isinstance(old, list | set) else new)
 
 
 def _traces(lab: Lab, inside: set[str]) -> dict[str, object]:

@@ -40,7 +40,7 @@ QUIET: dict[str, Any] = {
     (0, None, 0, "running", Next("warn", 100)),
     (40, None, 0, "running", Next("warn", 60)),
     (100, None, 0, "running", Next("warn", 0)),
-    (5000, None, 0, "running", Next("warn", 0)),  # however long it was idle: first it is warned
+    (5000, None, 0, "running", Next("warn", 0, late_s=4900)),  # however long it was idle: first it is warned
     (5000, "warn", 0, "running", Next("suspend", 100)),  # and then has the time between
     (5000, "warn", 99, "running", Next("suspend", 1)),
     (150, "warn", 50, "running", Next("suspend", 50)),

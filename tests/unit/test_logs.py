@@ -59,7 +59,7 @@ def test_celerys_own_lines_tell_it_too(lines: Any) -> None:
     aside = {"id": "s.1", "name": "vm.stop_on_node", "args": "", "kwargs": describe(kwargs)}
     logging.getLogger("celery.worker.strategy").warning("Task %(name)s[%(id)s] received", aside, extra={"data": aside})
     (line,) = lines()
-    about = {"task": "vm.stop_on_node", "task_id": "s.1", "operation": "1a2b3c4d", "vm": "desk-001"}
+    about = {"task": "vm.stop_on_node", "task_id": "s.1", "operation": "1a2b3c4d-rest", "vm": "desk-001"}
     assert {key: line.get(key) for key in about} == about and line["server_node"] == "node1"
 
 
@@ -70,7 +70,7 @@ def test_the_context_of_messages_to_control() -> None:
         "task": "operations.outcome", "task_id": "t", "step": "s", "attempt": 1, "server_node": "node2",
         "operation": "1a2b3c4d-rest", "vm": "desk-001",
     }  # fmt: skip
-    assert describe({"report": report}) == "vm=desk-001 node=node2 op=1a2b3c4d"
+    assert describe({"report": report}) == "vm=desk-001 node=node2 op=1a2b3c4d-rest"
     assert logs.context_of("vm.start", None, {"vm": "desk-001"}) == {"task": "vm.start", "vm": "desk-001"}
     assert logs.context_of("vm.start", "t", {"vm": ["a"], "spec": None}) == {"task": "vm.start", "task_id": "t"}
 
