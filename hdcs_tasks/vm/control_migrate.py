@@ -38,7 +38,7 @@ from hdcs_tasks.vm.control import (
 from hdcs_tasks.vm.control_destination import check_migrate
 from hdcs_tasks.vm.control_left import let_go
 from hdcs_tasks.vm.control_move import PATIENCE_S as PATIENCE_S
-from hdcs_tasks.vm.control_move import is_between, move_spec, state_before, target_home
+from hdcs_tasks.vm.control_move import PREPARED_WITHIN_S, is_between, move_spec, state_before, target_home
 from hdcs_tasks.vm.move_rules import MoveOptions, Way
 
 STAYS = "it starts on any server node of its domain node"
@@ -107,7 +107,7 @@ def _begin_live(tx: Tx, operation: Operation) -> None:
     source, to = operation.request["source"], operation.request["pin"]
     move(vm, VmState.MIGRATING)
     terms = vm_terms(vm, pin=to, exclude=[source], pinned=False, start=False)
-    spec = move_spec(operation, vm) | placing_fields(tx, vm, terms)
+    spec = move_spec(operation, vm) | placing_fields(tx, vm, terms) | {"within_s": PREPARED_WITHIN_S}
     spec["shown"] = {"vm": vm.name, "from": source, "to": to or "?"}
     tx.step(operation, "vm.migrate_prepare_on_node", vm.home, spec, patience_s=PATIENCE_S)
 
@@ -251,7 +251,7 @@ def _clean(tx: Tx, operation: Operation, vm: Vm) -> None:
     """The VM is at the target, whatever becomes of what it left: whoever uses it does not wait for the source."""
     leave_via(vm, VmState.MIGRATING, state_before(operation))
     operation.request = operation.request | {"ends": control_move.ends_of(operation, vm)}
-    _on(tx, operation, "clean", "source", move_spec(operation, vm))
+    _on(tx, operation, "clean", "source", move_spec(operation, vm) | {"target": operation.request["target"]})
     let_go(tx, operation)
 
 

@@ -26,6 +26,9 @@ from hdcs_tasks.vm.control_clone import promise_disk
 PATIENCE_S = 30.0
 """A VM that cannot move runs on where it is, so a migration does not wait for room as long as a start does."""
 
+PREPARED_WITHIN_S = 60.0
+"""An attempt to prepare a target takes seconds; one that hangs (on its storage, say) gives its lease up after this."""
+
 
 def is_between(operation: Operation) -> bool:
     """Whether the move leads to another domain node."""
@@ -78,7 +81,7 @@ def prepare(tx: Tx, operation: Operation, vm: Vm) -> None:
     image = image_of(tx, vm)
     home, pin = target_home(operation), operation.request["pin"]
     terms = vm_terms(vm, pin=pin, pinned=False, start=False)
-    spec = move_spec(operation, vm) | placing_fields(tx, vm, terms, home)
+    spec = move_spec(operation, vm) | placing_fields(tx, vm, terms, home) | {"within_s": PREPARED_WITHIN_S}
     spec["image"] = {"name": image.name, "version": image.version} if image is not None else None
     spec["shown"] = {"vm": vm.name, "from": operation.request["source"], "to": pin or home}
     tx.step(operation, "vm.move_prepare_on_node", home, spec, patience_s=PATIENCE_S)

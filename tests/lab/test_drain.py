@@ -3,6 +3,8 @@ guests that boot nothing, which is enough to move them. Afterwards every VM runs
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,13 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import libvirt
 import pytest
 
 from deploy.lab.center import Center, wait_for
 from tests.chaos import notes
 from tests.lab.consoles import console_client
 from tests.lab.data_center import data_center, kill_worker, libvirt_of
-from tests.lab.test_moves import ended, power_cycle, whole
+from tests.lab.test_moves import control_stopped, ended, finished, power_cycle, whole
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
 
@@ -171,6 +174,57 @@ def test_the_network_is_cut_in_mid_move(center: Center, to: str, cut: str) -> No
     assert not seen["needs_operator"], seen
     state, _, at = place(center, name)
     assert state == "running" and at == (target if seen["state"] == "done" else source)
+    whole(center)
+
+
+def test_what_runs_twice_goes_on_where_the_record_has_it(center: Center) -> None:
+    """libvirt lets a guest run at the target, and at its source again, when the network fails in its hand-over. Made
+    here by hand, after the preparation and after the move."""
+    name = DESKS[1]
+    vm = center.cloud.vms[name]
+    if place(center, name)[1] != "east":
+        vm.migrate("east").result(timeout_s=LONG_S)
+    source = place(center, name)[2]
+    assert source is not None
+    operation = vm.migrate("node3")
+    with control_stopped(center, operation, "vm.move_prepare_on_node"):
+        finished(center, operation)
+        double(center, vm.show()["id"], source, "node3")
+    seen = ended(operation)
+    assert seen["state"] == "failed" and not seen["needs_operator"], seen
+    assert [step["name"] for step in seen["steps"]][-1] == "vm.move_undo_on_node"
+    assert place(center, name) == ("running", "east", source)
+    whole(center)
+    operation = vm.migrate("node3")
+    with control_stopped(center, operation, "vm.move_on_node"):
+        finished(center, operation)
+        double(center, vm.show()["id"], "node3", source)
+    seen = ended(operation)
+    assert seen["state"] == "done", seen
+    assert place(center, name) == ("running", "west", "node3")
+    whole(center)
+
+
+def double(center: Center, vm_id: str, runs_on: str, too: str) -> None:
+    with libvirt_of(center, runs_on) as here, libvirt_of(center, too) as there:
+        assert there.lookup(vm_id) is None
+        there.conn.createXML(here.guest(vm_id).XMLDesc(libvirt.VIR_DOMAIN_XML_SECURE), 0)
+
+
+def test_a_guest_whose_qemu_hangs_does_not_hold_its_move_up(center: Center) -> None:
+    """It cannot be asked for its disk: the move gives up, says so, and leaves nothing."""
+    name = DESKS[1]
+    vm, source = center.cloud.vms[name], place(center, name)[2]
+    assert source is not None
+    (pid,) = [pid for pid, line in center.lab.space(source).processes() if vm.show()["id"] in line]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        seen = ended(vm.migrate("east" if source == "node3" else "west"))
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert seen["state"] == "failed" and not seen["needs_operator"], seen
+    assert "QEMU does not answer" in seen["error"]["message"]
+    assert place(center, name)[2] == source
     whole(center)
 
 
