@@ -281,6 +281,16 @@ def control_stopped(center: Center, operation: Any, step: str) -> Iterator[None]
         os.kill(center.pids["control"], signal.SIGCONT)
 
 
+def comes_to(operation: Any, step: str) -> bool:
+    """Wait until ``step`` is the operation's present one; False: it has ended without."""
+
+    def look() -> dict[str, Any] | None:
+        shown = operation.show()
+        return shown if shown["steps"][-1]["name"] == step or shown["state"] not in ("queued", "running") else None
+
+    return bool(wait_for(f"{step}, or the end", look, LONG_S, every_s=0.005)["state"] in ("queued", "running"))
+
+
 def finished(center: Center, operation: Any) -> None:
     """Wait until the executor of the operation's present step has its outcome."""
     step = operation.show()["steps"][-1]["id"]
@@ -363,11 +373,11 @@ def test_the_source_worker_dies_and_the_move_goes_on(moves: Center, victim: Desk
         under_way(victim, operation, "vm.move_on_node")
         kill_worker(moves, source)
         moves.start_node(source)
-        moves.wait_for_nodes(moves.lab.nodes)
-        if operation.show()["error"] is None:
+        if comes_to(operation, "vm.move_finish_on_node"):
             break
         # A machine so slow that the new worker came after the old one's lease: the move was called off, nothing else.
         assert "was lost before" in ended(operation)["error"]["message"]
+        moves.wait_for_nodes(moves.lab.nodes)
         stayed(victim, before)
     with control_stopped(moves, operation, "vm.move_finish_on_node"):
         finished(moves, operation)
