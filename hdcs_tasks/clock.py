@@ -5,7 +5,7 @@ What really waits for something outside (libvirt, a caller at a terminal) asks t
 
 from __future__ import annotations
 
-import secrets
+import os
 import threading
 import time
 import uuid
@@ -34,7 +34,7 @@ class Clock:
 
     def random_hex(self, size_bytes: int) -> str:
         """``size_bytes`` random bytes, in hex; not for secrets."""
-        return secrets.token_hex(size_bytes)
+        return os.urandom(size_bytes).hex()
 
     def new_id(self) -> str:
         """A new UUID, as text."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import sys
 
-from deploy.lab.lab import Lab, default_root
+from deploy.lab.lab import SRV, Lab, default_root
+from deploy.lab.space import start_time, wait_until
 from hdcs_tasks.errors import HdcsError
 
 
@@ -29,6 +31,11 @@ def _parser() -> argparse.ArgumentParser:
         ("power-on", "start it again"), ("freeze", "hang it"), ("thaw", "let it go on"),
     ):  # fmt: skip
         commands.add_parser(name, help=text).add_argument("node")
+    worker = commands.add_parser(
+        "worker", help="stop, start or restart a server node's node program; its guests run on"
+    )
+    worker.add_argument("node")
+    worker.add_argument("what", choices=["stop", "start", "restart"])
     return parser
 
 
@@ -38,6 +45,19 @@ def _status(lab: Lab) -> None:
         space = lab.space(node)
         what = f"on, pid {space.pid}, {len(space.processes())} processes" if space.on else "off"
         print(f"{lab.domain_node(node)}  {node}  {lab.ip(node)}  {what}")
+
+
+def _worker(lab: Lab, node: str, what: str) -> None:
+    """What systemd does on a real server. It is started with this shell's ``HDCS_*`` settings beside the lab's own."""
+    space = lab.space(node)
+    if what != "start":
+        found = [pid for pid, line in space.processes() if line.endswith("-m workers.server_node")]
+        for pid in found:
+            os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: not any(map(start_time, found)), 60, f"the node program of {node} does not end", space.tail)
+    if what != "stop":
+        own = {key: value for key, value in os.environ.items() if key.startswith("HDCS_") and key not in lab.env(None)}
+        lab.spawn(node, [str(SRV / "agent" / "hdcs-node")], own, lab.log(f"{node}-worker"))
 
 
 def _act(args: argparse.Namespace) -> int:
@@ -58,6 +78,8 @@ def _act(args: argparse.Namespace) -> int:
     elif args.command == "exec":
         argv = lab.space(args.node).enter(args.argv or ["sh"])
         os.execvpe(argv[0], argv, dict(os.environ) | lab.env(args.node))
+    elif args.command == "worker":
+        _worker(lab, args.node, args.what)
     else:
         getattr(lab, args.command.replace("-", "_"))(args.node)
     return 0

@@ -19,7 +19,7 @@ from hdcs_tasks.routing import check_name
 from hdcs_tasks.states import BackupState, ImageState, VmState
 from hdcs_tasks.store.models import Backup, Image, ImageCopy, Operation, ServerNode, Step, Vm, new_id, now
 from hdcs_tasks.store.transitions import move
-from hdcs_tasks.vm.control import add_start_step, get_vm, vm_of
+from hdcs_tasks.vm.control import add_start_step, get_vm, names_taken, vm_of
 from hdcs_tasks.vm.control_clone import Shape, choose, choose_homes, new_vm, rooms_of
 from hdcs_tasks.vm.control_delete import forget
 from hdcs_tasks.vm.control_quota import check_quota
@@ -49,8 +49,7 @@ def restore(
         at, decision = _place(tx, backup, domain_node), None
         if domain_node is None:
             at, decision = _where_it_fits(tx, backup, at)
-        taken = set(tx.session.scalars(select(Vm.name).where(Vm.deleted_at.is_(None))))
-        name = expand_names(name, 1, taken)[0]
+        name = expand_names(name, 1, names_taken(tx.session))[0]
         operation = open_as_new(tx, "backup.restore", backup, name, asked, {"start": start}, *at)
         operation.decision = decision
         return operation

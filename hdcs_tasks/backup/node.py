@@ -101,7 +101,7 @@ def _write(run: Run, spec: dict[str, Any], layout: storage.StorageLayout, reposi
         published = repository.publish(partial, draft, on_progress=part(run, 80, 100), cancelled=run.cancelled)
     except OutcomeUnknown:
         raise  # its job may go on: the next attempt looks, and discards
-    except HdcsError:
+    except Exception:
         partial.unlink(missing_ok=True)
         delete_checkpoint(run.ctx.host(), spec["vm_id"], checkpoint)
         repository.forget_empty(spec["vm_id"], spec["chain"])
@@ -187,7 +187,7 @@ def _keep_or_undo(run: Run, layout: storage.StorageLayout, repository: Repositor
     """A point whose checkpoint cannot be kept is none: it would be in the way of the next one."""
     try:
         _keep(run, layout, point.vm_id, point)
-    except HdcsError:
+    except Exception:
         still_ours(run)
         repository.delete(point.vm_id, point.chain, point.seq, point.id)
         with suppress(HdcsError):  # it is gone with its guest, or the next full backup drops it

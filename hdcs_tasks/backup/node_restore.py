@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hdcs_tasks.backup.node import LOCK_WAIT_S, layout_of, part, repository_of
-from hdcs_tasks.errors import BackupBroken, Conflict, HdcsError, NotFound
+from hdcs_tasks.errors import BackupBroken, Conflict, NotFound
 from hdcs_tasks.hypervisor import agent, disks, merging, storage
 from hdcs_tasks.hypervisor.keys import Key, KeyRing
 from hdcs_tasks.hypervisor.locks import vm_lock
@@ -42,7 +42,7 @@ def restore(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
             _write(run, repository, point, target, image, key)
         if spec.get("compare"):
             _check_same(run, repository, point, target, key)
-    except HdcsError:
+    except Exception:
         still_ours(run)
         remove_folder(target.parent)
         raise
@@ -63,7 +63,7 @@ def extract(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
         if not target.exists():
             _write(run, repository, point, target, None, None, whole=True)
         _check_same(run, repository, point, target, None)
-    except HdcsError:
+    except Exception:
         still_ours(run)
         target.unlink(missing_ok=True)
         marker.unlink(missing_ok=True)
@@ -112,7 +112,7 @@ def _prepare(
             _write(run, repository, point, fresh, image, key)
         _check_same(run, repository, point, fresh, key)
         run.check()
-    except HdcsError:
+    except Exception:
         fresh.unlink(missing_ok=True)
         raise
     node_swap.set_aside(disk, old)

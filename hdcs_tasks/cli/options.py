@@ -165,11 +165,10 @@ def vm_rule_options(command: F) -> F:
 def vm_rules(options: dict[str, Any]) -> dict[str, Any]:
     """Take the options of ``vm_rule_options`` that were given out of ``options``."""
     keys = ("node_tags", "together", "apart", "disposable", "memory_overcommit", "vcpu_overcommit")
-    taken = {key: options.pop(key) for key in keys}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in taken.items() if value}
+    return changes({key: options.pop(key) for key in keys})
 
 
-def changes(options: dict[str, Any], defaults: tuple[str, ...]) -> dict[str, Any]:
+def changes(options: dict[str, Any], defaults: tuple[str, ...] = ()) -> dict[str, Any]:
     """The rules to change: what was given, and None for each named by ``--default``."""
     given = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()
              if value is not None and value != ()}  # fmt: skip

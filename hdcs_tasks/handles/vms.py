@@ -146,10 +146,12 @@ class Vms(Part):
 
     def list(self, **filters: Any) -> list[View]:
         """Views; filters: state, home, server_node, owner, profile, tag, names."""
+        vm_control.check_selector(self._control, **filters)
         return vm_control.list_vms(self._control, **filters)
 
     def that_can(self, verb: str, **filters: Any) -> Sequence[View]:
         """The listed VMs that ``verb`` (start, stop, …, backup) can be given to as they are; filters as in ``list``."""
+        vm_control.check_selector(self._control, **filters)
         return vm_control.list_given(self._control, verb, **filters)
 
     def clone(

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hdcs_tasks.errors import Cancelled, Conflict, HypervisorRefused, Invalid, NotFound
-from hdcs_tasks.hypervisor import keys, processes
+from hdcs_tasks.hypervisor import keys, overlays, processes
 from hdcs_tasks.hypervisor.headers import Read, read_header, reader
 from hdcs_tasks.hypervisor.keys import Key
 from hdcs_tasks.hypervisor.processes import Cancel, Percent
@@ -222,15 +222,8 @@ def create_overlay(
             return target
         raise Conflict(f"{target} exists and is no overlay on {base}", next="Delete it first, or choose another name")
     fmt = base_format or sniff(base)
-    size = [] if size_bytes is None else [str(size_bytes)]
     with partial_file(target, attempt) as partial:
-        keys.run(
-            ["qemu-img", "create"], "-q", "-f", "qcow2", *keys.encryption(key), "-F", fmt, "-b", base.absolute(),
-            partial, *size, keys=(key,), timeout_s=_QUICK_S / 4,
-        )  # fmt: skip
-        if bitmap is not None:
-            argv = [*keys.opened(partial, (key,)), bitmap]
-            keys.run(["qemu-img", "bitmap"], "--add", *argv, keys=(key,), timeout_s=_QUICK_S)
+        overlays.write(base, partial, fmt, size_bytes, bitmap, key)
     return target
 
 

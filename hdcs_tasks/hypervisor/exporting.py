@@ -15,7 +15,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from hdcs_tasks.errors import Conflict, HdcsError, Invalid
+from hdcs_tasks.errors import Conflict, Invalid
 from hdcs_tasks.hypervisor import conversion, devices, disks, ova, ovf
 from hdcs_tasks.hypervisor.conversion import Watch
 from hdcs_tasks.hypervisor.probing import FORMATS, Source
@@ -117,7 +117,7 @@ def _to_file(order: Order, target: Path, watch: Watch, attempt: str) -> dict[str
         # The manifest first: a file that has its name has its manifest.
         _write_manifest(manifest, target, attempt)
         conversion.publish(partial, target, force=order.force)
-    except HdcsError:
+    except Exception:
         if not target.exists():
             manifest_of(target).unlink(missing_ok=True)
         raise

@@ -165,7 +165,7 @@ def _create(host: Host, spec: GuestSpec, paused: bool) -> None:
     try:
         with libvirt_errors(f"start guest {spec.name}", unsure=True):
             guest.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED if paused else 0)
-    except HdcsError:
+    except Exception:
         _undo(guest, spec.name)
         raise
 
@@ -200,7 +200,7 @@ def _restore(host: Host, spec: GuestSpec, saved: Path, paused: bool) -> None:
     try:
         with host.another() as own, libvirt_errors(f"restore guest {spec.name}", unsure=True):
             own.conn.restoreFlags(str(saved), new, how)
-    except HdcsError:
+    except Exception:
         _undo(guest, spec.name)
         raise
 

@@ -18,6 +18,7 @@ from hdcs_tasks.pool.control import get_domain_node
 from hdcs_tasks.routing import check_name
 from hdcs_tasks.states import ImageState
 from hdcs_tasks.store.models import DomainNode, Image, ImageCopy, ImagePublished, Operation, Step, new_id, now
+from hdcs_tasks.store.naming import unknown
 from hdcs_tasks.store.transitions import move
 
 
@@ -31,7 +32,10 @@ def get_image(session: Session, name: str) -> Image:
         query = query.where(Image.version == int(version))
     found = session.scalars(query.limit(1)).first()
     if found is None:
-        raise NotFound(f"there is no image {name!r}", next="See: hdcs image list")
+        living = Image.deleted_at.is_(None)
+        if version and session.scalar(select(Image.id).where(Image.name == bare, living).limit(1)) is not None:
+            raise NotFound(f"image {bare} has no version {version}", next="See: hdcs image list")
+        raise unknown(session, Image.name, bare, "image", "hdcs image list", living)
     return found
 
 

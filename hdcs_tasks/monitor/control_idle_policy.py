@@ -23,6 +23,7 @@ COLUMNS = (
     Vm.id, Vm.name, Vm.state, Vm.home, Vm.owner, Vm.profile, Vm.tags, Vm.warm_pool, Vm.server_node, Vm.active_at,
     Vm.observed_at, Vm.idle,
 )  # fmt: skip
+_SWITCHED_ON = select(IdlePolicy).where(IdlePolicy.enabled)
 
 
 def create(
@@ -103,7 +104,7 @@ def load(session: Session) -> list[Policy]:
             Limits(**{key: value for key, value in row.limits.items() if key in known}), row.rank, row.inside,
             row.force, row.message,
         )
-        for row in session.scalars(select(IdlePolicy).where(IdlePolicy.enabled))
+        for row in session.scalars(_SWITCHED_ON)
     ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import Update, bindparam, select, update
 
 from hdcs_tasks.errors import HdcsError
 from hdcs_tasks.logs import logger
@@ -27,9 +27,11 @@ from hdcs_tasks.pool.waiting import wake_waiting
 from hdcs_tasks.reservations import PlaceRequest
 from hdcs_tasks.states import VmState
 from hdcs_tasks.store import metering
+from hdcs_tasks.store.lookups import by_key
 from hdcs_tasks.store.models import DomainNode, Event, Operation, ServerNode, Vm
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm import control as vm_control
+from hdcs_tasks.vm.control_ready import note_ready
 
 log = logger(__name__)
 
@@ -37,7 +39,11 @@ SAMPLE_TASK = "monitor.sample_on_node"
 TOLD_AGAIN_S = 3600.0
 SKEW_S = 1.0
 """Less than this may be the round trip by which it was measured."""
-_COLUMNS = (*COLUMNS, Vm.state_at)
+
+_THESE = update(Vm).where(Vm.id.in_(bindparam("ids", expanding=True)))
+_OBSERVED = _THESE.values(observed_state=bindparam("seen"), observed_at=bindparam("seen_at"))
+_USED = _THESE.values(active_at=bindparam("seen_at"))
+_VMS_OF = select(*COLUMNS, Vm.state_at).where(Vm.server_node == bindparam("node"), Vm.deleted_at.is_(None))
 
 
 def sample_sweep(control: Control) -> int:
@@ -68,17 +74,17 @@ def take_sample(control: Control, sample: dict[str, Any]) -> None:
     at = _moment(sample)
     seen = {guest["vm_id"]: guest for guest in sample["guests"]}
     with control.transaction() as tx:
-        node = tx.session.get(ServerNode, sample["node"])
+        node = by_key(tx.session, ServerNode, sample["node"])
         if node is None or (node.observed_at is not None and node.observed_at > at):
             return
         node.observed_at = at
         _record_storage(tx, node, sample.get("storage") or {})
-        vms = tx.session.execute(select(*_COLUMNS).where(Vm.server_node == node.name, Vm.deleted_at.is_(None))).all()
+        vms = tx.session.execute(_VMS_OF, {"node": node.name}).all()
         here = {vm.id: vm for vm in vms}
         _record_seen(tx, [(here[vm_id], guest) for vm_id, guest in seen.items() if vm_id in here], at)
-        metering.seen(tx.session, node.name, seen.keys() & here.keys(), at)
-        watched = {vm_id for vm_id in seen.keys() & here.keys() if seen[vm_id]["console_clients"] > 0}
-        metering.consoles(tx.session, node.name, watched, at)
+        running = seen.keys() & here.keys()
+        watched = {vm_id for vm_id in running if seen[vm_id]["console_clients"] > 0}
+        metering.sampled(tx.session, node.name, running, watched, at)
         todo = Found([], [])
         for vm in vms:
             _compare(vm, seen.get(vm.id), at, todo)
@@ -98,8 +104,10 @@ def _moment(sample: dict[str, Any]) -> datetime:
 
 
 def _record_storage(tx: Tx, node: ServerNode, storage: dict[str, int]) -> None:
+    if not storage.get("total_bytes"):
+        return
     row = tx.session.get(DomainNode, node.domain_node)
-    if row is not None and storage.get("total_bytes"):
+    if row is not None:
         row.storage_total_bytes, row.storage_free_bytes = storage["total_bytes"], storage["free_bytes"]
 
 
@@ -108,7 +116,7 @@ def _record_seen(tx: Tx, guests: list[tuple[Any, dict[str, Any]]], at: datetime)
     if not guests:
         return
     for state in ("running", "paused"):
-        _update(tx, (vm.id for vm, guest in guests if guest["state"] == state), observed_state=state, observed_at=at)
+        _update(tx, _OBSERVED, (vm.id for vm, guest in guests if guest["state"] == state), seen=state, seen_at=at)
     policies, usual = load(tx.session), Limits()
     used = []
     for vm, guest in guests:
@@ -117,15 +125,13 @@ def _record_seen(tx: Tx, guests: list[tuple[Any, dict[str, Any]]], at: datetime)
         policy = policy_of(policies, desktop(vm)) if policies else None
         if sample_use(policy.limits if policy else usual, guest):
             used.append(vm.id)
-    _update(tx, used, active_at=at)
+    _update(tx, _USED, used, seen_at=at)
 
 
-def _update(tx: Tx, ids: Iterable[str], **values: Any) -> None:
+def _update(tx: Tx, change: Update, ids: Iterable[str], **values: Any) -> None:
     chosen = list(ids)
     if chosen:
-        tx.session.execute(
-            update(Vm).where(Vm.id.in_(chosen)).values(**values), execution_options={"synchronize_session": False}
-        )
+        tx.session.execute(change, values | {"ids": chosen}, execution_options={"synchronize_session": False})
 
 
 def _compare(vm: Any, guest: dict[str, Any] | None, at: datetime, todo: Found) -> None:
@@ -231,7 +237,7 @@ def _tell_unrecorded(tx: Tx, node: ServerNode, subject: str, at: datetime) -> No
 
 
 def take_event(control: Control, event: dict[str, Any]) -> None:
-    """A guest told something by itself: ``{node, vm_id, kind: agent_up | ended, at}``."""
+    """A guest told something by itself: ``{node, vm_id, kind: agent_up | ended, at, heard: false where found so}``."""
     gone = None
     (host,) = control.reservations.samples.hosts([event["node"]]).values() or ({},)
     at = _moment({"at": event["at"], "host": host})
@@ -240,7 +246,7 @@ def take_event(control: Control, event: dict[str, Any]) -> None:
         if vm is None or vm.deleted_at is not None:
             return
         if event["kind"] == "agent_up":
-            vm.ready_at = at
+            note_ready(tx, vm, at, heard=event.get("heard", True))
             _booted(tx, vm, event["node"])
         elif vm.server_node == event["node"] and tx.live_operation(vm) is None and vm.state is VmState.RUNNING:
             gone = vm.name

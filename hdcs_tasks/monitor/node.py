@@ -192,15 +192,17 @@ class Watcher:
         """What came up while nobody listened."""
         for guest in guests.list_guests(host):
             if guest.active and agent.ping(host, guest.vm_id, 2):
-                self._send("agent_up", guest.vm_id)
+                self._send("agent_up", guest.vm_id, heard=False)
 
     def _told(self, event: GuestEvent) -> None:
         if event.kind == "agent_up":
             self._booted(event.vm_id)
         self._send(event.kind, event.vm_id)
 
-    def _send(self, kind: str, vm_id: str) -> None:
-        message: dict[str, Any] = {"node": self._ctx.server_node, "vm_id": vm_id, "kind": kind, "at": time.time()}
+    def _send(self, kind: str, vm_id: str, *, heard: bool = True) -> None:
+        message: dict[str, Any] = {
+            "node": self._ctx.server_node, "vm_id": vm_id, "kind": kind, "at": time.time(), "heard": heard,
+        }  # fmt: skip
         try:
             send(self._ctx.celery, "monitor.guest_event", {"event": message}, CONTROL, expires_s=300)
         except Exception as error:  # noqa: BLE001 - broker errors come in many classes; the next sample tells it too

@@ -7,6 +7,7 @@ from sqlalchemy.orm import Session
 
 from hdcs_tasks.errors import NotFound
 from hdcs_tasks.states import STEP_LIVE
+from hdcs_tasks.store.lookups import by_key
 from hdcs_tasks.store.models import Operation, Step
 
 # FOR NO KEY UPDATE on PostgreSQL: a row updated twice in a transaction takes a key-share lock on every row it refers
@@ -38,10 +39,13 @@ LIVE_STEP = select(Step.id).where(Step.operation_id == bindparam("operation"), S
 
 def get_operation(session: Session, operation_id: str) -> Operation:
     """The operation of this id (or unique id prefix of at least 6 characters); else NotFound."""
-    found = session.get(Operation, operation_id)
+    found = by_key(session, Operation, operation_id)
     if found is None and len(operation_id) >= 6:
         matches = session.scalars(select(Operation).where(Operation.id.startswith(operation_id, autoescape=True))).all()
         found = matches[0] if len(matches) == 1 else None
     if found is None:
-        raise NotFound(f"there is no operation {operation_id!r}", next="See: hdcs op list")
+        raise NotFound(
+            f"there is no operation {operation_id!r}",
+            next="Give its id or 6 and more characters it alone begins with. See: hdcs op list",
+        )
     return found

@@ -135,7 +135,10 @@ class Run:
             self.ctx.reservations.steps.progress(self.step, self.attempt, self.holder, percent, phase, eta_s)
         except Unreachable as error:
             log.debug("progress not written", error=str(error))
-        self.on_progress(f"{percent:.0f}% {phase}" + (f" (about {eta_s:.0f} s left)" if eta_s else ""))
+        try:
+            self.on_progress(f"{percent:.0f}% {phase}" + (f" (about {eta_s:.0f} s left)" if eta_s else ""))
+        except Exception as error:  # noqa: BLE001 - broker errors come in many classes, and none may end the work it is about
+            log.debug("progress not sent to Flower", error=str(error))
 
     def renew_forever(self) -> None:
         """Body of the lease thread: renew until stopped, lost, or past the deadline (a hung call must end somewhen)."""

@@ -50,7 +50,7 @@ def request_task(name: str) -> Callable[[Callable[..., dict[str, Any]]], Task[..
 def _bad_arguments(name: str, function: Callable[..., Any], error: ValidationError) -> Invalid:
     """The same error as an HdcsError, without pydantic's addresses and the values' own text."""
     wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False))
-    takes = ", ".join(str(p).replace("'", "") for p in inspect.signature(function).parameters.values())
+    takes = ", ".join(map(str, inspect.signature(function, eval_str=True).parameters.values()))
     return Invalid(f"{name} was asked with wrong arguments: {wrong}", next=f"It takes: {takes}")
 
 

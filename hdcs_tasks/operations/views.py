@@ -44,7 +44,8 @@ def step_view(step: Step) -> dict[str, Any]:
         "id": step.id, "seq": step.seq, "name": step.name, "queue": step.sent_to or step.queue,
         "state": step.state.value, "attempt": step.attempt, "node": step.node, "outcome": step.outcome,
         "error": step.error, "history": step.history, "published_at": _iso(step.published_at),
-        "started_at": _iso(step.started_at), "ended_at": _iso(step.ended_at), "not_before": _iso(step.not_before),
+        "started_at": _iso(step.started_at), "ended_at": _iso(step.ended_at),
+        "ready_at": _iso(step.ready_at), "not_before": _iso(step.not_before),
     }  # fmt: skip
 
 

@@ -13,9 +13,11 @@ from hdcs_tasks.errors import Invalid, NotFound
 from hdcs_tasks.operations.control import Control
 from hdcs_tasks.pool import capacity_rules
 from hdcs_tasks.pool.policy import VmPolicy, read
+from hdcs_tasks.pool.profiles import get_profile
 from hdcs_tasks.pool.rooms import candidate
 from hdcs_tasks.pool.rules import Candidate, Shape, Terms
-from hdcs_tasks.store.models import DomainNode, Image, Profile
+from hdcs_tasks.store.models import DomainNode, Image
+from hdcs_tasks.store.naming import unknown
 
 MIX_MAX = 1000
 
@@ -67,7 +69,7 @@ def _image_disk(session: Session, name: str | None) -> tuple[int, str]:
         query = query.where(Image.version == (int(version) if version.isdecimal() else -1))
     images = list(session.scalars(query))
     if name is not None and not images:
-        raise NotFound(f"there is no image {name!r}", next="See: hdcs image list")
+        raise unknown(session, Image.name, wanted, "image", "hdcs image list", Image.deleted_at.is_(None))
     largest = max(images, key=lambda image: image.virtual_size_bytes or 0, default=None)
     if largest is None or not largest.virtual_size_bytes:
         return 0, "nothing: neither profile nor image tells of a disk"
@@ -76,9 +78,7 @@ def _image_disk(session: Session, name: str | None) -> tuple[int, str]:
 
 def _profile(session: Session, name: str, disk_bytes: int) -> tuple[Shape, Terms]:
     """The shape its clones have, and the rules; ``disk_bytes``: of their image."""
-    profile = session.get(Profile, name)
-    if profile is None:
-        raise NotFound(f"there is no profile {name!r}", next="See: hdcs profile list")
+    profile = get_profile(session, name)
     ruled = read(VmPolicy, profile.rules)
     shape = Shape(
         profile.vcpus, profile.memory_mib, disk_bytes=max(profile.disk_bytes or 0, disk_bytes),

@@ -12,7 +12,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from hdcs_tasks.clock import now_s
-from hdcs_tasks.errors import Conflict, NotFound, Rejected, WrongState
+from hdcs_tasks.errors import Conflict, Rejected, WrongState
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.control import Control, Tx
 from hdcs_tasks.pool import admission, policy, rules, waiting
@@ -21,6 +21,7 @@ from hdcs_tasks.reservations import PoolNode
 from hdcs_tasks.routing import check_name, quick_queue
 from hdcs_tasks.states import VM_HOLDS_GUEST, ServerNodeState
 from hdcs_tasks.store.models import DomainNode, ServerNode, Vm, now
+from hdcs_tasks.store.naming import named
 from hdcs_tasks.store.transitions import move
 
 log = logger(__name__)
@@ -66,17 +67,11 @@ def new_token(control: Control, name: str) -> str:
 
 
 def get_domain_node(session: Session, name: str) -> DomainNode:
-    found = session.get(DomainNode, name)
-    if found is None:
-        raise NotFound(f"there is no domain node {name!r}", next="See: hdcs domain list")
-    return found
+    return named(session, DomainNode, name, "domain node", "hdcs domain list")
 
 
 def get_server_node(session: Session, name: str) -> ServerNode:
-    found = session.get(ServerNode, name)
-    if found is None:
-        raise NotFound(f"there is no server node {name!r}", next="See: hdcs node list")
-    return found
+    return named(session, ServerNode, name, "server node", "hdcs node list")
 
 
 # --- joining

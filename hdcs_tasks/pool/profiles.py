@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
-from hdcs_tasks.errors import Conflict, Invalid, NotFound
+from hdcs_tasks.errors import Conflict, Invalid
 from hdcs_tasks.operations.control import Control
 from hdcs_tasks.pool.policy import VmPolicy, changed
 from hdcs_tasks.routing import check_name
 from hdcs_tasks.store.models import Profile
+from hdcs_tasks.store.naming import named
 
 BUILT_IN = (
     {"name": "tiny", "vcpus": 1, "memory_mib": 128},
@@ -59,13 +61,14 @@ def create(
         return view(profile)
 
 
+def get_profile(session: Session, name: str) -> Profile:
+    return named(session, Profile, name, "profile", "hdcs profile list")
+
+
 def delete(control: Control, name: str) -> None:
     """Delete a profile; VMs keep the shape they were cloned with."""
     with control.transaction() as tx:
-        profile = tx.session.get(Profile, name)
-        if profile is None:
-            raise NotFound(f"there is no profile {name!r}", next="See: hdcs profile list")
-        tx.session.delete(profile)
+        tx.session.delete(get_profile(tx.session, name))
 
 
 def list_profiles(control: Control) -> list[dict[str, Any]]:

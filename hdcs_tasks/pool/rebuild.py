@@ -28,6 +28,8 @@ log = logger(__name__)
 
 WAIT_FOR_REPORTS_S = 20.0
 REPORT_TASK = "pool.report_on_node"
+_DOMAIN_NODES = select(DomainNode.name)
+_UP = select(ServerNode).where(ServerNode.state.in_(IN_POOL))
 
 
 def reservation_sweep(control: Control) -> str:
@@ -35,13 +37,13 @@ def reservation_sweep(control: Control) -> str:
     reservations = control.reservations
     if reservations.epoch.is_open():
         with control.store.read() as session:
-            names = list(session.scalars(select(DomainNode.name)))
+            names = list(session.scalars(_DOMAIN_NODES))
         for name in names:
             reservations.ports.reclaim(name)
         return "open"
     run_id = reservations.epoch.run_id()
     with control.store.read() as session:
-        nodes = list(session.scalars(select(ServerNode).where(ServerNode.state.in_(IN_POOL))))
+        nodes = list(session.scalars(_UP))
     reports, waited_s = _reports(control, run_id, nodes)
     if len(reports) < len(nodes) and waited_s < WAIT_FOR_REPORTS_S:
         return "waiting"

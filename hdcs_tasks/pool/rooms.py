@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import func, select
+from sqlalchemy import bindparam, func, select
 from sqlalchemy.orm import Session
 
 from hdcs_tasks.operations.control import Control
@@ -16,6 +16,11 @@ from hdcs_tasks.store.models import DomainNode, ServerNode, Vm
 
 _GONE = (ServerNodeState.LOST, ServerNodeState.LEFT)
 _MIX_SHAPES = 8
+_COMMONEST = (
+    select(Vm.vcpus, Vm.memory_mib, func.count()).where(Vm.home == bindparam("home"))
+    .group_by(Vm.vcpus, Vm.memory_mib).order_by(func.count().desc(), Vm.memory_mib).limit(_MIX_SHAPES)
+)  # fmt: skip
+_MEMBERS = select(ServerNode).where(ServerNode.domain_node == bindparam("home"))
 
 
 def vm_shape(vm: Vm) -> rules.Shape:
@@ -47,11 +52,7 @@ def expected_mix(control: Control, session: Session, domain_node: str) -> list[t
     overhead, share). Layer two goes by it. Read once per transaction: a storm asks for each of its VMs."""
     known: dict[str, list[tuple[int, int, float]]] = session.info.setdefault("expected_mix", {})
     if domain_node not in known:
-        times = func.count()
-        rows = session.execute(
-            select(Vm.vcpus, Vm.memory_mib, times).where(Vm.home == domain_node).group_by(Vm.vcpus, Vm.memory_mib)
-            .order_by(times.desc(), Vm.memory_mib).limit(_MIX_SHAPES)
-        ).all()  # fmt: skip
+        rows = session.execute(_COMMONEST, {"home": domain_node}).all()
         total = sum(count for _, _, count in rows)
         known[domain_node] = [
             (*rules.need_of(rules.Shape(vcpus, memory), control.settings.capacity), round(count / total, 4))
@@ -72,7 +73,7 @@ def candidate(
     """A domain node now. ``cooling_ports`` False: only what could start this moment. Lost server nodes are in it too,
     so that an explanation can name them; they take nothing."""
     reservations = control.reservations
-    records = {n.name: n for n in session.scalars(select(ServerNode).where(ServerNode.domain_node == row.name))}
+    records = {n.name: n for n in session.scalars(_MEMBERS, {"home": row.name})}
     members = reservations.marks.members(row.name)
     views = reservations.pool.nodes(row.name)
     nodes = [_room(view, records.get(view.name), members.get(view.name, {})) for view in views]

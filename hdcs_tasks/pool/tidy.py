@@ -25,6 +25,7 @@ TIDY_TASK = "pool.tidy_on_node"
 NOTE = "tidy"
 NOTE_TTL_S = 600.0
 _EMPTY = frozenset({VmState.STOPPED, VmState.SAVED})
+_LIVING = select(Vm).where(Vm.deleted_at.is_(None))
 _RUNS = frozenset({VmState.RUNNING, VmState.SUSPENDED})
 
 
@@ -34,7 +35,7 @@ def tidy_sweep(control: Control) -> int:
         return 0
     held = control.reservations.dump()
     with control.store.read() as session:
-        vms = {vm.id: vm for vm in session.scalars(select(Vm).where(Vm.deleted_at.is_(None)))}
+        vms = {vm.id: vm for vm in session.scalars(_LIVING)}
     gone = _owners(held) - vms.keys()
     count = sum(_forget(control, held, vm_id) for vm_id in sorted(_surely_gone(control, gone)))
     for vm_id in sorted(vms.keys() & _suspects(held, vms)):

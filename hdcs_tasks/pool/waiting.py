@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import select
+from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 
 from hdcs_tasks.operations.control import Control
@@ -11,6 +11,7 @@ from hdcs_tasks.operations.rules import is_waiting
 from hdcs_tasks.pool import planning
 from hdcs_tasks.pool.rooms import candidate, vm_shape, vm_terms
 from hdcs_tasks.states import StepState
+from hdcs_tasks.store.lookups import by_key
 from hdcs_tasks.store.models import DomainNode, Operation, Step, Vm
 
 PLACING = ("vm.start_on_node", "vm.migrate_prepare_on_node", "vm.move_prepare_on_node")
@@ -18,14 +19,20 @@ PLACING = ("vm.start_on_node", "vm.migrate_prepare_on_node", "vm.move_prepare_on
 
 LOOKED_AT = 1000
 
+_QUEUES = select(Step.queue).where(Step.state == StepState.PARKED, Step.name.in_(PLACING)).distinct()
+_WAITERS = (
+    select(Step, Vm).join(Operation, Step.operation_id == Operation.id).join(Vm, Operation.vm_id == Vm.id)
+    .where(Step.state == bindparam("state"), Step.queue == bindparam("queue"), Step.name.in_(PLACING))
+    .order_by(Step.created_at).limit(LOOKED_AT)
+)  # fmt: skip
+
 
 def waiting_sweep(control: Control) -> int:
     """Look at every domain node somebody waits for; how many were woken. Makes up for a wake-up that was lost."""
     if not control.reservations.epoch.is_open():
         return 0
     with control.store.read() as session:
-        query = select(Step.queue).where(Step.state == StepState.PARKED, Step.name.in_(PLACING)).distinct()
-        names = list(session.scalars(query))
+        names = list(session.scalars(_QUEUES))
     return sum(wake_waiting(control, name) for name in names)
 
 
@@ -37,7 +44,7 @@ def wake_waiting(control: Control, domain_node: str) -> int:
     """
     with control.store.read() as session:
         parked = [row for row in _steps(session, domain_node, StepState.PARKED) if is_waiting(row[0].error)]
-        row = session.get(DomainNode, domain_node)
+        row = by_key(session, DomainNode, domain_node)
         if not parked or row is None:
             return 0
         room = candidate(control, session, row, cooling_ports=False)
@@ -51,15 +58,7 @@ def wake_waiting(control: Control, domain_node: str) -> int:
 
 
 def _steps(session: Session, domain_node: str, state: StepState) -> list[tuple[Step, Vm]]:
-    query = (
-        select(Step, Vm)
-        .join(Operation, Step.operation_id == Operation.id)
-        .join(Vm, Operation.vm_id == Vm.id)
-        .where(Step.state == state, Step.queue == domain_node, Step.name.in_(PLACING))
-        .order_by(Step.created_at)
-        .limit(LOOKED_AT)
-    )
-    return [(step, vm) for step, vm in session.execute(query)]
+    return [(step, vm) for step, vm in session.execute(_WAITERS, {"state": state, "queue": domain_node})]
 
 
 def _is_move(step: Step) -> bool:

@@ -9,23 +9,24 @@
 -- KEYS[5]  claims:<domain node>  hash   read: who holds a claim keeps its port
 -- ARGV     vm, proposed MAC
 local vm, mac = ARGV[1], ARGV[2]
-local own, other = unpack(redis.call('HMGET', KEYS[4], vm, ':' .. mac))
-if other and not own then
+-- Try to write and see: cheaper than to read first. What was written is taken back where the rest is not to be had.
+local is_new_mac = redis.call('HSETNX', KEYS[4], vm, mac) == 1
+if not is_new_mac then
+  mac = redis.call('HGET', KEYS[4], vm)
+elseif redis.call('HSETNX', KEYS[4], ':' .. mac, vm) == 0 then
+  redis.call('HDEL', KEYS[4], vm)
   return 'mac'
 end
-local port, is_new = span_take(KEYS[2], vm, KEYS[5])
-if not port then
-  return 'port'
+local port, is_new_port = span_take(KEYS[2], vm, KEYS[5])
+local ip = port and span_take(KEYS[3], vm)
+if ip then
+  return {port, ip, mac}
 end
-local ip = span_take(KEYS[3], vm)
-if not ip then
-  if is_new then
-    redis.call('HDEL', KEYS[2], vm)
-    redis.call('RPUSH', KEYS[2] .. ':free', port)
-  end
-  return 'ip'
+if is_new_mac then
+  redis.call('HDEL', KEYS[4], vm, ':' .. mac)
 end
-if not own then
-  redis.call('HSET', KEYS[4], vm, mac, ':' .. mac, vm)
+if is_new_port and port then
+  redis.call('HDEL', KEYS[2], vm)
+  redis.call('RPUSH', KEYS[2] .. ':free', port)
 end
-return {port, ip, own or mac}
+return port and 'ip' or 'port'

@@ -93,8 +93,11 @@ class Link:
 
     def call(self, name: str, keys: Sequence[str], *args: Value) -> Any:
         """Run a script once."""
-        with redis_errors():
-            return self._scripts.run(name, ((keys, args),))[0]
+        try:  # what redis_errors does, without its two calls
+            return self._scripts.run_one(name, keys, args)
+        except Exception as error:
+            _translate(error)
+            raise
 
     def call_many(self, name: str, calls: Iterable[Call], batch: int = 500) -> list[Any]:
         """Run a script many times, ``batch`` calls to a round trip."""

@@ -33,18 +33,19 @@ end
 -- The VM's own number (taken back if it was cooling), else one never used, else one used before; or nil. True with it
 -- where the VM did not own it before.
 local function span_take(base, vm, held)
-  local own, highest, first, last = unpack(redis.call('HMGET', base, vm, ':next', ':first', ':last'))
-  if own then
+  local found = redis.call('HMGET', base, vm, ':next', ':last')
+  if found[1] then
     redis.call('ZREM', base .. ':cooling', vm)
-    return tonumber(own)
+    return tonumber(found[1])
   end
-  if not first then return nil end
-  local number = highest + 1
-  if number <= tonumber(last) then
-    redis.call('HSET', base, vm, number, ':next', number)
+  if not found[3] then return nil end
+  local number, last = found[2] + 1, tonumber(found[3])
+  if number <= last then
+    local text = string.format('%d', number)  -- Redis 7.0 prints numbers slowly: once instead of twice
+    redis.call('HSET', base, vm, text, ':next', text)
     return number, true
   end
-  number = span_used_before(base, tonumber(first), tonumber(last), held)
+  number = span_used_before(base, tonumber(redis.call('HGET', base, ':first')), last, held)
   if number then redis.call('HSET', base, vm, number) end
   return number, true
 end

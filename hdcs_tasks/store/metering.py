@@ -12,7 +12,7 @@ from collections.abc import Collection
 from datetime import datetime
 from enum import StrEnum
 
-from sqlalchemy import bindparam, select
+from sqlalchemy import bindparam, or_, select
 from sqlalchemy.orm import Session
 
 from hdcs_tasks.states import BackupState, ServerNodeState, VmState
@@ -30,6 +30,10 @@ _HAPPENED = "hdcs_happened_at"
 
 
 _OPEN_OF = select(UsageSpan).where(UsageSpan.open_key == bindparam("key"))
+_TO_COMPARE = select(UsageSpan).where(
+    UsageSpan.server_node == bindparam("node"), UsageSpan.closed_at.is_(None),
+    or_(UsageSpan.observed.is_(False), UsageSpan.kind == "console"),
+)  # fmt: skip
 
 
 def happened_at(session: Session, at: datetime) -> None:
@@ -58,22 +62,21 @@ def gone(session: Session, vm: Vm, last_seen: datetime | None, at: datetime) -> 
     _close(session, f"console:{vm.id}", at)
 
 
-def seen(session: Session, server_node: str, running: Collection[str], at: datetime) -> None:
-    """These VMs' guests were seen on a server node: what was out of sight is in sight again."""
-    spans = select(UsageSpan).where(
-        UsageSpan.server_node == server_node, UsageSpan.closed_at.is_(None), UsageSpan.observed.is_(False)
-    )
-    for span in session.scalars(spans).all():
-        if span.vm_id in running:
+def sampled(
+    session: Session, server_node: str, running: Collection[str], connected: Collection[str], at: datetime
+) -> None:
+    """The guests of these VMs were seen on a server node, and exactly the ``connected`` have a console client. What was
+    out of sight is in sight again; consoles are counted from sample to sample."""
+    spans = session.scalars(_TO_COMPARE, {"node": server_node}).all()
+    for span in spans:
+        if not span.observed and span.vm_id in running:
             _next(session, span, at, observed=True)
+    _consoles(session, server_node, {span.vm_id: span for span in spans if span.kind == "console"}, connected, at)
 
 
-def consoles(session: Session, server_node: str, connected: Collection[str], at: datetime) -> None:
-    """Exactly these VMs of a server node have a console client now. Counted from sample to sample."""
-    spans = select(UsageSpan).where(
-        UsageSpan.server_node == server_node, UsageSpan.closed_at.is_(None), UsageSpan.kind == "console"
-    )
-    known = {span.vm_id: span for span in session.scalars(spans)}
+def _consoles(
+    session: Session, server_node: str, known: dict[str, UsageSpan], connected: Collection[str], at: datetime
+) -> None:
     for vm_id, span in known.items():
         if vm_id not in connected:
             _end(span, at)

@@ -263,6 +263,7 @@ class Step(Base):
 
     ``queue`` is where the step belongs, ``sent_to`` where its present attempt went if elsewhere (a retry goes to the
     node that was touched). ``finished_seen_at``: when control first saw that its executor had finished.
+    ``ready_at``: when the agent of the guest it started was first heard.
     """
 
     __tablename__ = "step"
@@ -287,6 +288,7 @@ class Step(Base):
     finished_seen_at: Mapped[datetime | None]
     started_at: Mapped[datetime | None]
     ended_at: Mapped[datetime | None]
+    ready_at: Mapped[datetime | None]
     operation: Mapped[Operation] = relationship(back_populates="steps")
 
 

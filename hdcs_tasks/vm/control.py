@@ -26,7 +26,9 @@ from hdcs_tasks.pool.rooms import expected_mix, order_of, vm_shape, vm_terms
 from hdcs_tasks.pool.waiting import wake_waiting
 from hdcs_tasks.routing import direct_queue, quick_queue
 from hdcs_tasks.states import VM_RESTS, VmState
+from hdcs_tasks.store.lookups import by_key
 from hdcs_tasks.store.models import Operation, Step, Vm, now
+from hdcs_tasks.store.naming import unknown
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control_left import check_left, nodes_left
 from hdcs_tasks.vm.control_quota import check_quota, starting
@@ -37,16 +39,24 @@ _BY_NAME = select(Vm).where(
 )  # fmt: skip
 
 
+_NAMES = select(Vm.name).where(Vm.deleted_at.is_(None))
+
+
+def names_taken(session: Session) -> set[str]:
+    """The names of all living VMs."""
+    return set(session.scalars(_NAMES))
+
+
 def get_vm(session: Session, name: str) -> Vm:
     """The living VM of this name or id; else NotFound."""
     vm = session.scalar(_BY_NAME, {"name": name})
     if vm is None:
-        raise NotFound(f"there is no VM {name!r}", next="See: hdcs vm list")
+        raise unknown(session, Vm.name, name, "VM", "hdcs vm list", Vm.deleted_at.is_(None))
     return vm
 
 
 def vm_of(tx: Tx, operation: Operation) -> Vm:
-    vm = tx.session.get(Vm, operation.vm_id) if operation.vm_id else None
+    vm = by_key(tx.session, Vm, operation.vm_id) if operation.vm_id else None
     if vm is None:
         raise NotFound(f"operation {operation.id} has no VM")
     return vm
@@ -82,6 +92,16 @@ def _check_filters(filters: dict[str, Any]) -> None:
     state = filters.get("state")
     if state is not None and state not in set(VmState):
         raise Invalid(f"{state!r} is not a state of a VM", next=f"Known: {', '.join(VmState)}")
+
+
+def check_selector(control: Control, **filters: Any) -> None:
+    """NotFound for a domain node or server node that is not there: whoever typed it meant another. What was stored (a
+    policy's selector) may outlive the nodes it names, and is not asked this."""
+    with control.store.read() as session:
+        if (home := filters.get("home")) is not None:
+            get_domain_node(session, home)
+        if (node := filters.get("server_node")) is not None:
+            get_server_node(session, node)
 
 
 def list_given(control: Control, verb: str, **filters: Any) -> list[dict[str, Any]]:
@@ -329,7 +349,9 @@ def check_given(tx: Tx, vm: Vm, verb: str, said: str = "") -> None:
     live = tx.live_operation(vm)
     if live is not None and vm.state not in VM_RESTS:
         raise busy(live)
-    raise WrongState(f"VM {vm.name} is {vm.state}: it cannot {said or verb}", next=wrong_state_hint(verb, vm.state))
+    raise WrongState(
+        f"VM {vm.name} is {vm.state}: it cannot {said or verb}", next=wrong_state_hint(verb, vm.state, vm.name)
+    )
 
 
 def check_reachable(session: Session, vm: Vm) -> None:

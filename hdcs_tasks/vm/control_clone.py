@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import select
-from sqlalchemy.orm import Session
 
 from hdcs_tasks.errors import Cancelled, HdcsError, Invalid, NoCapacity, NotFound
 from hdcs_tasks.image.control_copy import bring, is_ready
@@ -18,11 +17,12 @@ from hdcs_tasks.pool import planning, weighing
 from hdcs_tasks.pool import rules as pool_rules
 from hdcs_tasks.pool.control import get_domain_node, get_server_node
 from hdcs_tasks.pool.policy import VmPolicy, changed, check_tags, read
+from hdcs_tasks.pool.profiles import get_profile
 from hdcs_tasks.pool.rooms import candidate, disk_limit_bytes
 from hdcs_tasks.states import ImageState, VmState
-from hdcs_tasks.store.models import DomainNode, Image, Operation, Profile, Step, Vm, new_id
+from hdcs_tasks.store.models import DomainNode, Image, Operation, Step, Vm, new_id
 from hdcs_tasks.store.transitions import move
-from hdcs_tasks.vm.control import add_start_step, vm_of
+from hdcs_tasks.vm.control import add_start_step, names_taken, vm_of
 from hdcs_tasks.vm.control_delete import forget
 from hdcs_tasks.vm.control_quota import check_quota
 from hdcs_tasks.vm.control_take import Wish, take
@@ -84,14 +84,6 @@ class Shape:
         )
 
 
-def get_profile(session: Session, name: str) -> Profile:
-    found = session.get(Profile, name)
-    if found is None:
-        known = ", ".join(session.scalars(select(Profile.name).order_by(Profile.name)))
-        raise NotFound(f"there is no profile {name!r}", next=f"Known: {known or 'none'}; see: hdcs profile list")
-    return found
-
-
 def clone(control: Control, request: CloneRequest, asked: Asked) -> Operation:
     """Open one operation per new VM (with a parent when there are several). Returns at once.
 
@@ -148,8 +140,7 @@ def checked(tx: Tx, request: CloneRequest) -> tuple[list[str], Shape, dict[str, 
     """Names, shape, and which version of the image each domain node has for them."""
     if not isinstance(request.count, int):
         raise Invalid(f"count {request.count!r} is not a number", next="Ask for 1 VM or more")
-    taken = set(tx.session.scalars(select(Vm.name).where(Vm.deleted_at.is_(None))))
-    names = expand_names(request.name, request.count, taken)
+    names = expand_names(request.name, request.count, names_taken(tx.session))
     profile = get_profile(tx.session, request.profile)
     images = versions(tx.session, request.image)
     if request.domain_node is not None:

@@ -13,7 +13,7 @@ from hdcs_tasks.pool.control import get_server_node
 from hdcs_tasks.routing import quick_queue
 from hdcs_tasks.states import VmState
 from hdcs_tasks.store.models import now
-from hdcs_tasks.vm.control import get_vm
+from hdcs_tasks.vm.control import check_reachable, get_vm
 
 _VIEWER = """[virt-viewer]
 type=spice
@@ -26,12 +26,16 @@ delete-this-file=1
 
 
 def console(control: Control, name: str, asked: Asked, *, ttl_s: float) -> tuple[str, str]:
-    """Ask for a fresh ticket on the running guest: the operation's id, and the viewer's text for when it is done."""
+    """Ask for a fresh ticket on the running guest: the operation's id, and the viewer's text for when it is done.
+
+    Raises WrongState, NotFound, or Unreachable when its server node has left.
+    """
     password = secrets.token_urlsafe(18)
     with control.transaction() as tx:
         vm = get_vm(tx.session, name)
         if vm.state is not VmState.RUNNING or vm.server_node is None or vm.port is None:
             raise WrongState(f"VM {vm.name} is {vm.state}: no console", next=f"Start it: hdcs vm start {vm.name}")
+        check_reachable(tx.session, vm)
         node = get_server_node(tx.session, vm.server_node)
         vm.active_at = now()  # somebody is about to sit down at it
         operation = tx.open("vm.console", asked=asked, subject=vm.name)

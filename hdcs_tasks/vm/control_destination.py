@@ -25,7 +25,9 @@ def check_migrate(tx: Tx, vm: Vm, to: str | None, options: MoveOptions) -> tuple
         check_left(tx.session, vm, node=pin, home=home)
     way = way_of(vm.state, same_home=home == vm.home, live=options.live)
     if way is Way.NOTHING and options.live:
-        raise WrongState(f"VM {vm.name} is {vm.state}: it cannot migrate", next=wrong_state_hint("migrate", vm.state))
+        raise WrongState(
+            f"VM {vm.name} is {vm.state}: it cannot migrate", next=wrong_state_hint("migrate", vm.state, vm.name)
+        )
     if way is Way.MOVE and options.postcopy:
         raise Invalid("post-copy moves memory only, not disks", next="Leave it out between domain nodes")
     if way in (Way.LIVE, Way.SAVED) and pin is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import bindparam, func, select
 from sqlalchemy.orm import Session
 
 from hdcs_tasks.errors import Invalid, NotFound, QuotaExceeded
@@ -15,6 +15,10 @@ from hdcs_tasks.store.models_watch import Quota
 from hdcs_tasks.vm.quota_rules import NAMES, Amounts, refusals
 
 EVERYBODY = "*"
+_OF = (
+    select(Quota).where(Quota.owner == bindparam("owner")).with_for_update()
+    .execution_options(populate_existing=True)
+)  # fmt: skip
 _RUNS = (*sorted(VM_HOLDS_GUEST), VmState.CREATING)
 """A VM that is being cloned counts as running: most are started as soon as they are there."""
 _CHECKED = "hdcs_quota"
@@ -42,7 +46,7 @@ def check_quota(tx: Tx, owner: str, asked: Amounts) -> None:
 
 def _quota_of(session: Session, owner: str) -> Quota | None:
     for name in (owner, EVERYBODY):
-        found = session.get(Quota, name, with_for_update=True)
+        found = session.scalar(_OF, {"owner": name})
         if found is not None:
             return found
     return None

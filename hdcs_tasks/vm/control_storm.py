@@ -16,16 +16,19 @@ from typing import Any
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from hdcs_tasks.errors import Conflict, HdcsError, Invalid, NoCapacity, NotFound
+from hdcs_tasks.errors import Conflict, HdcsError, Invalid, NoCapacity
 from hdcs_tasks.image.control import get_image
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.control import Asked, Control
 from hdcs_tasks.pool.control import get_domain_node
+from hdcs_tasks.pool.profiles import get_profile
 from hdcs_tasks.routing import check_name
-from hdcs_tasks.states import StepState, VmState
-from hdcs_tasks.store.models import Operation, Step, Storm, Vm, now
+from hdcs_tasks.states import VmState
+from hdcs_tasks.store.models import Operation, Storm, Vm, now
+from hdcs_tasks.store.naming import named
 from hdcs_tasks.vm import control_clone
 from hdcs_tasks.vm.control import list_vms, start_many
+from hdcs_tasks.vm.control_ready import boots_s, ready_by
 from hdcs_tasks.vm.rules import expand_names
 from hdcs_tasks.vm.storm_rules import UNBOUNDED_STARTS, Pace, lead_s
 from hdcs_tasks.when import check_when, last_due, next_due
@@ -36,7 +39,6 @@ SELECTOR = frozenset({"names", "tag", "owner", "home", "profile"})
 CLONE = frozenset({"image", "profile", "count", "name", "domain_node", "owner", "tag"})
 RUNS_KEPT = 10
 WATCHED_S = 3600.0
-BOOTS_LOOKED_AT = 50
 
 
 # --- the record
@@ -81,17 +83,14 @@ def _checked_clone(session: Session, clone: Mapping[str, Any]) -> dict[str, Any]
         raise Invalid(f"a storm that clones needs {', '.join(missing)}", next="As in --image mini --count 60 --name …")
     expand_names(wanted["name"], wanted["count"], ())
     get_image(session, wanted["image"])
-    control_clone.get_profile(session, wanted.setdefault("profile", "small"))
+    get_profile(session, wanted.setdefault("profile", "small"))
     if "domain_node" in wanted:
         get_domain_node(session, wanted["domain_node"])
     return wanted
 
 
 def _get(session: Session, name: str) -> Storm:
-    found = session.get(Storm, name)
-    if found is None:
-        raise NotFound(f"there is no storm {name!r}", next="See: hdcs storm list")
-    return found
+    return named(session, Storm, name, "storm", "hdcs storm list")
 
 
 def delete(control: Control, name: str) -> None:
@@ -121,7 +120,8 @@ def show(control: Control, name: str) -> dict[str, Any]:
 
 def _view(control: Control, storm: Storm) -> dict[str, Any]:
     """``next_at``: the time; ``begins_at``: when its run begins; ``runs``: the newest first, each ``{slot_at, began_at,
-    lead_s, wanted, ready, in_time, last_ready_at, ready_at: {VM: moment}, operations, refused, closed}``."""
+    lead_s, wanted, ready, in_time, last_ready_at, ready_at: {VM: moment}, started, took_s, operations, refused,
+    closed}``; ``started``: desktops that its own starts made ready, the last of them ``took_s`` after it began."""
     count = _count(control, storm)
     lead = _lead_s(control, storm, count)
     next_at = next_due(storm.schedule, max(now(), storm.slot_at))
@@ -148,29 +148,14 @@ def _lead_s(control: Control, storm: Storm, count: int) -> float:
 def _pace(control: Control, storm: Storm) -> Pace:
     home = storm.clone.get("domain_node") or storm.selector.get("home")
     with control.store.read() as session:
-        boots = _boots_s(session, home)
+        boots = boots_s(session, home)
     homes = [home] if home else control.reservations.pool.domain_nodes()
     nodes = [node for name in homes for node in control.reservations.pool.nodes(name) if node.schedulable]
     at_once = sum(node.max_starts or UNBOUNDED_STARTS for node in nodes)
     for run in storm.runs:
-        if run["closed"] and run["ready"] and run["last_ready_at"] and run["booted"]:
-            took_s = (_moment(run["last_ready_at"]) - _moment(run["began_at"])).total_seconds()
-            return Pace(boots, at_once, run["booted"], took_s)
+        if run["closed"] and run["started"]:
+            return Pace(boots, at_once, run["started"], run["took_s"])
     return Pace(boots, at_once)
-
-
-def _boots_s(session: Session, home: str | None) -> list[float]:
-    """Of the newest starts, how long each took from its server node's work on to its agent's answer."""
-    query = (
-        select(Step.started_at, Vm.ready_at)
-        .join(Operation, Step.operation_id == Operation.id).join(Vm, Operation.vm_id == Vm.id)
-        .where(Step.name == "vm.start_on_node", Step.state == StepState.DONE, Vm.ready_at.is_not(None))
-        .order_by(Step.ended_at.desc()).limit(BOOTS_LOOKED_AT)
-    )  # fmt: skip
-    if home:
-        query = query.where(Vm.home == home)
-    seen = [(ready - began).total_seconds() for began, ready in session.execute(query) if began and ready]
-    return [boot for boot in seen if boot > 0]
 
 
 def _moment(text: str) -> datetime:
@@ -220,8 +205,8 @@ def begin(control: Control, name: str, slot: datetime, lead: float, *, by_hand: 
         storm = tx.session.get_one(Storm, name, populate_existing=True, with_for_update=True)
         fresh = {
             "slot_at": slot.isoformat(), "began_at": now().isoformat(), "lead_s": lead, "opened": False, "wanted": 0,
-            "booted": 0, "ready": 0, "in_time": 0, "last_ready_at": None, "ready_at": {}, "vms": {}, "operations": [],
-            "refused": "", "closed": False,
+            "started": 0, "took_s": 0.0, "ready": 0, "in_time": 0, "last_ready_at": None, "ready_at": {}, "vms": {},
+            "operations": [], "refused": "", "closed": False,
         }  # fmt: skip
         storm.runs = [fresh, *storm.runs][:RUNS_KEPT]
         tx.event(
@@ -263,13 +248,17 @@ def _looked_at(control: Control, storm: Storm, run: dict[str, Any]) -> dict[str,
         _open(control, storm, run)
     with control.store.read() as session:
         rows = session.scalars(select(Vm).where(Vm.id.in_(run["vms"]))).all()
-    seen = {vm.name: vm.ready_at.isoformat() for vm in rows if vm.ready_at and vm.deleted_at is None}
+        started = ready_by(session, run["operations"])
+    moments = {vm.name: started.get(vm.id, vm.ready_at) for vm in rows if vm.deleted_at is None}
+    seen = {name: at.isoformat() for name, at in moments.items() if at}
     # Once ready it counts, also if its owner stops it before the last one is.
     run["ready_at"] = seen | run["ready_at"]
     run["ready"] = len(run["ready_at"])
     slot = _moment(run["slot_at"])
     run["in_time"] = sum(_moment(at) <= slot for at in run["ready_at"].values())
     run["last_ready_at"] = max(run["ready_at"].values(), default=None)
+    run["started"] = len(started)
+    run["took_s"] = (max(started.values()) - _moment(run["began_at"])).total_seconds() if started else 0.0
     over = now() > max(slot, _moment(run["began_at"])) + timedelta(seconds=WATCHED_S)
     run["closed"] = run["opened"] and (run["ready"] >= run["wanted"] or over)
     return run
@@ -291,7 +280,6 @@ def _open(control: Control, storm: Storm, run: dict[str, Any]) -> None:
     run["operations"] = [operation.id for operation in operations]
     run["vms"] = [vm["id"] for vm in vms]
     run["wanted"] = int(storm.clone["count"]) if storm.clone else len(vms)
-    run["booted"] = sum(vm["state"] not in (VmState.RUNNING, VmState.SUSPENDED) for vm in vms)
     run["opened"] = True
 
 

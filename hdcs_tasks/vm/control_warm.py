@@ -21,9 +21,11 @@ from hdcs_tasks.image.control_publish import versions
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.control import Asked, Control
 from hdcs_tasks.pool.control import get_domain_node
+from hdcs_tasks.pool.profiles import get_profile
 from hdcs_tasks.routing import check_name
 from hdcs_tasks.states import VmState
-from hdcs_tasks.store.models import Profile, Vm, WarmPool
+from hdcs_tasks.store.models import Vm, WarmPool
+from hdcs_tasks.store.naming import named
 from hdcs_tasks.vm import control as vms
 from hdcs_tasks.vm import control_delete
 from hdcs_tasks.vm.control_clone import CloneRequest, clone
@@ -57,8 +59,7 @@ def create(
         if tx.session.get(WarmPool, name) is not None:
             raise Conflict(f"there is a warm pool {name} already", next="See: hdcs warm list")
         get_image(tx.session, image)
-        if tx.session.get(Profile, profile) is None:
-            raise NotFound(f"there is no profile {profile!r}", next="See: hdcs profile list")
+        get_profile(tx.session, profile)
         if domain_node is not None:
             get_domain_node(tx.session, domain_node)
         tx.session.add(
@@ -93,10 +94,7 @@ def delete(control: Control, name: str) -> None:
 
 
 def _get(session: Session, name: str) -> WarmPool:
-    found = session.get(WarmPool, name)
-    if found is None:
-        raise NotFound(f"there is no warm pool {name!r}", next="See: hdcs warm list")
-    return found
+    return named(session, WarmPool, name, "warm pool", "hdcs warm list")
 
 
 def show(control: Control, name: str) -> dict[str, Any]:

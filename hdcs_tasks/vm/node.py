@@ -13,7 +13,6 @@ from typing import Any
 
 from hdcs_tasks.errors import (
     Cancelled,
-    HdcsError,
     HypervisorRefused,
     NoCapacity,
     NotFound,
@@ -64,7 +63,7 @@ def clone(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
             base, target, size_bytes=spec["disk_bytes"] or None, bitmap=SEED, base_format="qcow2",
             key=KeyRing.of(run.ctx.settings).find(spec.get("disk_key")), attempt=str(run.attempt),
         )  # fmt: skip
-    except HdcsError:
+    except Exception:
         still_ours(run)
         remove_folder(target.parent)
         raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hdcs_tasks.errors import HdcsError, NotFound
+from hdcs_tasks.errors import NotFound
 from hdcs_tasks.hypervisor import disks
 from hdcs_tasks.hypervisor.checkpoints import SEED
 from hdcs_tasks.hypervisor.keys import KeyRing
@@ -34,7 +34,7 @@ def refresh(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
                 )  # fmt: skip
                 disks.chain(fresh, root=place.root)
                 run.check()
-            except HdcsError:
+            except Exception:
                 fresh.unlink(missing_ok=True)
                 raise
             node_swap.set_aside(disk, old)

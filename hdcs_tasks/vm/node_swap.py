@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from hdcs_tasks.errors import Conflict, HdcsError, HypervisorRefused
+from hdcs_tasks.errors import Conflict, HypervisorRefused
 from hdcs_tasks.hypervisor import disks, guests
 from hdcs_tasks.hypervisor.bases import storage_errors
 from hdcs_tasks.hypervisor.bitmaps import bitmaps
@@ -46,7 +46,7 @@ def swap(disk: Path, fresh: Path, old: Path) -> None:
         try:
             if not bitmaps(disk).get(SEED):
                 raise HypervisorRefused("the new disk lacks its seed bitmap", next="Ask again; the old one is back")
-        except HdcsError:
+        except Exception:
             if old.exists():
                 os.replace(old, disk)
                 disks.sync(disk.parent)

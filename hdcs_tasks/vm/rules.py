@@ -93,23 +93,22 @@ def given_in(verb: str) -> frozenset[VmState]:
     return found
 
 
-def wrong_state_hint(verb: str, state: VmState) -> str:
-    """What to do instead, for a command given in the wrong state."""
+def wrong_state_hint(verb: str, state: VmState, name: str) -> str:
+    """What to do instead, for a command given to VM ``name`` in the wrong state."""
     hints = {
-        ("refresh", _S.RUNNING): "Stop it first: hdcs vm stop",
-        ("export", _S.SAVED): "Bring it back first: hdcs vm restore",
+        ("refresh", _S.RUNNING): f"Stop it first: hdcs vm stop {name}",
+        ("export", _S.SAVED): f"Bring it back first: hdcs vm restore {name}",
         ("stop", _S.STOPPED): "There is nothing to stop",
-        ("stop", _S.SAVED): "It does not run: start it from its saved memory (hdcs vm restore) or delete it",
+        ("stop", _S.SAVED): f"It does not run: start it from its saved memory (hdcs vm restore {name}) or delete it",
         ("start", _S.RUNNING): "There is nothing to start",
-        ("start", _S.SUSPENDED): "Wake it with: hdcs vm resume",
-        ("resume", _S.SAVED): "Bring it back with: hdcs vm restore",
-        (
-            "migrate",
-            _S.STOPPED,
-        ): "It needs no move: it starts on any server node of its domain node",
+        ("start", _S.SUSPENDED): f"Wake it with: hdcs vm resume {name}",
+        ("suspend", _S.SUSPENDED): "There is nothing to suspend",
+        ("resume", _S.RUNNING): "There is nothing to resume",
+        ("resume", _S.SAVED): f"Bring it back with: hdcs vm restore {name}",
+        ("migrate", _S.STOPPED): "It needs no move: it starts on any server node of its domain node",
         ("migrate", _S.SAVED): "It needs no move: it can be restored on any server node of its domain node",
     }
-    return hints.get((verb, state), "Look at it with: hdcs vm show")
+    return hints.get((verb, state), f"Look at it with: hdcs vm show {name}")
 
 
 _USB_RULE = re.compile(r"(0x[0-9a-fA-F]{1,2}|-1)(,(0x[0-9a-fA-F]{1,4}|-1)){2},-1,[01]")

@@ -78,7 +78,7 @@ def speed(server: RedisServer, rounds: int) -> list[Figure]:
         return BATCH
 
     (base, _), single, full, floor = rates(rounds, incr, take, place, nothing)
-    (base_many, _), many, full_many, floor_many = rates(min(rounds, 50), incr_many, take_many, place_many, nothing_many)
+    (base_many, _), many, full_many, floor_many = rates(min(rounds, 40), incr_many, take_many, place_many, nothing_many)
     return [
         judged("single", single[0], "per s", base, 0.75, ">=", ratio=single[1]),
         judged("pipelined", many[0], "per s", base_many, 0.25, ">=", ratio=many[1]),
@@ -91,7 +91,7 @@ def speed(server: RedisServer, rounds: int) -> list[Figure]:
 
 def run(options: argparse.Namespace) -> list[Figure]:
     with redis_server() as server:
-        figures = speed(server, 20 if options.quick else 100)
+        figures = speed(server, 20 if options.quick else 240)
         say("speed done; eight processes")
         found = hammer(server.url, 250 if options.quick else 2000)
     assert found.refused, "the pool was never full: the check would show nothing"

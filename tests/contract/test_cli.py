@@ -205,7 +205,7 @@ def test_doctor(cloud: Cloud, hdcs: Hdcs) -> None:
 @pytest.mark.parametrize(
     ("line", "code", "words"),
     [
-        ("vm show nobody", 3, "no VM 'nobody'. See: hdcs vm list"),
+        ("vm show nobody", 3, "no VM 'nobody'. Known: desk-1. See: hdcs vm list"),
         ("vm start nobody", 3, "no VM"),
         ("op show 123456", 3, "no operation"),
         ("op watch nonsense", 3, "no operation"),
@@ -217,6 +217,8 @@ def test_doctor(cloud: Cloud, hdcs: Hdcs) -> None:
         ("vm clone mini --name Bad_Name --profile tiny", 2, "not a valid VM name"),
         ("vm clone mini --name a --count 2 --profile tiny", 2, "{:03d}"),
         ("vm clone mini --name a --profile large", 5, "node1"),
+        ("vm clone mini --name a --profile tiny --memory-overcommit 0", 2, "overcommit"),
+        ("vm list --home eats", 3, "Did you mean east?"), ("vm stop --node nowhere", 3, "no server node"),
         ("vm list --state sleepy", 2, "Known: creating"),
         ("vm stop --state sleepy", 2, "Known: creating"),
         ("image add mini mini.qcow2", 2, "absolute path"),

@@ -96,7 +96,7 @@ def test_out_of_sight_is_marked(pool: Control) -> None:  # noqa: F811
         move(tx.session.get_one(ServerNode, "node1"), ServerNodeState.UP)
     assert shape(pool)[1:] == [("on", "node1", True, False), ("on", "node1", False, True)]
     with pool.transaction() as tx:
-        metering.seen(tx.session, "node1", {vm_id}, now())
+        metering.sampled(tx.session, "node1", {vm_id}, (), now())
     assert shape(pool)[2:] == [("on", "node1", False, False), ("on", "node1", True, True)]
     seamless(pool)
 
@@ -120,10 +120,10 @@ def test_console_clients_are_counted_from_sample_to_sample(pool: Control) -> Non
     moments = [now() - timedelta(seconds=s) for s in (30, 20, 10)]
     for at, watched in zip(moments, ({vm_id}, {vm_id}, set()), strict=True):
         with pool.transaction() as tx:
-            metering.consoles(tx.session, "node1", watched, at)
+            metering.sampled(tx.session, "node1", {vm_id}, watched, at)
     (span,) = spans(pool, "console")
     assert (span.opened_at, span.closed_at) == (moments[0], moments[2])
     with pool.transaction() as tx:
-        metering.consoles(tx.session, "node1", {vm_id}, now())
+        metering.sampled(tx.session, "node1", {vm_id}, {vm_id}, now())
     to(pool, vm_id, VmState.STOPPING, VmState.STOPPED)
     assert all(span.closed_at for span in spans(pool, "console")), "no guest, no client"

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import redis
+from kombu.exceptions import OperationalError
 from sqlalchemy import select
 
 from hdcs_tasks.app import make_app
@@ -113,8 +114,11 @@ class Desk:
             finally:
                 simple.close()
 
-    def work(self, message: dict[str, Any], handler: Handler, node: str = "node1") -> str:
-        return execute(self.nodes[node], "test.work", handler, lambda _: None, queue="east", **message)
+    def work(
+        self, message: dict[str, Any], handler: Handler, node: str = "node1",
+        on_progress: Callable[[str], None] = lambda _: None,
+    ) -> str:  # fmt: skip
+        return execute(self.nodes[node], "test.work", handler, on_progress, queue="east", **message)
 
     def settle_all(self) -> int:
         reports = [message["report"] for message in self.messages("control")]
@@ -174,6 +178,23 @@ def desk(control: Control, tmp_path: Path) -> Iterator[Desk]:
 
 
 # ---- one attempt
+
+
+def test_progress_that_reaches_nobody_ends_no_work(desk: Desk) -> None:
+    """Restarted Redis: the lease is renewed in time, but the event for Flower finds no broker."""
+
+    def handler(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
+        run.progress(50, "half way")
+        return {}
+
+    def away(text: str) -> None:
+        raise OperationalError("Connection refused")
+
+    operation = desk.ask()
+    (message,) = desk.messages()
+    assert desk.work(message, handler, on_progress=away) == "done"
+    desk.settle_all()
+    assert desk.state(operation) == "done"
 
 
 def test_a_step_is_published_executed_and_settled(desk: Desk) -> None:

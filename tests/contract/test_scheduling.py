@@ -87,7 +87,7 @@ class Center:
     def _report(self, step: dict[str, Any], result: dict[str, Any] | None) -> dict[str, Any]:
         spec = self.spec(step)
         report: dict[str, Any] = {"step": step["id"], "attempt": step["attempt"], "node": step["node"] or "played"}
-        report |= {"started_at": time.time(), "ended_at": time.time()}
+        report |= {"started_at": now_s(), "ended_at": now_s()}
         try:
             if step["name"] in ("vm.start_on_node", "vm.migrate_prepare_on_node"):
                 report |= self._placed(step, spec)

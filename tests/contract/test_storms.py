@@ -9,7 +9,9 @@ import pytest
 
 from hdcs_tasks import clock
 from hdcs_tasks.errors import Conflict, Invalid, NotFound
-from hdcs_tasks.store.models import Storm, Vm
+from hdcs_tasks.monitor.control_samples import take_event
+from hdcs_tasks.store.models import Storm
+from hdcs_tasks.vm.control_ready import boots_s
 from hdcs_tasks.vm.control_storm import storm_sweep
 from tests.contract.test_scheduling import Center, center  # noqa: F401 - center is a fixture
 
@@ -29,9 +31,11 @@ class Hand(clock.Clock):
 
 
 def ready(center: Center, at: datetime, *names: str) -> None:  # noqa: F811
-    with center.control.transaction() as tx:
-        for vm in tx.session.query(Vm).filter(Vm.name.in_(names)):
-            vm.ready_at = at
+    """The agents of these VMs are heard of."""
+    for name in names:
+        vm = center.cloud.vms[name].show()
+        event = {"node": vm["server_node"], "vm_id": vm["id"], "kind": "agent_up", "at": at.timestamp(), "heard": True}
+        take_event(center.control, event)
 
 
 def test_a_storm_begins_early_enough_and_tells_who_was_ready(center: Center) -> None:  # noqa: F811
@@ -79,6 +83,44 @@ def test_the_lead_follows_the_last_run(center: Center) -> None:  # noqa: F811
         hand.at = MORNING.replace(hour=9)
         storm_sweep(center.control)
         assert center.cloud.storms.show("all")["lead_s"] == 400 * 1.25 + 30
+
+
+def test_the_lead_is_measured_by_the_starts_own_record(center: Center) -> None:  # noqa: F811
+    """Neither a later start nor an agent that is seen again makes a storm that was over look slow."""
+    hand = Hand(MORNING)
+    with clock.driven_by(hand):
+        center.node("east", "node1", 4096)
+        center.image()
+        for name in ("a", "b", "up"):
+            center.clone(name, tags=["class"])
+        center.cloud.vms["up"].start()
+        center.play()
+        ready(center, hand.at + timedelta(seconds=40), "up")
+        hand.at += timedelta(minutes=10)
+        center.cloud.storms.create("class", schedule="daily 09:00", selector={"tag": "class"})
+        hand.at = MORNING.replace(hour=8, minute=30)
+        center.cloud.storms.run("class")
+        center.play()
+        ready(center, hand.at + timedelta(seconds=30), "a")
+        found = {"node": "node1", "kind": "agent_up", "at": (hand.at + timedelta(seconds=900)).timestamp()}
+        for name in ("a", "up"):  # a worker that began anew finds them up
+            take_event(center.control, found | {"vm_id": center.cloud.vms[name].show()["id"], "heard": False})
+        ready(center, hand.at + timedelta(seconds=100), "b")
+        ready(center, hand.at + timedelta(seconds=950), "a", "up")  # and they moved: their agents come up once more
+        storm_sweep(center.control)
+        run = center.cloud.storms.show("class")["runs"][0]
+        assert (run["wanted"], run["ready"], run["started"], run["took_s"], run["closed"]) == (3, 3, 2, 100.0, True)
+        assert run["ready_at"]["a"] == "2026-03-11T08:30:30+00:00"
+        lead = center.cloud.storms.show("class")["lead_s"]
+        hand.at += timedelta(hours=5)
+        center.cloud.vms["a"].stop()
+        center.play()
+        center.cloud.vms["a"].start()
+        center.play()
+        ready(center, hand.at + timedelta(seconds=20), "a")
+        assert center.cloud.storms.show("class")["lead_s"] == lead == 3 / 2 * 100 * 1.25 + 30
+        with center.control.store.read() as session:
+            assert sorted(boots_s(session, "east")) == [20.0, 30.0, 40.0, 100.0], "each start by its own agent's answer"
 
 
 def test_clones_are_made_once_and_started_again(center: Center) -> None:  # noqa: F811

@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 
-from hdcs_tasks.errors import HypervisorRefused, Invalid, OutcomeUnknown
+from hdcs_tasks.errors import HypervisorRefused, Invalid, NotFound, OutcomeUnknown, Unreachable
 from hdcs_tasks.operations.control import Asked
 from hdcs_tasks.operations.node import Run
 from hdcs_tasks.operations.views import show
 from hdcs_tasks.routing import quick_queue
-from hdcs_tasks.states import VmState
-from hdcs_tasks.store.models import Vm
+from hdcs_tasks.states import ServerNodeState, VmState
+from hdcs_tasks.store.models import ServerNode, Vm
+from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm import control as vms
-from hdcs_tasks.vm import control_delete
+from hdcs_tasks.vm import control_console, control_delete
 from tests.contract.test_operations import Desk, desk, failing  # noqa: F401 - desk is a fixture
 from tests.contract.test_store import vm_row
 
@@ -73,6 +74,32 @@ def test_a_bulk_start_fails_alone(desk: Desk) -> None:  # noqa: F811
     assert "VM b is running: it cannot start" in found["error"]["message"]
     with pytest.raises(Invalid, match="no VM was named"):
         vms.start_many(desk.control, [], Asked())
+
+
+def test_no_console_at_a_server_node_that_left(desk: Desk) -> None:  # noqa: F811
+    add(desk, "desk-01", 1, state=VmState.RUNNING, server_node="node1", port=20000)
+    assert "port=20000" in control_console.console(desk.control, "desk-01", Asked(), ttl_s=60)[1]
+    with desk.control.store.session() as session:
+        move(session.get_one(ServerNode, "node1"), ServerNodeState.LEFT)
+    with pytest.raises(Unreachable, match=r"on server node node1, which is left\. Bring node1 back"):
+        control_console.console(desk.control, "desk-01", Asked(), ttl_s=60)
+
+
+def test_a_name_nobody_has_brings_those_that_come_close(desk: Desk) -> None:  # noqa: F811
+    for number, name in enumerate(("desk-01", "desk-02", "lab-01")):
+        add(desk, name, number)
+    with desk.control.store.read() as session:
+        for wrong, told in (
+            ("desk01", "Did you mean desk-01 or desk-02? See: hdcs vm list"),
+            ("anna", "Known: desk-01, desk-02, lab-01. See: hdcs vm list"),
+        ):
+            with pytest.raises(NotFound) as refused:
+                vms.get_vm(session, wrong)
+            assert (refused.value.message, refused.value.next) == (f"there is no VM {wrong!r}", told)
+    with pytest.raises(NotFound, match=r"no domain node 'eats'\. Did you mean east\?"):
+        vms.check_selector(desk.control, home="eats")
+    with pytest.raises(NotFound, match=r"no server node 'node3'\. Did you mean node[12] or node[12]\?"):
+        vms.check_selector(desk.control, server_node="node3")
 
 
 def test_a_delete_whose_stop_failed_ends(desk: Desk) -> None:  # noqa: F811

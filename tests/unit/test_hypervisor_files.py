@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from hdcs_tasks.errors import Cancelled, Conflict, HypervisorRefused, Invalid, NotFound, Rejected, Unavailable
-from hdcs_tasks.hypervisor import disks, facts, processes, storage
+from hdcs_tasks.hypervisor import disks, facts, keys, overlays, processes, storage
 from hdcs_tasks.hypervisor.locks import vm_lock
 
 VM_ID = "6f0c3a52-9d2e-4c4f-8a4e-0d0a51e2a001"
@@ -87,6 +87,28 @@ def test_overlay_is_made_once(tmp_path: Path) -> None:
         disks.create_overlay(other, top)
     assert [d.path for d in disks.chain(top, root=tmp_path)] == [top, base]
     assert not list(tmp_path.glob("*.partial"))
+
+
+@needs_qemu_img
+def test_an_overlay_like_one_before_needs_no_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overlays, "_SETTLED_S", 0.0)
+    base = image(tmp_path / "base.qcow2")
+    first = disks.create_overlay(base, tmp_path / "first.qcow2", bitmap="b0")
+    children: list[object] = []
+    run = keys.run
+    monkeypatch.setattr(keys, "run", lambda *given, **more: children.append(given) or run(*given, **more))
+    second = disks.create_overlay(base, tmp_path / "second.qcow2", bitmap="b0")
+    assert not children
+    assert first.read_bytes() == second.read_bytes()
+    assert disks.probe(second, root=tmp_path).bitmaps == ("b0",)
+    assert disks.check(second).clean
+    assert (
+        disks.probe(disks.create_overlay(base, tmp_path / "third.qcow2", size_bytes=8 * MIB)).virtual_bytes == 8 * MIB
+    )
+    base.unlink()
+    image(base, 16 * MIB)  # another base under the same name
+    after = disks.probe(disks.create_overlay(base, tmp_path / "fourth.qcow2", bitmap="b0"))
+    assert (after.virtual_bytes, after.bitmaps, len(children)) == (16 * MIB, ("b0",), 3)
 
 
 @needs_qemu_img

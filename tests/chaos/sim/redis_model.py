@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import hiredis
 import redis
 from lupa import lua51
 from redis.exceptions import NoScriptError
@@ -471,10 +472,16 @@ class ModelConnection:
         self._answers.clear()
         self._run_id = None
 
-    def pack_commands(self, commands: Sequence[Words]) -> Sequence[Words]:
-        return commands
+    def send_packed_command(self, packed: Sequence[bytes]) -> None:
+        reader = hiredis.Reader(encoding="utf-8")
+        for part in packed:
+            reader.feed(part)
+        commands: list[Words] = []
+        while (words := reader.gets()) is not False:
+            commands.append(tuple(words))
+        self._send(commands)
 
-    def send_packed_command(self, commands: Sequence[Words]) -> None:
+    def _send(self, commands: Sequence[Words]) -> None:
         twice = self._client.asked(commands[0])
         server = self._client.server
         if self._run_id not in (None, server.run_id):
@@ -489,7 +496,7 @@ class ModelConnection:
                     self._answers.append(error.with_traceback(None))
 
     def send_command(self, *words: Any, check_health: bool = True) -> None:
-        self.send_packed_command([words])
+        self._send([words])
 
     def read_response(self) -> Any:
         answer = self._answers.popleft()

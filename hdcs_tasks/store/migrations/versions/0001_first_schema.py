@@ -308,6 +308,7 @@ def upgrade() -> None:
         sa.Column("finished_seen_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("started_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("ended_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("ready_at", sa.DateTime(timezone=True), nullable=True),
         sa.ForeignKeyConstraint(["operation_id"], ["operation.id"], name=op.f("fk_step_operation_id")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_step")),
     )
