@@ -18,8 +18,8 @@ import pytest
 from deploy.lab.center import Center, wait_for
 from tests.chaos import notes
 from tests.lab.consoles import console_client
-from tests.lab.data_center import data_center, kill_worker, libvirt_of
-from tests.lab.test_moves import control_stopped, ended, finished, power_cycle, whole
+from tests.lab.data_center import data_center, kill_worker, libvirt_of, paused_worker
+from tests.lab.test_moves import comes_to, ended, power_cycle, whole
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
 
@@ -186,27 +186,32 @@ def test_what_runs_twice_goes_on_where_the_record_has_it(center: Center) -> None
     here by hand, after the preparation and after the move."""
     name = DESKS[1]
     vm = center.cloud.vms[name]
-    if place(center, name)[1] != "east":
-        vm.migrate("east").result(timeout_s=LONG_S)
-    source = place(center, name)[2]
-    assert source is not None
-    operation = vm.migrate("node3")
-    with control_stopped(center, operation, "vm.move_prepare_on_node"):
-        finished(center, operation)
-        double(center, vm.show()["id"], source, "node3")
+    bring(center, name, "node2")
+    vm_id = vm.show()["id"]
+    with paused_worker(center, "node2"):
+        operation = vm.migrate("node3")
+        assert comes_to(operation, "vm.move_on_node")
+        double(center, vm_id, "node2", "node3")
     seen = ended(operation)
     assert seen["state"] == "failed" and not seen["needs_operator"], seen
     assert [step["name"] for step in seen["steps"]][-1] == "vm.move_undo_on_node"
-    assert place(center, name) == ("running", "east", source)
+    assert place(center, name) == ("running", "east", "node2")
     whole(center)
     operation = vm.migrate("node3")
-    with control_stopped(center, operation, "vm.move_on_node"):
-        finished(center, operation)
-        double(center, vm.show()["id"], "node3", source)
+    assert comes_to(operation, "vm.move_on_node")
+    with paused_worker(center, "node3"):
+        wait_for("the guest to leave its source", lambda: vm_id not in guests_on(center, "node2"), LONG_S)
+        double(center, vm_id, "node3", "node2")
     seen = ended(operation)
     assert seen["state"] == "done", seen
     assert place(center, name) == ("running", "west", "node3")
     whole(center)
+
+
+def bring(center: Center, name: str, node: str) -> None:
+    """Have a desktop on this server node."""
+    if place(center, name)[2] != node:
+        assert ended(center.cloud.vms[name].migrate(node))["state"] == "done"
 
 
 def double(center: Center, vm_id: str, runs_on: str, too: str) -> None:
@@ -230,6 +235,39 @@ def test_a_guest_whose_qemu_hangs_does_not_hold_its_move_up(center: Center) -> N
     assert "QEMU does not answer" in seen["error"]["message"]
     assert place(center, name)[2] == source
     whole(center)
+
+
+@pytest.mark.parametrize("phase", ["prepared", "performed"])
+def test_the_target_dies(center: Center, phase: str) -> None:
+    """At once: of a move inside its domain node and of one between two. What it left another server node removes."""
+    sources = {DESKS[0]: "node1", DESKS[1]: "node3"}
+    for name, source in sources.items():
+        bring(center, name, source)
+    slow = {"bandwidth_mib_s": SLOW_MIB_S}
+    if phase == "prepared":
+        with paused_worker(center, "node1", "node3"):
+            moves = [center.cloud.vms[name].migrate("node2", **slow) for name in sources]
+            assert comes_to(moves[0], "vm.migrate_on_node") and comes_to(moves[1], "vm.move_on_node")
+            center.lab.power_off("node2")
+    else:
+        moves = [center.cloud.vms[name].migrate("node2", **slow) for name in sources]
+        for operation in moves:
+            under_way(center, operation)
+        center.lab.power_off("node2")
+    for operation in moves:
+        seen = ended(operation)
+        assert seen["state"] == "failed" and not seen["needs_operator"], seen
+    power_cycle(center, "node2")
+    for name, source in sources.items():
+        assert place(center, name)[::2] == ("running", source)
+    for other in DESKS:
+        wait_for("what ran there to be missed", lambda o=other: not lost(center, o, "node2"), LONG_S)  # type: ignore[misc]
+    whole(center)
+
+
+def lost(center: Center, name: str, node: str) -> bool:
+    state, _, at = place(center, name)
+    return state != "stopped" and at == node and center.cloud.vms[name].show()["id"] not in guests_on(center, node)
 
 
 def test_the_source_is_lost_in_mid_move(center: Center) -> None:
