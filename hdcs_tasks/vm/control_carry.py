@@ -182,7 +182,8 @@ def _start(tx: Tx, operation: Operation, vm: Vm) -> None:
     """Where it should go on; not where it came from."""
     source = operation.request["source"]
     exclude = [] if is_between(operation) or source is None else [source]
-    add_start_step(tx, operation, vm, pin=operation.request["pin"], exclude=exclude, patience_s=PATIENCE_S)
+    step = add_start_step(tx, operation, vm, pin=operation.request["pin"], exclude=exclude, patience_s=PATIENCE_S)
+    step.spec = step.spec | _as_before(operation)
 
 
 def back(tx: Tx, operation: Operation, vm: Vm, error: HdcsError) -> None:
@@ -192,16 +193,25 @@ def back(tx: Tx, operation: Operation, vm: Vm, error: HdcsError) -> None:
     if state_before(operation) in ALIVE and vm.state is VmState.SAVED:
         operation.request = operation.request | {"back": True}
         step = add_start_step(tx, operation, vm)
-        step.spec = step.spec | {"binding": True}
+        step.spec = step.spec | _as_before(operation) | {"binding": True}
         return
     tx.fail(operation, error)
+
+
+def _as_before(operation: Operation) -> dict[str, Any]:
+    """Of a start: a suspended VM comes back suspended."""
+    return {"paused": state_before(operation) is VmState.SUSPENDED}
 
 
 @on_done("vm.migrate:vm.start_on_node")
 def _started(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
     """At the target, where its files have come; back at the source, there is nothing to leave."""
+    vm = vm_of(tx, operation)
+    if step.spec.get("paused") and vm.state is VmState.RUNNING:
+        move(vm, VmState.SUSPENDED)
+        vm.observed_state = "paused"
     if "measured" in operation.request or not is_between(operation):
-        _leave(tx, operation, vm_of(tx, operation))
+        _leave(tx, operation, vm)
     else:
         _end(tx, operation)
 

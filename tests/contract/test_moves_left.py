@@ -149,3 +149,47 @@ def test_a_carried_one_that_cannot_start_leaves_nothing_at_its_source(center: Pl
         "failed" if isinstance(error, OutcomeUnknown) else "saved", "west",
     )  # fmt: skip
     assert set(center.control.reservations.dump().pools["east"].disks) == set()
+
+
+@pytest.mark.parametrize("to", ["inside", "west"])
+def test_a_target_lost_when_the_guest_has_come(center: Played, to: str) -> None:
+    """Whether its power or its network failed: the record has the VM there, and nothing is left at its source."""
+    before = center.started("a")
+    if to == "inside":
+        to = "node1" if before["server_node"] == "node2" else "node2"
+    operation = center.cloud.vms["a"].migrate(to)
+    while not center.steps("published")[0]["name"].endswith("finish_on_node"):
+        center.play_one()
+    target = center.vm("a")["server_node"]
+    assert target not in (None, before["server_node"])
+    center.lose(target)
+    recovery_sweep(center.control)
+    assert center.vm("a")["state"] == "running", "nobody waits for the source"
+    center.play()
+    shown = operation.show()
+    assert shown["needs_operator"] and f"{target} was lost" in shown["error"]["message"]
+    assert (center.vm("a")["state"], center.vm("a")["server_node"]) == ("running", target)
+    assert center.cloud.operations.list(live=True) == []
+    claims = [(claim.vm, claim.node) for pool in center.control.reservations.dump().pools.values()
+              for claim in pool.claims]  # fmt: skip
+    assert claims in ([], [(before["id"], target)])
+
+
+@pytest.mark.parametrize("to", ["inside", "west"])
+@pytest.mark.parametrize("fails", ["", "vm.start_on_node"])
+def test_a_suspended_one_stays_suspended_by_way_of_the_storage(center: Played, to: str, fails: str) -> None:
+    center.started("a")
+    center.cloud.vms["a"].suspend()
+    center.play()
+    if fails:
+        center.fails[fails] = HypervisorRefused("no")
+    operation = center.cloud.vms["a"].migrate(None if to == "inside" else to, live=False)
+    asked = []
+    while steps := center.steps("published"):
+        if steps[0]["name"] == "vm.start_on_node":
+            asked.append(center.spec(steps[0])["paused"])
+        center.play_one()
+    assert asked == [True] * (2 if fails else 1), "so it is restored, at the first try and elsewhere"
+    assert center.vm("a")["state"] == "suspended" and center.vm("a")["observed_state"] == "paused"
+    assert operation.state == ("failed" if fails else "done")
+    consistent(center)

@@ -200,7 +200,7 @@ def test_what_runs_twice_goes_on_where_the_record_has_it(center: Center) -> None
     operation = vm.migrate("node3")
     assert comes_to(operation, "vm.move_on_node")
     with paused_worker(center, "node3"):
-        wait_for("the guest to leave its source", lambda: vm_id not in guests_on(center, "node2"), LONG_S)
+        wait_for("the guest to leave its source", lambda: name not in guests_on(center, "node2"), LONG_S)
         double(center, vm_id, "node3", "node2")
     seen = ended(operation)
     assert seen["state"] == "done", seen
@@ -267,7 +267,7 @@ def test_the_target_dies(center: Center, phase: str) -> None:
 
 def lost(center: Center, name: str, node: str) -> bool:
     state, _, at = place(center, name)
-    return state != "stopped" and at == node and center.cloud.vms[name].show()["id"] not in guests_on(center, node)
+    return state != "stopped" and at == node and name not in guests_on(center, node)
 
 
 def test_the_source_is_lost_in_mid_move(center: Center) -> None:

@@ -15,7 +15,7 @@ from deploy.lab.center import Center, wait_for
 from deploy.lab.golden_image import build
 from deploy.lab.lab import SRV
 from hdcs_tasks.errors import WaitTimedOut
-from hdcs_tasks.hypervisor import agent
+from hdcs_tasks.hypervisor import agent, guests
 from tests.lab.data_center import at_guest, data_center, kill_worker, picture, wait_idle
 
 pytestmark = pytest.mark.lab
@@ -182,6 +182,12 @@ def test_saved_inside_a_domain_node(moves: Center, desk: Desk) -> None:
     assert (after["state"], after["server_node"]) == ("running", other(before["server_node"]))
     assert after["port"] == before["port"]
     assert done["way"] == "saved" and done["downtime_ms"] > 0 and done["memory_bytes"] > MIB
+    desk.check()
+    desk.vm.suspend().result(timeout_s=LONG_S)
+    desk.vm.migrate(live=False).result(timeout_s=LONG_S)
+    assert desk.vm.show()["state"] == "suspended"
+    assert at_guest(moves, desk.name, lambda host, vm_id: guests.info(host, vm_id).state) == "paused"
+    desk.vm.resume().result(timeout_s=LONG_S)
     desk.check()
     whole(moves)
 
