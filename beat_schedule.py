@@ -29,5 +29,6 @@ def schedule(config: Settings) -> dict[str, dict[str, Any]]:
         "storms": every("vm.storm_sweep", config.policy_sweep_s),
         "alarms": every("monitor.alarm_sweep", config.alarm.period_s),
         "notices": every("monitor.notice_sweep", config.alarm.period_s),
+        "retention": every("monitor.retention_sweep", config.keep.period_s),
         "idle": every("monitor.idle_sweep", config.sample_s),
     }

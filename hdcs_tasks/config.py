@@ -75,6 +75,18 @@ class MetricsSettings(BaseSettings):
     cache_s: float = Field(5, ge=0, description="Asked again within this time, it answers with what it last read")
 
 
+class KeepSettings(BaseSettings):
+    """How long what has ended stays in the record; 0: for ever."""
+
+    model_config = SettingsConfigDict(env_prefix="HDCS_KEEP_", extra="ignore")
+
+    period_s: float = Field(3600, gt=0, description="Period of the sweep that forgets")
+    operations_days: int = Field(90, ge=0, description="Ended operations, deleted VMs and deleted backups, as records")
+    events_days: int = Field(90, ge=0, description="Events")
+    alarms_days: int = Field(400, ge=0, description="Cleared alarms and their notices")
+    usage_days: int = Field(1100, ge=0, description="Use that statements are made of; 3 years")
+
+
 class Settings(BaseSettings):
     """All settings of HDCS. A server node reads the same class and needs no database_url."""
 
@@ -186,6 +198,7 @@ class Settings(BaseSettings):
     alarm: AlarmSettings = Field(default_factory=AlarmSettings)
     rates: RateSettings = Field(default_factory=RateSettings)
     metrics: MetricsSettings = Field(default_factory=MetricsSettings)
+    keep: KeepSettings = Field(default_factory=KeepSettings)
 
     @property
     def stopping_file(self) -> Path:

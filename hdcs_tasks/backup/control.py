@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, select
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
 from hdcs_tasks.backup.control_drop import drop_copies
 from hdcs_tasks.backup.rules import FullRule, Point, next_point
-from hdcs_tasks.errors import Conflict, HdcsError, NotFound, WrongState
+from hdcs_tasks.errors import Cancelled, Conflict, HdcsError, Invalid, NotFound, Unreachable, WrongState
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed, on_start
+from hdcs_tasks.pool.control import IN_POOL
 from hdcs_tasks.states import OPERATION_LIVE, STEP_LIVE, BackupState
-from hdcs_tasks.store.models import Backup, BackupCopy, Image, Operation, Step, Vm, new_id, now
+from hdcs_tasks.store.models import Backup, BackupCopy, Image, Operation, ServerNode, Step, Vm, new_id, now
 from hdcs_tasks.store.transitions import move
-from hdcs_tasks.vm.control import check_given, get_vm, guest_fields, vm_of
+from hdcs_tasks.vm.control import check_given, check_reachable, get_vm, guest_fields, vm_of
 
 DEAD = (BackupState.FAILED, BackupState.DELETED)
 
@@ -35,8 +36,22 @@ def create(
             return same
         vm = get_vm(tx.session, name)
         check_given(tx, vm, "backup", "be backed up")
+        _check_somebody_is_there(tx.session, vm)
         request = {"full": full, "vm_id": vm.id, "bandwidth_mib_s": bandwidth_mib_s, "policy": policy}
         return tx.open("backup.create", asked=asked, vm=vm, request=request)
+
+
+def _check_somebody_is_there(session: Session, vm: Vm) -> None:
+    """Unreachable unless a server node can do it now: the guest's own, or for a stopped VM any of its home."""
+    if vm.server_node is not None:
+        check_reachable(session, vm)
+        return
+    up = select(ServerNode.name).where(ServerNode.domain_node == vm.home, ServerNode.state.in_(IN_POOL)).limit(1)
+    if session.scalar(up) is None:
+        raise Unreachable(
+            f"no server node of domain node {vm.home} is up: nobody can read the disk of VM {vm.name}",
+            next="Bring one back: hdcs node list",
+        )
 
 
 @on_start("backup.create")
@@ -47,6 +62,7 @@ def _begin(tx: Tx, operation: Operation) -> None:
 
 def _plan_step(tx: Tx, operation: Operation, vm: Vm, *, full: bool) -> None:
     policy = operation.request.get("policy") or {}
+    lock_backups(tx, vm.id)
     points = points_of(tx.session, vm.id)
     rule = FullRule(policy["full_every"], policy["full_percent"]) if policy else None
     plan = next_point(points, home=vm.home, full=full, rule=rule, disk_bytes=vm.disk_bytes)
@@ -75,7 +91,8 @@ def _plan_step(tx: Tx, operation: Operation, vm: Vm, *, full: bool) -> None:
 def points_of(session: Session, vm_id: str, *, without: Iterable[BackupState] = (BackupState.DELETING,)) -> list[Point]:
     """A VM's points as the rules take them, oldest first; of a VM that is gone, too."""
     query = select(Backup).where(Backup.vm_id == vm_id, Backup.state.not_in((*DEAD, *without)))
-    return [as_point(b) for b in session.scalars(query.order_by(Backup.created_at, Backup.seq))]
+    query = query.order_by(Backup.created_at, Backup.seq).execution_options(populate_existing=True)
+    return [as_point(b) for b in session.scalars(query)]
 
 
 def as_point(b: Backup) -> Point:
@@ -83,6 +100,15 @@ def as_point(b: Backup) -> Point:
         b.id, b.chain, b.seq, b.state, b.domain_node, b.checkpoint, b.parent_id, b.created_at, b.file_bytes or 0,
         b.proven_at, (b.manifest or {}).get("disk_bytes", 0),
     )  # fmt: skip
+
+
+def lock_backups(tx: Tx, vm_id: str) -> None:
+    """Whoever reads a VM's points, or changes which there are, decides alone until its transaction ends: of a prune and
+    a restore at once, the second sees what the first has begun."""
+    if tx.session.get_bind().dialect.name == "postgresql":
+        # SQLite has one writer at a time anyway.
+        key = func.hashtextextended(f"backups of {vm_id}", 0)
+        tx.session.execute(select(func.pg_advisory_xact_lock(key)))
 
 
 def get_backup(session: Session, backup_id: str) -> Backup:
@@ -99,6 +125,8 @@ def get_backup(session: Session, backup_id: str) -> Backup:
 def usable(tx: Tx, backup_id: str, *states: BackupState) -> Backup:
     """The backup if something may be done with its files now: else NotFound, WrongState or Conflict."""
     backup = get_backup(tx.session, backup_id)
+    lock_backups(tx, backup.vm_id)
+    tx.session.refresh(backup)
     if backup.state not in (states or (BackupState.READY,)):
         raise WrongState(f"backup {backup.id} is {backup.state}", next="Choose another: hdcs backup list")
     for step in _live_steps(tx, "backup.prune_on_node"):
@@ -203,40 +231,76 @@ def _held_at(backup: Backup, at: str | None) -> Backup | BackupCopy:
     return next((copy for copy in backup.copies if copy.domain_node == at), backup)
 
 
-def delete(control: Control, backup_id: str, asked: Asked) -> Operation:
-    """Delete a point that no later point builds on."""
+def delete(control: Control, backup_ids: str | Sequence[str], asked: Asked) -> Operation:
+    """Delete points of one VM, in whatever order they are named: later ones first, or none of them.
+
+    Raises WrongState (a later point that is not named builds on one), Conflict, NotFound, Invalid.
+    """
     with control.transaction() as tx:
-        if (same := tx.same_request(asked, "backup.delete", backup_id)) is not None:
+        wanted = [backup_ids] if isinstance(backup_ids, str) else backup_ids
+        if (same := tx.same_request(asked, "backup.delete", " ".join(wanted))) is not None:
             return same
-        backup = usable(tx, backup_id, BackupState.READY, BackupState.BROKEN)
-        living = (BackupState.READY, BackupState.BROKEN, BackupState.CREATING)
-        later = tx.session.scalar(select(Backup.id).where(Backup.parent_id == backup.id, Backup.state.in_(living)))
-        if later:
-            raise WrongState(f"backup {backup.id} is the base of {later}", next="Delete the later points first")
-        if is_being_read(tx, backup.vm_id):
+        rows = {(b := usable(tx, each, BackupState.READY, BackupState.BROKEN)).id: b for each in wanted}
+        if len({b.vm_id for b in rows.values()}) != 1:
+            raise Invalid("these are backups of several VMs, or none", next="Delete those of one VM at once")
+        going = sorted(rows.values(), key=lambda b: (b.chain, -b.seq))
+        for backup in going:
+            _check_nothing_stays_on(tx, backup, rows)
+        if is_being_read(tx, going[0].vm_id):
             raise Conflict(
-                f"a backup of VM {backup.vm_name} is being read right now",
+                f"a backup of VM {going[0].vm_name} is being read right now",
                 next="Ask again when it has ended: hdcs op list --live",
             )
-        move(backup, BackupState.DELETING)
-        operation = tx.open("backup.delete", asked=asked, subject=backup.id, request={"backup": backup.id})
-        tx.step(operation, "backup.delete_on_node", backup.domain_node, spec_of(backup))
+        request = {"backup": going[0].id, "backups": [b.id for b in going], "was": {b.id: b.state.value for b in going}}
+        for backup in going:
+            move(backup, BackupState.DELETING)
+        operation = tx.open("backup.delete", asked=asked, subject=going[0].id, request=request)
+        tx.step(operation, "backup.delete_on_node", going[0].domain_node, spec_of(going[0]))
         return operation
+
+
+def _check_nothing_stays_on(tx: Tx, backup: Backup, going: Collection[str]) -> None:
+    living = (BackupState.READY, BackupState.BROKEN, BackupState.CREATING)
+    later = tx.session.scalar(
+        select(Backup.id).where(Backup.parent_id == backup.id, Backup.state.in_(living), Backup.id.not_in(going))
+    )
+    if later:
+        raise WrongState(f"backup {backup.id} is the base of {later}", next="Delete that, too: name both")
 
 
 @on_done("backup.delete_on_node")
 def _deleted(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
-    backup = tx.session.get(Backup, operation.request["backup"])
-    if backup is not None:
-        move(backup, BackupState.DELETED)
-        drop_copies(tx, backup.vm_id, backup.vm_name)
+    backup = tx.session.get_one(Backup, step.spec["point"])
+    move(backup, BackupState.DELETED)
+    left = _still_going(tx, operation)
+    if left and not operation.cancel_asked:
+        tx.step(operation, "backup.delete_on_node", left[0].domain_node, spec_of(left[0]))
+        return
+    _keep(operation, left)
+    drop_copies(tx, backup.vm_id, backup.vm_name)
 
 
 @on_failed("backup.delete_on_node")
 def _not_deleted(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
-    backup = tx.session.get(Backup, operation.request["backup"])
-    if backup is not None:
-        move(backup, BackupState.BROKEN)
+    left = _still_going(tx, operation)
+    if left and error.code not in UNTOUCHED:
+        move(left.pop(0), BackupState.BROKEN)  # its file may be gone, or half of the two
+    _keep(operation, left)
+
+
+UNTOUCHED = frozenset({Cancelled.code, Conflict.code})
+"""Errors a deletion ends with before it has removed anything."""
+
+
+def _still_going(tx: Tx, operation: Operation) -> list[Backup]:
+    """Points of the operation that are not deleted yet, the one its step is about first."""
+    rows = [tx.session.get_one(Backup, each) for each in operation.request["backups"]]
+    return [b for b in rows if b.state is BackupState.DELETING]
+
+
+def _keep(operation: Operation, points: Iterable[Backup]) -> None:
+    for backup in points:
+        move(backup, BackupState(operation.request["was"][backup.id]))
 
 
 def list_backups(control: Control, vm: str | None = None, *, unproven: bool = False) -> list[dict[str, Any]]:

@@ -63,7 +63,7 @@ def _scanned(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -
 def _record(tx: Tx, domain_node: str, point: dict[str, Any]) -> bool:
     """Add the point's row; False if there is one. Known from elsewhere, it is a copy."""
     if tx.session.get(Backup, point["id"]) is not None:
-        record_copy(tx, point["id"], domain_node)
+        record_copy(tx, point["id"], domain_node, verified=False)
         return False
     backup = Backup(
         id=point["id"], vm_id=point["vm_id"], vm_name=str(point["definition"].get("name", ""))[:63],

@@ -117,22 +117,29 @@ def _source(tx: Tx, links: list[Backup], backup: Backup) -> str:
 @on_done(FETCH)
 def _fetched(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
     for point in step.spec["points"]:
-        record_copy(tx, point["id"], step.queue)
+        record_copy(tx, point["id"], step.queue, verified=True)
     forget_copies(tx, result["dropped"], step.queue)
 
 
-def record_copy(tx: Tx, point_id: str, domain_node: str) -> None:
-    """The point was seen whole there. Where its first home is, that is no copy."""
+def record_copy(tx: Tx, point_id: str, domain_node: str, *, verified: bool) -> None:
+    """The point was found there; ``verified``: and read whole, so that it is good whatever it was before. Where its
+    first home is, that is no copy."""
     backup = tx.session.get(Backup, point_id)
-    if backup is None or backup.domain_node == domain_node:
+    if backup is None:
+        return
+    if backup.domain_node == domain_node:
+        if verified and backup.state is BackupState.BROKEN:
+            move(backup, BackupState.READY)  # brought back from a copy
         return
     row = tx.session.get(BackupCopy, (point_id, domain_node))
+    known = row is not None
     if row is None:
         row = BackupCopy(backup_id=point_id, domain_node=domain_node, state=BackupState.CREATING)
         tx.session.add(row)
         tx.session.flush()
-    row.verified_at = now()
-    if row.state is not BackupState.READY:
+    if verified:
+        row.verified_at = now()
+    if row.state is not BackupState.READY and (verified or not known):
         move(row, BackupState.READY)
 
 

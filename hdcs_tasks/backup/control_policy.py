@@ -63,11 +63,12 @@ def create(
             raise Conflict(f"there is a policy {name} already", next="See: hdcs policy list")
         if copy_to is not None:
             get_domain_node(tx.session, copy_to)
+        begun = now()
         policy = BackupPolicy(
             name=name, selector=dict(selector), schedule=schedule, full_every=full_every, full_percent=full_percent,
             keep=asdict(keep), merge=merge, bandwidth_mib_s=bandwidth_mib_s, concurrency=concurrency,
-            drill_schedule=drill_schedule, drill_points=drill_points, copy_to=copy_to, slot_at=now(),
-            drill_slot_at=now(), pending=[],
+            drill_schedule=drill_schedule, drill_points=drill_points, copy_to=copy_to, slot_at=begun,
+            drill_slot_at=begun, created_at=begun, pending=[],
         )  # fmt: skip
         tx.session.add(policy)
         tx.session.flush()
@@ -126,6 +127,8 @@ def view(policy: BackupPolicy) -> dict[str, Any]:
         "concurrency", "drill_schedule", "drill_points", "copy_to",
     )  # fmt: skip
     return {key: getattr(policy, key) for key in keys} | {
+        # Until its first run the moment it last began with is that of its creation.
+        "last_run_at": policy.slot_at.isoformat() if policy.slot_at > policy.created_at else None,
         "slot_at": policy.slot_at.isoformat(), "pending": len(policy.pending),
         "created_at": policy.created_at.isoformat(),
     }  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import select
 
-from hdcs_tasks.backup.control import is_being_read, of_vm, points_of
+from hdcs_tasks.backup.control import is_being_read, lock_backups, of_vm, points_of
 from hdcs_tasks.backup.control_drop import drop_copies
 from hdcs_tasks.backup.rules import Keep, Prune, plan_prune
 from hdcs_tasks.errors import Conflict, HdcsError, NotFound, OutcomeUnknown, from_dict
@@ -25,6 +25,7 @@ def prune(control: Control, vm: str, asked: Asked, keep: Keep, *, merge: bool = 
         if (same := tx.same_request(asked, "backup.prune", vm, keep=vars(keep), merge=merge)) is not None:
             return same
         vm_id, name = _vm_of_backups(tx, vm)
+        lock_backups(tx, vm_id)
         if is_being_read(tx, vm_id):
             raise Conflict(f"a backup of VM {name} is being read", next="See: hdcs op list --live")
         living = tx.session.scalar(select(Vm).where(Vm.id == vm_id, Vm.deleted_at.is_(None)))
@@ -62,6 +63,7 @@ def _plan(tx: Tx, vm_id: str, keep: Keep, *, merge: bool) -> Prune:
 
 def add_prune_steps(tx: Tx, operation: Operation, vm_id: str, keep: Keep, *, merge: bool) -> bool:
     """Add a step per domain node that holds something to prune; False if there is nothing, or points are being read."""
+    lock_backups(tx, vm_id)
     found = _plan(tx, vm_id, keep, merge=merge)
     if not (found.merges or found.drop) or is_being_read(tx, vm_id):
         return False

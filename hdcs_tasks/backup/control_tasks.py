@@ -57,7 +57,7 @@ def copy(
 
 
 @request_task("backup.delete")
-def delete(backup: str, by: str = "celery", reason: str = "") -> dict[str, Any]:
+def delete(backup: str | list[str], by: str = "celery", reason: str = "") -> dict[str, Any]:
     return view(backups.delete(control(), backup, asked_by_task(by, reason)))
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from hdcs_tasks.clock import monotonic_s
-from hdcs_tasks.errors import BackupBroken, Cancelled, HdcsError, NotFound, OutcomeUnknown
+from hdcs_tasks.errors import BackupBroken, Cancelled, HdcsError, NotFound, OutcomeUnknown, Rejected
 from hdcs_tasks.hypervisor import backup as guest_backup
 from hdcs_tasks.hypervisor import guests, merging, storage
-from hdcs_tasks.hypervisor.bases import storage_errors
+from hdcs_tasks.hypervisor.bases import PARTIAL, storage_errors, write_durably
 from hdcs_tasks.hypervisor.bitmaps import bitmaps, ensure_seed
 from hdcs_tasks.hypervisor.checkpoints import delete_checkpoint, keep_checkpoints, name_of
 from hdcs_tasks.hypervisor.keys import KeyRing
@@ -25,6 +25,7 @@ from hdcs_tasks.operations.node import HandOver, Run
 from hdcs_tasks.vm.node import CHECKPOINTS, image_path, still_ours
 
 LOCK_WAIT_S = 10.0
+ENCRYPTED = ".encrypted"
 
 
 def layout_of(run: Run) -> storage.StorageLayout:
@@ -87,18 +88,21 @@ def _write(run: Run, spec: dict[str, Any], layout: storage.StorageLayout, reposi
     _discard_earlier(run, spec["vm_id"], partial, checkpoint)  # first: what follows may fail, and the guest be frozen
     try:
         repository.check_free(spec["vm_id"], spec["chain"], spec["seq"])
-        base = _base(run, spec, layout, repository)
-        below = _parent(repository, spec) or base
-        backing = repository.backing(below, spec["vm_id"], spec["chain"]) if below is not None else None
-        run.progress(5, "copying")
-        made = _copy(run, spec, layout, partial, checkpoint, backing)
-        run.check()
-        draft = Point(
-            id=spec["point"], vm_id=spec["vm_id"], chain=spec["chain"], seq=spec["seq"], kind=kind,
-            parent=spec["parent"], checkpoint=checkpoint, base=base, definition=spec["definition"],
-            consistency=made.consistency, checkpoint_xml=made.checkpoint_xml, key=run.ctx.settings.backup_key or None,
-        )  # fmt: skip
-        published = repository.publish(partial, draft, on_progress=part(run, 80, 100), cancelled=run.cancelled)
+        stay_encrypted(repository, run.ctx.settings.backup_key)
+        with _begun(partial):
+            parent = _parent(repository, spec)
+            base = _base(run, spec, layout, repository) if parent is None else _base_of(repository, parent, spec)
+            backing = _backing(repository, parent or base, spec)
+            run.progress(5, "copying")
+            made = _copy(run, spec, layout, partial, checkpoint, backing)
+            run.check()
+            draft = Point(
+                id=spec["point"], vm_id=spec["vm_id"], chain=spec["chain"], seq=spec["seq"], kind=kind,
+                parent=spec["parent"], checkpoint=checkpoint, base=base, definition=spec["definition"],
+                consistency=made.consistency, checkpoint_xml=made.checkpoint_xml,
+                key=run.ctx.settings.backup_key or None,
+            )  # fmt: skip
+            published = repository.publish(partial, draft, on_progress=part(run, 80, 100), cancelled=run.cancelled)
     except OutcomeUnknown:
         raise  # its job may go on: the next attempt looks, and discards
     except Exception:
@@ -107,6 +111,41 @@ def _write(run: Run, spec: dict[str, Any], layout: storage.StorageLayout, reposi
         repository.forget_empty(spec["vm_id"], spec["chain"])
         raise
     return published
+
+
+def stay_encrypted(repository: Repository, key: str) -> None:
+    """A repository that holds encrypted points gets none in clear from a server node that was not told its key's name.
+
+    Raises Rejected.
+    """
+    mark = repository.folder / ENCRYPTED
+    if not key and mark.exists():
+        raise Rejected(
+            "the backups here are encrypted, and this server node has no HDCS_BACKUP_KEY",
+            next=f"Set it as on the others; to go on in clear, remove {mark}",
+        )
+    if key and not mark.exists():
+        with storage_errors(f"writing {mark.name}"):
+            write_durably(mark, b"New backups in this folder are encrypted.\n")
+
+
+@contextmanager
+def _begun(partial: Path) -> Iterator[None]:
+    """A file that is no point, from before its base image is looked for: while it is there, none is dropped."""
+    mark = partial.with_name(f"{partial.name.removesuffix(PARTIAL)}.begun{PARTIAL}")
+    with storage_errors(f"writing {mark.name}"):
+        mark.touch()
+    try:
+        yield
+    finally:
+        mark.unlink(missing_ok=True)
+
+
+def _backing(repository: Repository, below: Point | BaseImage | None, spec: dict[str, Any]) -> Backing | None:
+    if below is None:
+        return None
+    found = repository.backing(below, spec["vm_id"], spec["chain"])
+    return replace(found, keys=repository.keys_of(below)) if isinstance(below, BaseImage) else found
 
 
 def _parent(repository: Repository, spec: dict[str, Any]) -> Point | None:
@@ -166,14 +205,24 @@ def part(run: Run, first: float, last: float) -> Callable[[float, str, float | N
 
 
 def _base(run: Run, spec: dict[str, Any], layout: storage.StorageLayout, repository: Repository) -> BaseImage | None:
-    """The VM's image, kept in the repository from now on."""
-    image = spec["image"]
+    """The VM's image, kept in the repository from now on: in an encrypted one in a container."""
+    image, settings = spec["image"], run.ctx.settings
     if image is None:
         return None
     source = image_path(layout, image["name"], image["version"])
     size = source.stat().st_size if source.is_file() else 0
     base = BaseImage(name=image["name"], version=image["version"], sha256=image["sha256"], file_bytes=size)
-    repository.bases.keep(base, source, on_progress=part(run, 0, 5), cancelled=run.cancelled)
+    key = KeyRing.of(settings).find(settings.backup_key)
+    return repository.bases.keep(base, source, key=key, on_progress=part(run, 0, 5), cancelled=run.cancelled)
+
+
+def _base_of(repository: Repository, parent: Point, spec: dict[str, Any]) -> BaseImage | None:
+    """What an increment stands on is what its chain began on, as it lies there, whatever the key is by now."""
+    base, image = parent.base, spec["image"]
+    if (base and base.sha256) != (image and image["sha256"]):
+        raise BackupBroken("the chain stands on another image than the VM", next="The next backup is a full one")
+    if base is not None and not repository.bases.file(base).is_file():
+        raise BackupBroken(f"base image {base.name} of the chain is missing", next="The next backup is a full one")
     return base
 
 

@@ -36,7 +36,8 @@ def fetch(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     if base is not None and not _have_base(run, repository, base):
         # After the points: while those are without manifests, nobody drops a base.
         path = f"backups/bases/{repository.bases.file(base).name}"
-        files.append({"path": path, "size_bytes": base.file_bytes, "sha256": base.sha256})
+        size_bytes = base.stored_bytes if base.key else base.file_bytes
+        files.append({"path": path, "size_bytes": size_bytes, "sha256": base.file_sha256})
     done = node_files.fetch(run, spec | {"files": files})
     for point in missing:
         run.check()
@@ -69,6 +70,8 @@ def _have_base(run: Run, repository: Repository, base: BaseImage) -> bool:
     if repository.bases.file(base).is_file():
         return True
     image = image_path(layout_of(run), base.name, base.version)
+    if base.key is not None:
+        return False  # the very container its points stand on
     if not image.is_file() or disks.sha256(image, cancelled=run.cancelled) != base.sha256:
         return False
     repository.bases.keep(base, image, cancelled=run.cancelled)

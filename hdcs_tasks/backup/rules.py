@@ -143,10 +143,17 @@ _PERIODS: dict[str, Callable[[datetime], tuple[int, ...]]] = {
 
 
 def kept(points: Collection[Point], keep: Keep) -> set[str]:
-    """Ids of the points ``keep`` asks for, among the ready ones. The newest is always one: increments follow it."""
-    ready = sorted(
-        (p for p in points if p.state is BackupState.READY), key=lambda p: (p.created_at, p.seq), reverse=True
-    )
+    """Ids of the points ``keep`` asks for, among the ready ones. The newest is always one: increments follow it.
+
+    And those it would ask for if none were broken: a broken one may be mended, from a second copy or when its base
+    image is back, until it would go anyway.
+    """
+    ready = [p for p in points if p.state is BackupState.READY]
+    return _kept_of(ready, keep) | _kept_of([*ready, *(p for p in points if p.state is BackupState.BROKEN)], keep)
+
+
+def _kept_of(points: Collection[Point], keep: Keep) -> set[str]:
+    ready = sorted(points, key=lambda p: (p.created_at, p.seq), reverse=True)
     found = {p.id for p in ready[: max(1, keep.last)]}
     for name, period_of in _PERIODS.items():
         seen: list[tuple[int, ...]] = []
@@ -191,7 +198,7 @@ def plan_prune(points: Collection[Point], keep: Keep, *, merge: bool) -> Prune:
         needed.add(point.id)
         path = _below(point, by_id, held)
         between = path[:-1] if path and path[-1].id in held else path
-        can = merge and point.state is BackupState.READY and all(p.state is BackupState.READY for p in between)
+        can = merge and all(p.state is BackupState.READY for p in (point, *path))
         if can and between and _is_whole(path, held):
             merges.append(Merge(point.id, path[-1].id if path[-1].id in held else None))
         else:

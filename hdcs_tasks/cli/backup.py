@@ -282,13 +282,18 @@ def adopt(face: Face, domain_node: str, wait: bool, timeout_s: float | None, for
 @wait_options
 @pass_face
 def delete(face: Face, backup_ids: tuple[str, ...], yes: bool, wait: bool, timeout_s: float | None, form: str) -> None:
-    """Delete backups no later one builds on.
+    """Delete backups no later one builds on; those of a chain may be named in any order.
 
     \b
     Examples:
       hdcs backup delete 5be20c1f -y
+      hdcs backup delete 5be20c1f 7c01aa9e -y
     """
     confirm(f"Delete {named(backup_ids, 'backup')}?", yes)
-    opened, refused = waiting.each(backup_ids, face.cloud.backups.delete)
-    one = len(backup_ids) == 1
-    waiting.conclude(opened, form=form, wait=wait, timeout_s=timeout_s, one=one, refused=refused)
+    by_vm: dict[str, list[str]] = {}
+    for backup_id in backup_ids:
+        shown = face.cloud.backups.show(backup_id)
+        by_vm.setdefault(shown["vm_id"], []).append(shown["id"])
+    groups = {", ".join(output.short_id(each) for each in ids): ids for ids in by_vm.values()}
+    opened, refused = waiting.each(list(groups), lambda group: face.cloud.backups.delete(*groups[group]))
+    waiting.conclude(opened, form=form, wait=wait, timeout_s=timeout_s, one=len(groups) == 1, refused=refused)

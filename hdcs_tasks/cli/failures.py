@@ -43,7 +43,8 @@ def _database_url_wrong(error: BaseException) -> HdcsError:
 
 def _setting_wrong(error: BaseException) -> HdcsError:
     """Pydantic's validation error: which HDCS_* variable, and why."""
-    prefix = "HDCS_CAPACITY_" if getattr(error, "title", "") == "CapacitySettings" else "HDCS_"
+    part = str(getattr(error, "title", "")).removesuffix("Settings").upper().replace("RATE", "RATES")
+    prefix = f"HDCS_{part}_" if part else "HDCS_"
     listed = error.errors() if hasattr(error, "errors") else []
     told = [f"{prefix}{'_'.join(map(str, item['loc'])).upper()}: {item['msg']}" for item in listed]
     return Invalid(

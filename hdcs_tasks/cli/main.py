@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -34,9 +35,11 @@ from hdcs_tasks.cli import (
 from hdcs_tasks.cli.failures import as_hdcs_error
 from hdcs_tasks.cli.options import Face
 from hdcs_tasks.cli.output import message
+from hdcs_tasks.errors import NotFound
 
 if TYPE_CHECKING:
     from hdcs_tasks.cloud import Cloud
+    from hdcs_tasks.config import Settings
 
 DETACHED = 130
 
@@ -100,9 +103,22 @@ def connect() -> Cloud:
 
     quiet = {} if "HDCS_LOG_LEVEL" in os.environ or debugging() else {"log_level": "WARNING"}
     configure_logging(config.model_copy(update=quiet))
+    _is_record_there(config)
     from hdcs_tasks.cloud import Cloud
 
     return Cloud.from_settings(config)
+
+
+def _is_record_there(config: Settings) -> None:
+    """Where nothing says which record is meant, none is made in whatever folder this is: NotFound."""
+    scheme, _, path = config.database_url.partition(":///")
+    if "database_url" in config.model_fields_set or scheme != "sqlite" or Path(path).exists():
+        return
+    raise NotFound(
+        f"there is no record here ({Path(path).absolute()}), and HDCS_DATABASE_URL does not say where it is",
+        next="Set HDCS_DATABASE_URL and HDCS_REDIS_URL as the control worker has them (/etc/hdcs/control.env); for a "
+        "new record name its file: HDCS_DATABASE_URL=sqlite:////var/lib/hdcs/hdcs.sqlite",
+    )
 
 
 def debugging() -> bool:

@@ -27,10 +27,17 @@ def plain(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {plain(item)}" for key, item in value.items())
+        return ", ".join(f"{key}: {_inside(str(key), item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(plain(item) for item in value)
     return printable(str(value))
+
+
+def _inside(key: str, value: Any) -> str:
+    """A value inside another, in the human form of the unit in its key."""
+    numeric = isinstance(value, int | float) and not isinstance(value, bool) and not key.endswith("at")
+    moment = isinstance(value, str) and (key == "at" or key.endswith("_at"))
+    return column(key).show(value) if numeric or moment else plain(value)
 
 
 def printable(text: str) -> str:
@@ -54,10 +61,11 @@ def in_mib(value: Any) -> str:
 
 
 def in_time(value: Any) -> str:
-    """An ISO moment in the reader's own time zone, to the second."""
+    """An ISO moment in the reader's own time zone: today's to the second, another day's to the minute."""
     if not value:
         return "-"
-    return datetime.fromisoformat(str(value)).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    at = datetime.fromisoformat(str(value)).astimezone()
+    return f"{at:%H:%M:%S}" if at.date() == datetime.now().astimezone().date() else f"{at:%Y-%m-%d %H:%M}"
 
 
 def in_seconds(value: Any) -> str:
@@ -104,7 +112,8 @@ _SHOW_BY_UNIT: tuple[tuple[str, Callable[[Any], str]], ...] = (
 
 def column(key: str, title: str = "") -> Column:
     """A column whose human form follows from the unit in its name."""
-    show = next((show for unit, show in _SHOW_BY_UNIT if key.endswith(unit)), in_seconds if key == "seconds" else plain)
+    by_name = {"seconds": in_seconds, "at": in_time}.get(key, plain)
+    show = next((show for unit, show in _SHOW_BY_UNIT if key.endswith(unit)), by_name)
     heading = "took" if key == "seconds" and not title else title
     if not heading:
         heading = key.replace("_", " ")

@@ -14,7 +14,8 @@ COLUMNS = (
     output.Column("name"), output.Column("enabled"), output.Column("schedule"), output.Column("selector"),
     output.Column("keep"), output.Column("full_every", "full every"), output.Column("drill_schedule", "drill"),
     output.Column("copy_to", "copy to"),
-    output.column("slot_at", "last run"), output.Column("pending"),
+    output.Column("last_run_at", "last run", lambda at: output.in_time(at) if at else "never"),
+    output.Column("pending"),
 )  # fmt: skip
 
 
@@ -26,7 +27,8 @@ def policy() -> None:
 @policy.command()
 @click.argument("name")
 @click.option("--when", "schedule", required=True,
-              help="hourly, hourly :15, daily 02:00, weekly sun 03:00 or monthly 1 03:00; UTC.")  # fmt: skip
+              help="hourly, hourly :15, daily 02:00, weekdays 21:00, weekly sun 03:00, weekly mon,thu 03:00 or monthly "
+                   "1 03:00; UTC.")  # fmt: skip
 @click.option("--all", "every", is_flag=True, help="Every VM.")
 @click.option("--vm", "names", multiple=True, help="This VM (may be given several times).")
 @click.option("--tag", default=None, help="VMs with this tag.")
@@ -38,7 +40,7 @@ def policy() -> None:
               help="Begin a new chain when the increments outgrow this share of the full backup.")  # fmt: skip
 @keep_options
 @click.option("--bandwidth", "bandwidth_mib_s", type=click.IntRange(1), default=None,
-              help="Each backup copies at most so many MiB/s.")  # fmt: skip
+              help="All its backups on one domain node's storage together copy at most so many MiB/s.")  # fmt: skip
 @click.option("--concurrency", type=click.IntRange(1), default=2, show_default=True,
               help="Backups at once on one domain node's storage.")  # fmt: skip
 @click.option("--copy-to", default=None, metavar="DOMAIN_NODE", help="Keep a second copy in this one's storage.")

@@ -69,7 +69,16 @@ uses its own.
 """
 
 _TABLE_HEAD = ("| variable | default | unit | meaning |", "| --- | --- | --- | --- |")
-_UNITS = (("_mib", "MiB"), ("_bytes", "bytes"), ("_percent", "percent"), ("_s", "s"), ("mhz_per_vcpu", "MHz"))
+_UNITS = (
+    ("_mib", "MiB"),
+    ("_bytes", "bytes"),
+    ("_percent", "percent"),
+    ("_s", "s"),
+    ("_days", "days"),
+    ("_hour", "per hour"),
+    ("_month", "per 30 days"),
+    ("mhz_per_vcpu", "MHz"),
+)
 
 
 def leaves(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
@@ -129,13 +138,14 @@ def configuration_page() -> str:
     """docs/configuration.md."""
     from pydantic_settings import BaseSettings
 
-    from hdcs_tasks.config import AlarmSettings, CapacitySettings, MetricsSettings, RateSettings, Settings
+    from hdcs_tasks.config import AlarmSettings, CapacitySettings, KeepSettings, MetricsSettings, RateSettings, Settings
 
     tables: list[tuple[str, type[BaseSettings]]] = [
         ("Services, timing, network and nodes", Settings),
         ("Capacity", CapacitySettings),
         ("Alarms", AlarmSettings),
         ("Rates", RateSettings),
+        ("Keeping", KeepSettings),
         ("Metrics", MetricsSettings),
     ]
     parts = [_CONFIGURATION_HEAD]
@@ -144,7 +154,7 @@ def configuration_page() -> str:
         fields = [
             (name, field)
             for name, field in cls.model_fields.items()
-            if name not in ("capacity", "alarm", "rates", "metrics")
+            if name not in ("capacity", "alarm", "rates", "metrics", "keep")
         ]
         rows = [_setting(prefix + name.upper(), name, field) for name, field in fields]
         parts.append("\n".join(["", f"## {title}", "", *_TABLE_HEAD, *rows, ""]))

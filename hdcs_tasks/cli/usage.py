@@ -78,7 +78,7 @@ def usage(face: Face, /, form: str, **options: Any) -> None:
         output.print_json(found)
         return
     output.print_rows(found["rows"], (*HEADS[found["by"]], *USED), form)
-    output.message(f"from {found['start']} to {found['end']}")
+    output.message(f"from {output.in_time(found['start'])} to {output.in_time(found['end'])}")
 
 
 @click.group()

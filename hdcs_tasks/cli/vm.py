@@ -183,7 +183,7 @@ def usb(face: Face, name: str, policy: str, form: str) -> None:
 
 @vm.command()
 @click.argument("name")
-@click.option("--ttl", "ttl_s", type=DURATION, default=60.0, show_default=True, help="How long the ticket works.")
+@click.option("--ttl", "ttl_s", type=DURATION, default="60s", show_default=True, help="How long the ticket works.")
 @click.option("-o", "--output", "path", type=click.Path(dir_okay=False), default=None,
               help="Write the viewer file here, readable by you alone. Default: print it.")  # fmt: skip
 @pass_face
@@ -208,7 +208,7 @@ def console(face: Face, name: str, ttl_s: float, path: str | None) -> None:
 
 @vm.command()
 @click.argument("names", nargs=-1, required=True, metavar="VM...")
-@click.option("--timeout", "timeout_s", type=DURATION, default=120.0, show_default=True,
+@click.option("--timeout", "timeout_s", type=DURATION, default="2m", show_default=True,
               help="Give up after this long (exit code 7).")  # fmt: skip
 @format_option
 @pass_face

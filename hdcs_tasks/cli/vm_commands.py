@@ -127,7 +127,7 @@ def start(face: Face, /, pin: str | None, dry_run: bool, **options: Any) -> None
 @click.command()
 @_common
 @click.option("--force", is_flag=True, help="Switch off at once, also what a backup or migration holds.")
-@click.option("--grace", "grace_s", type=DURATION, default=60.0, show_default=True,
+@click.option("--grace", "grace_s", type=DURATION, default="60s", show_default=True,
               help="How long the guest may take to shut down.")  # fmt: skip
 @yes_option
 @pass_face

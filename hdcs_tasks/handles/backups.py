@@ -54,8 +54,9 @@ class Backups(Part):
         """Prove a point: restored into a throwaway VM without network, whose agent must answer in ``timeout_s``."""
         return self._op(control_drill.drill(self._control, backup_id, self._asked(), timeout_s=timeout_s))
 
-    def delete(self, backup_id: str) -> Operation:
-        return self._op(backup_control.delete(self._control, backup_id, self._asked()))
+    def delete(self, *backup_ids: str) -> Operation:
+        """Points of one VM, named in any order; all of them, or (a later one builds on one of them) none."""
+        return self._op(backup_control.delete(self._control, backup_ids, self._asked()))
 
     def prune(
         self, vm: str, *, last: int = 1, daily: int = 0, weekly: int = 0, monthly: int = 0, merge: bool = False,

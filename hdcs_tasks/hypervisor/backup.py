@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 
 import libvirt
 
-from hdcs_tasks.errors import BackupBroken, Conflict, HdcsError, HypervisorRefused, OutcomeUnknown, WrongState
+from hdcs_tasks.errors import BackupBroken, Conflict, HypervisorRefused, OutcomeUnknown, WrongState
 from hdcs_tasks.hypervisor import agent, keys
 from hdcs_tasks.hypervisor.checkpoints import (
     DISK_TARGET,
@@ -43,6 +43,7 @@ from hdcs_tasks.hypervisor.jobs import (
 )
 from hdcs_tasks.hypervisor.keys import Key
 from hdcs_tasks.hypervisor.layers import Backing, create_layer, extract_layer, set_backing
+from hdcs_tasks.hypervisor.pacing import Pace
 
 _FIRST_POLL_S = 0.01
 _STATS_WAIT_S = 5.0
@@ -238,13 +239,16 @@ class _Push:
         mark, and the backup chain does not hear of it."""
         others = [name for name in self._disks() if name != self.disk_target]
         self._refuse_unknown(since)
+        limit = None if self.bandwidth_mib_s is None else self.bandwidth_mib_s << 20
         with completed_job(self.host, self.guest) as wait_stats:
+            pace = Pace(self.guest, self.disk_target, target, limit)
             consistency = self._begin(
                 _backup_xml(target, since, self.disk_target, others, self.key),
                 checkpoint_xml(checkpoint, self.disk_target, others=others) if checkpoint else None,
                 freeze,
+                pace,
             )
-            self._watch()
+            self._watch(pace)
             stats = wait_stats(_STATS_WAIT_S)
         if not stats.get("success", False):
             why = stats.get("errmsg") or "libvirt did not say why"
@@ -270,10 +274,13 @@ class _Push:
                 f"guest {self.vm_id} has no checkpoint {since}", next="The next backup of this VM is a full one"
             )
 
-    def _begin(self, backup_xml: str, point_xml: str | None, freeze: bool) -> str:
+    def _may_go_on(self) -> None:
         reason = stop_reason(self.what, self.cancelled, self.deadline)
         if reason is not None:
             raise reason
+
+    def _begin(self, backup_xml: str, point_xml: str | None, freeze: bool, pace: Pace) -> str:
+        self._may_go_on()
         with libvirt_errors(self.what):
             running = self.guest.state()[0] == libvirt.VIR_DOMAIN_RUNNING  # a paused one has no agent to wait for
         with ExitStack() as stack:
@@ -282,31 +289,19 @@ class _Push:
                 flags = libvirt.VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL if self.key else 0
                 self.guest.backupBegin(backup_xml, point_xml, flags)
             self.begun = True
-            self._limit()  # before the thaw, which takes as long as copying many MiB
+            pace.hold()  # before the thaw, which takes as long as copying many MiB
         return "filesystem" if held else "crash"
 
-    def _limit(self) -> None:
-        """libvirt takes a limit only for a job that runs: what it copied before is little."""
-        if self.bandwidth_mib_s is None:
-            return
-        flags = libvirt.VIR_DOMAIN_BLOCK_JOB_SPEED_BANDWIDTH_BYTES
-        try:
-            with libvirt_errors(f"limit the {self.what}"):
-                self.guest.blockJobSetSpeed(self.disk_target, self.bandwidth_mib_s << 20, flags)
-        except HdcsError:
-            if job_of(self.guest) is not None:  # else it has ended already
-                raise
-
-    def _watch(self) -> None:
+    def _watch(self, pace: Pace) -> None:
         pause = _FIRST_POLL_S
         while True:
             job = job_of(self.guest)
             # Asked also when it just ended: a cancelled backup is not kept because it was quick.
-            reason = stop_reason(self.what, self.cancelled, self.deadline)
-            if reason is not None:
-                raise reason
+            self._may_go_on()
             if job is None:
+                pace.wait(self.deadline, self._may_go_on)
                 return
+            pace.hold()
             if self.on_progress is not None:
                 self.on_progress(job.percent, job.phase, job.eta_s)
             time.sleep(pause)

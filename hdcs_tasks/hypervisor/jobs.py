@@ -27,6 +27,7 @@ IsCancelled = Callable[[], bool]
 POLL_S = 0.1
 ABORT_TIMEOUT_S = 30.0
 _MIB = 1024 * 1024
+_NO_FIGURES = "backup job data missing"
 
 _KINDS = {
     libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_IN: "migration_in",
@@ -94,12 +95,22 @@ def job_of(guest: Any) -> JobInfo | None:
     """The job running on ``guest`` (a virDomain), or None. A guest that vanished has none."""
     try:
         with libvirt_errors("ask for the guest's job"):
-            stats = guest.jobStats()
+            stats = _stats_of(guest)
     except (NotFound, WrongState):
         return None
     if stats.get("type", 0) not in (libvirt.VIR_DOMAIN_JOB_BOUNDED, libvirt.VIR_DOMAIN_JOB_UNBOUNDED):
         return None
     return _info(stats)
+
+
+def _stats_of(guest: Any) -> dict[str, Any]:
+    """libvirt's figures; of a backup that just begins or ends it has none to tell yet or any more, and fails."""
+    try:
+        return dict(guest.jobStats())
+    except libvirt.libvirtError as error:
+        if error.get_error_code() != libvirt.VIR_ERR_INTERNAL_ERROR or _NO_FIGURES not in str(error):
+            raise
+    return {"type": libvirt.VIR_DOMAIN_JOB_UNBOUNDED, "operation": libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP}
 
 
 def current_job(host: Host, vm_id: str) -> JobInfo | None:
@@ -171,6 +182,17 @@ def stop_reason(what: str, cancelled: IsCancelled | None, deadline: float) -> Ex
             next="Ask again with more time, more bandwidth, or while the guest is less busy",
         )
     return None
+
+
+def share(on_progress: OnProgress | None, number: int, steps: int, phase: str) -> OnProgress | None:
+    """Progress of one of several equal steps as progress of the whole."""
+    if on_progress is None:
+        return None
+
+    def tell(percent: float, _phase: str, _eta_s: float | None) -> None:
+        on_progress((number * 100.0 + percent) / steps, phase, None)
+
+    return tell
 
 
 @dataclass(frozen=True)

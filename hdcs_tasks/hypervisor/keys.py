@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
-from hdcs_tasks.errors import HypervisorRefused, NotFound, Rejected, Unavailable
+from hdcs_tasks.errors import HypervisorRefused, NotFound, Rejected
 from hdcs_tasks.hypervisor import processes
 from hdcs_tasks.hypervisor.connection import Host
 from hdcs_tasks.hypervisor.errors import libvirt_errors
@@ -29,14 +30,21 @@ KEY_MIN_BYTES = 16
 KEY_MAX_BYTES = 512
 _COMMAND_S = 30.0
 _TRIES = 8
+CREATE_S = 600.0
+"""How long an encrypted file may take to be made on a busy machine; it takes about 2 s of CPU time."""
+_CREATE_CPU_S = 20
 
 
 @dataclass(frozen=True)
 class Key:
-    """A LUKS passphrase; its content shows in no text made of it."""
+    """A LUKS passphrase; its content shows in no text made of it.
+
+    ``container``: the file it opens is not a qcow2 with LUKS inside, but a LUKS container with a qcow2 in it
+    (``containers.py``)."""
 
     name: str
     content: bytes = field(repr=False)
+    container: bool = False
 
     @property
     def id(self) -> str:
@@ -111,17 +119,38 @@ def opened(path: Path, keys: Keys) -> list[str]:
     return [_json_name(path, keys)]
 
 
-def _json_name(path: Path, keys: Keys) -> str:
-    said = {"driver": "qcow2", "file.driver": "file", "file.filename": os.path.abspath(path)}
+def _json_name(path: Path, keys: Keys, more: dict[str, str] | None = None) -> str:
+    top = "file.file." if keys[0] is not None and keys[0].container else "file."
+    said = {"driver": "qcow2", f"{top}driver": "file", f"{top}filename": os.path.abspath(path)}
     for depth, key in enumerate(keys):
-        if key is not None:
-            said["backing." * depth + "encrypt.key-secret"] = key.id
-    return "json:" + json.dumps(said)
+        said |= {} if key is None else _opens("backing." * depth, key)
+    return "json:" + json.dumps(said | (more or {}))
+
+
+def _opens(node: str, key: Key) -> dict[str, str]:
+    """What QEMU is told of one layer. The name of a container in a chain is the one in the header above it."""
+    if key.container:
+        return {f"{node}driver": "qcow2", f"{node}file.driver": "luks", f"{node}file.key-secret": key.id}
+    return {f"{node}encrypt.key-secret": key.id}
+
+
+def options(path: Path, key: Key) -> str:
+    """An encrypted qcow2 file that stands on nothing, as ``--target-image-opts`` takes it."""
+    name = os.path.abspath(path).replace(",", ",,")
+    return f"driver=qcow2,file.driver=file,file.filename={name},encrypt.key-secret={key.id}"
 
 
 def named(path: Path, keys: Keys) -> str:
     """As ``opened``, without the format."""
     return _json_name(path, keys) if any(keys) else str(path)
+
+
+def named_with(path: Path, keys: Keys, depth: int) -> tuple[str, str]:
+    """As ``named``; and a name for its layer ``depth`` files down, raw. A header holds 1023 bytes of a backing file's
+    name: the keys of a chain of a dozen files are more, so that its layers are named by what is open already."""
+    return _json_name(
+        path, keys, {"backing." * depth + "node-name": "below"}
+    ), 'json:{"driver": "raw", "file": "below"}'
 
 
 def encryption(key: Key | None) -> list[str]:
@@ -135,19 +164,25 @@ def encryption(key: Key | None) -> list[str]:
     return ["-o", f"encrypt.format=luks,encrypt.key-secret={key.id},encrypt.iter-time=10,encrypt.hash-alg=sha512"]
 
 
-def run(program: Sequence[str], *arguments: str | Path, keys: Keys = (), **options: Any) -> processes.Finished:
+def run(program: Sequence[str], *arguments: str | Path, keys: Keys = (), **how: Any) -> processes.Finished:
     """``program`` (``["qemu-img", "convert"]``) with ``keys`` at hand as objects; else as ``processes.run``."""
+    if program[-1] == "create" and any(keys):
+        how["cpu_s"] = _CREATE_CPU_S
     with _objects(keys) as (objects, handles):
         argv = [*program, *objects, *map(str, arguments)]
         for left in range(_TRIES, 0, -1):
             try:
-                return processes.run(argv, pass_fds=handles, **options)
-            except (HypervisorRefused, Unavailable) as error:
-                # QEMU measures its own speed to make a LUKS header: on a coarse clock it gives up, or never ends.
-                slow = isinstance(error, Unavailable) and program[-1] == "create"
-                if left == 1 or not (slow or "accurate CPU usage" in error.message):
+                return processes.run(argv, pass_fds=handles, **how)
+            except HypervisorRefused as error:
+                if left == 1 or not _mismeasured(error):
                     raise
     raise AssertionError("unreachable")
+
+
+def _mismeasured(error: HypervisorRefused) -> bool:
+    """QEMU measures its own speed to make a LUKS header: on a coarse clock it gives up, or never ends and is killed."""
+    killed = error.details.get("exit_code") in (-signal.SIGXCPU, -signal.SIGKILL)
+    return killed or "accurate CPU usage" in error.message
 
 
 @contextmanager

@@ -23,11 +23,12 @@ _QUICK_S = 60.0
 @dataclass(frozen=True)
 class Backing:
     """What a backup file stands on. ``path``: absolute, or relative to the backup file's folder; ``keys``: its own and
-    those of the layers below it."""
+    those of the layers below it; ``depth``: how many layers below the source it is, where it is one of the source's."""
 
     path: str
     format: str = "qcow2"
     keys: Keys = ()
+    depth: int | None = None
 
 
 def create_layer(target: Path, backing: Backing | None, size_bytes: int, key: Key | None) -> None:
@@ -35,7 +36,7 @@ def create_layer(target: Path, backing: Backing | None, size_bytes: int, key: Ke
     on = [] if backing is None else ["-u", "-F", backing.format, "-b", backing.path]
     _keys.run(
         ["qemu-img", "create"], "-q", "-f", "qcow2", *_keys.encryption(key), *on, target, str(size_bytes), keys=(key,),
-        timeout_s=_QUICK_S / 4,
+        timeout_s=_keys.CREATE_S if key else _QUICK_S,
     )  # fmt: skip
 
 
@@ -86,14 +87,21 @@ def _extract(
         )  # fmt: skip
         return
     create_layer(target, overlay, virtual_bytes(source), key)
-    # QEMU resolves no relative name below a file it was told the keys of: the absolute one first, then as it is to be.
-    below = Path(os.path.normpath(target.absolute().parent / backing.path))
+    where, below, fmt = _names(target, backing, (key, *of_source))
     _keys.run(
-        ["qemu-img", "rebase"], "-p", "-F", backing.format, "-b", _keys.named(below, backing.keys),
-        _keys.named(target, (key, *of_source)), keys=(key, *of_source, *backing.keys), timeout_s=timeout_s,
-        on_percent=on_percent, cancelled=cancelled,
+        ["qemu-img", "rebase"], "-p", "-F", fmt, "-b", below, where, keys=(key, *of_source, *backing.keys),
+        timeout_s=timeout_s, on_percent=on_percent, cancelled=cancelled,
     )  # fmt: skip
     set_backing(target, backing, key)
+
+
+def _names(target: Path, backing: Backing, keys: Keys) -> tuple[str, str, str]:
+    """How QEMU is told of the file that is rebased, of its new backing file, and that one's format."""
+    if backing.depth is not None:
+        return *_keys.named_with(target, keys, backing.depth + 1), "raw"
+    # QEMU resolves no relative name below a file it was told the keys of: the absolute one first, then as it is to be.
+    below = Path(os.path.normpath(target.absolute().parent / backing.path))
+    return _keys.named(target, keys), _keys.named(below, backing.keys), backing.format
 
 
 def flatten(
@@ -120,10 +128,20 @@ def _convert(
     source: Path, target: Path, on_percent: Callable[[float], None], cancelled: IsCancelled | None, timeout_s: float,
     of_source: Keys, key: Key | None,
 ) -> None:  # fmt: skip
-    _keys.run(
-        ["qemu-img", "convert"], "-p", *_keys.opened(source, of_source), "-O", "qcow2", *_keys.encryption(key), target,
-        keys=(key, *of_source), timeout_s=timeout_s, on_percent=on_percent, cancelled=cancelled,
-    )  # fmt: skip
+    how: dict[str, Any] = {"timeout_s": timeout_s, "on_percent": on_percent, "cancelled": cancelled}
+    if key is None:
+        argv = [*_keys.opened(source, of_source), "-O", "qcow2", str(target)]
+        _keys.run(["qemu-img", "convert"], "-p", *argv, keys=of_source, **how)
+        return
+    create_layer(target, None, virtual_bytes(source), key)  # by itself: making the header may have to be tried again
+    argv = [
+        "-n",
+        "--target-is-zero",
+        "--target-image-opts",
+        *_keys.opened(source, of_source),
+        _keys.options(target, key),
+    ]
+    _keys.run(["qemu-img", "convert"], "-p", *argv, keys=(key, *of_source), **how)
 
 
 def same_content(

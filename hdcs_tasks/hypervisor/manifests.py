@@ -28,14 +28,29 @@ _SEAL = "manifest_sha256"
 
 @dataclass(frozen=True)
 class BaseImage:
-    """The image below the VM's own layer. ``sha256``, ``file_bytes``: of its file; the first is also its name in the
-    repository (``bases.py``)."""
+    """The image below the VM's own layer. ``sha256``, ``file_bytes``: of its file.
+
+    ``key``: name of the key of the container it lies in (``containers.py``), with ``stored_sha256`` and
+    ``stored_bytes`` of that; None where it lies in clear.
+    """
 
     name: str
     version: int
     sha256: str
     format: str = "qcow2"
     file_bytes: int = 0
+    key: str | None = None
+    stored_sha256: str = ""
+    stored_bytes: int = 0
+
+    @property
+    def file_sha256(self) -> str:
+        """Of the file in the repository as it lies there, whose name it is, too."""
+        return self.stored_sha256 if self.key else self.sha256
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.file_sha256}.{'luks' if self.key else self.format}"
 
 
 @dataclass(frozen=True)
@@ -125,11 +140,12 @@ def check_point(point: Point) -> Point:
     if point.key is not None:
         check_label("key", point.key)
     if point.base is not None:
-        _check_base(point.base)
+        check_base(point.base)
     return point
 
 
-def _check_base(base: BaseImage) -> None:
+def check_base(base: BaseImage) -> None:
+    """Invalid if its fields do not fit together."""
     if not _SHA256.fullmatch(base.sha256) or base.format not in ("qcow2", "raw"):
         raise Invalid(f"base image {base.name} has a bad hash or format", next="Give its SHA-256 and qcow2 or raw")
     check_label("image", base.name)
@@ -137,6 +153,11 @@ def _check_base(base: BaseImage) -> None:
         raise Invalid(f"base image {base.name} has {base.file_bytes!r} bytes", next="Give the size of its file")
     if type(base.version) is not int or base.version < 1:
         raise Invalid(f"base image {base.name} has version {base.version!r}", next="Versions count from 1")
+    if base.key is None:
+        return
+    check_label("key", base.key)
+    if not _SHA256.fullmatch(base.stored_sha256) or type(base.stored_bytes) is not int or base.stored_bytes < 1:
+        raise Invalid(f"base image {base.name} lies in a container without hash or size", next="Give both")
 
 
 def dump(point: Point) -> bytes:

@@ -50,8 +50,8 @@ def merge(
     partial = repository.partial(point.vm_id, point.chain, point.seq, attempt)
     partial.unlink(missing_ok=True)
     try:
-        of_point, of_below = repository.keys_of(point), repository.keys_of(below) if below else ()
-        backing = backing and replace(backing, keys=of_below)
+        of_point, of_below = repository.keys_of(point), repository.keys_of(stands_on)
+        backing = backing and replace(backing, keys=of_below, depth=len(of_point) - len(of_below))
         flatten(
             repository.file(point), partial, backing, on_progress, cancelled, deadline_s, keys=of_point, key=of_point[0]
         )  # fmt: skip

@@ -59,7 +59,7 @@ def _create(base: Path, path: Path, fmt: str, size_bytes: int | None, bitmap: st
     size = [] if size_bytes is None else [str(size_bytes)]
     keys.run(
         ["qemu-img", "create"], "-q", "-f", "qcow2", *keys.encryption(key), "-F", fmt, "-b", base.absolute(),
-        path, *size, keys=(key,), timeout_s=_CREATE_S,
+        path, *size, keys=(key,), timeout_s=keys.CREATE_S if key else _CREATE_S,
     )  # fmt: skip
     if bitmap is not None:
         argv = [*keys.opened(path, (key,)), bitmap]

@@ -1,6 +1,6 @@
 """Backup chains as plain files, readable without HDCS:
 
-    <storage root>/backups/bases/<sha256>.qcow2         base images, each version once (bases.py)
+    <storage root>/backups/bases/<sha256>.qcow2         base images, each version once (bases.py); .luks: encrypted
                            <vm_id>/<chain>/0001.qcow2   full: on the base image, by a relative backing path
                                            0001.json    manifest, written last: without it there is no point
                                            0002.qcow2   increment: on 0001.qcow2
@@ -24,7 +24,7 @@ from hdcs_tasks.hypervisor import keys, manifests
 from hdcs_tasks.hypervisor.bases import PARTIAL, Bases, storage_errors, write_durably
 from hdcs_tasks.hypervisor.bitmaps import ensure_seed
 from hdcs_tasks.hypervisor.disks import sha256, sync
-from hdcs_tasks.hypervisor.jobs import IsCancelled, OnProgress
+from hdcs_tasks.hypervisor.jobs import IsCancelled, OnProgress, share
 from hdcs_tasks.hypervisor.keys import Key, KeyRing, Keys
 from hdcs_tasks.hypervisor.layers import Backing, flatten, header, same_content
 from hdcs_tasks.hypervisor.manifests import BaseImage, Point
@@ -40,7 +40,7 @@ class Repository:
         self.root = root
         self.ring = ring or KeyRing()
         self.folder = root / "backups"
-        self.bases = Bases(self.folder / "bases")
+        self.bases = Bases(self.folder / "bases", self.ring)
 
     def chain_folder(self, vm_id: str, chain: str) -> Path:
         """Where a chain's files lie; raises Invalid for names that are none, or are linked out of the storage."""
@@ -65,10 +65,13 @@ class Repository:
             return Backing(below.file_name)
         return Backing(os.path.relpath(self.bases.file(below), self.chain_folder(vm_id, chain)), below.format)
 
-    def keys_of(self, point: Point) -> Keys:
-        """The keys of the point's file and of all below it, for QEMU. Raises NotFound: one is not on this node."""
-        links = self.links(point) if point.key or point.parent else [point]
-        return [self.ring.find(link.key) for link in reversed(links)]
+    def keys_of(self, below: Point | BaseImage | None) -> Keys:
+        """The keys of a point's (or a base's) file and of all below it, for QEMU. Raises NotFound: one is not on this
+        node."""
+        if not isinstance(below, Point):
+            return [self.bases.key_of(below)]
+        links = self.links(below) if below.key or below.parent else [below]
+        return [*(self.ring.find(link.key) for link in reversed(links)), self.bases.key_of(below.base)]
 
     def publish(
         self,
@@ -90,7 +93,7 @@ class Repository:
             if draft.base is not None and not self.bases.file(draft.base).is_file():
                 raise BackupBroken(f"base image {draft.base.name} of {draft.id} is missing", next="Back up once more")
             os.replace(partial, final)
-            sync(final.parent)
+            self._sync_folders(final)
             write_durably(final.with_name(point.manifest_name), manifests.dump(point))
         return point
 
@@ -110,7 +113,9 @@ class Repository:
         with self.bases.locked(), storage_errors(f"writing backup point {point.id}"):
             if point.base is not None and not self.bases.file(point.base).is_file():
                 raise BackupBroken(f"base image {point.base.name} of {point.id} is missing", next="Copy it once more")
-            sync(file.parent)
+            if point.base is not None:
+                self.bases.note(point.base)
+            self._sync_folders(file)
             write_durably(file.with_name(point.manifest_name), manifests.dump(point))
 
     def drop_partials(self, point: Point) -> None:
@@ -204,11 +209,11 @@ class Repository:
         steps = len(chain) + (1 if base and image else 0)
         below: Point | None = None
         for number, link in enumerate(chain):
-            self._verify_file(link, below, _share(on_progress, number, steps, "verify"), cancelled)
+            self._verify_file(link, below, share(on_progress, number, steps, "verify"), cancelled)
             below = link
         if base and image is not None and point.base is not None:
-            tell = _share(on_progress, len(chain), steps, "verify")
-            if sha256(image, on_progress=tell, cancelled=cancelled) != point.base.sha256:
+            tell = share(on_progress, len(chain), steps, "verify")
+            if sha256(image, on_progress=tell, cancelled=cancelled) != point.base.file_sha256:
                 raise BackupBroken(
                     f"base image {image.name} of {point.id} has changed", next="Import that version again"
                 )
@@ -242,7 +247,7 @@ class Repository:
         try:
             with storage_errors(f"restoring {point.id}"):
                 flatten(
-                    self.file(point), partial, backing, _as(on_progress, "restore"), cancelled, deadline_s,
+                    self.file(point), partial, backing, share(on_progress, 0, 1, "restore"), cancelled, deadline_s,
                     keys=self.keys_of(point), key=key,
                 )  # fmt: skip
                 if bitmap:
@@ -296,7 +301,7 @@ class Repository:
         """Delete base images no manifest names; returns their hashes. Does nothing while a manifest is unreadable."""
         with self.bases.locked():
             damaged: list[str] = []
-            used = {p.base.sha256 for p in self.points(None, damaged) if p.base is not None}
+            used = {p.base.file_sha256 for p in self.points(None, damaged) if p.base is not None}
             busy = next(self.leftovers(), None)  # a backup under way may stand on one
             return [] if damaged or busy else self.bases.drop_all_but(used)
 
@@ -373,24 +378,14 @@ class Repository:
                 next="It was not written by HDCS or was changed: restore an earlier point",
             )
 
+    def _sync_folders(self, file: Path) -> None:
+        """The names of a chain's files and, as the chain may be new, of its folder and the VM's."""
+        for folder in (file.parent, file.parent.parent, self.folder):
+            sync(folder)
+
     def _remove_empty(self, folder: Path) -> None:
         for each in (folder, folder.parent):
             try:
                 each.rmdir()
             except OSError:
                 return  # not empty, or gone
-
-
-def _as(on_progress: OnProgress | None, phase: str) -> OnProgress | None:
-    return _share(on_progress, 0, 1, phase)
-
-
-def _share(on_progress: OnProgress | None, number: int, steps: int, phase: str) -> OnProgress | None:
-    """Progress of one of several equal steps as progress of the whole."""
-    if on_progress is None:
-        return None
-
-    def tell(percent: float, _phase: str, _eta_s: float | None) -> None:
-        on_progress((number * 100.0 + percent) / steps, phase, None)
-
-    return tell

@@ -24,7 +24,7 @@ from hdcs_tasks.operations.control import Control
 from hdcs_tasks.pool.control import IN_POOL, list_domain_nodes
 from hdcs_tasks.states import OPERATION_LIVE, STEP_LIVE, AlarmState, BackupState, ServerNodeState, VmState
 from hdcs_tasks.store.models import Backup, DomainNode, Operation, ServerNode, Step, Vm
-from hdcs_tasks.store.models_watch import Alarm, Notice
+from hdcs_tasks.store.models_watch import Alarm, Notice, OperationTally
 
 log = logger(__name__)
 
@@ -52,7 +52,8 @@ class Histogram:
 
 
 class Ended:
-    """Operations that have ended, counted since there are any; each scrape reads only what is new."""
+    """Operations that have ended, counted since there are any, those that left the record too; each scrape reads only
+    what is new."""
 
     def __init__(self) -> None:
         self.found: dict[tuple[str, str], Histogram] = {}
@@ -66,6 +67,11 @@ class Ended:
         if self._until is not None:
             query = query.where(Operation.ended_at > self._until - LATE)
         with control.store.read() as session:
+            if self._until is None:
+                self.found = {
+                    (row.kind, row.outcome): Histogram(list(row.buckets), row.total_s)
+                    for row in session.scalars(select(OperationTally))
+                }
             for id_, kind, state, began, ended in session.execute(query.execution_options(yield_per=5000)):
                 if ended is None or id_ in self._recent:
                     continue

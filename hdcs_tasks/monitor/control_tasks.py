@@ -9,6 +9,7 @@ from hdcs_tasks.monitor import (
     control_alarms,
     control_idle,
     control_notices,
+    control_retention,
     control_samples,
     control_usage,
     usage_rules,
@@ -36,6 +37,11 @@ def sample_sweep(period_s: float) -> None:
 @app.task(name="monitor.idle_sweep")
 def idle_sweep(period_s: float) -> None:
     sweep_once(control(), "idle", period_s, control_idle.idle_sweep)
+
+
+@app.task(name="monitor.retention_sweep")
+def retention_sweep(period_s: float) -> None:
+    sweep_once(control(), "retention", period_s, control_retention.retention_sweep)
 
 
 @app.task(name="monitor.looked")

@@ -6,9 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -19,6 +17,7 @@ from hdcs_tasks.hypervisor.connection import Host
 from hdcs_tasks.hypervisor.events import GuestEvent, Watch
 from hdcs_tasks.hypervisor.stats import GuestSample
 from hdcs_tasks.logs import logger
+from hdcs_tasks.monitor.node_clients import console_clients
 from hdcs_tasks.operations.node import NodeContext
 from hdcs_tasks.operations.sending import send
 from hdcs_tasks.pool.node import storage_facts
@@ -26,7 +25,6 @@ from hdcs_tasks.routing import CONTROL
 
 log = logger(__name__)
 
-ESTABLISHED = "01"
 LEAST_APART_S = 0.5
 """Rates between samples closer together would be noise."""
 
@@ -55,16 +53,13 @@ class Sampler:
         self._ports: dict[tuple[str, int], int | None] = {}
         self._host: tuple[float, int, int] | None = None
         self.clock_skew_s: float | None = None
-        # The kernel takes some 15 ms for its tables of connections: meanwhile QEMU answers.
-        self._beside = ThreadPoolExecutor(1, thread_name_prefix="console-clients")
 
     def sample(self, host: Host, node: str) -> dict[str, Any]:
         """What runs here and how busy the host is: ``{node, at, host, guests}``, guests as ``Samples.FIELDS`` and
         ``{vm_id, console_port}``. Asks libvirt one question for all guests."""
-        clients_seen = self._beside.submit(console_clients)
         found = [guest for guest in stats.sample(host) if guest.state in ("running", "paused")]
         ports = self._console_ports(host, found)
-        clients = clients_seen.result()
+        clients = console_clients()
         at = time.time()
         with self._lock:
             guests_seen = [self._guest(guest, at, port, clients.get(port, 0)) for guest, port in ports]
@@ -122,23 +117,6 @@ def _seen(guest: GuestSample, at: float) -> _Seen:
         at, guest.run, guest.cpu_ns, guest.disk_read_bytes + guest.disk_write_bytes,
         guest.net_rx_bytes + guest.net_tx_bytes,
     )  # fmt: skip
-
-
-def console_clients() -> dict[int, int]:
-    """Established TCP connections by local port: who looks at a console right now. From the kernel's own table:
-    psutil would look through every process of the host for the owner of each."""
-    counts: dict[int, int] = {}
-    for name in ("tcp", "tcp6"):
-        try:
-            lines = Path("/proc/self/net", name).read_text().splitlines()[1:]
-        except OSError:
-            continue  # no IPv6 here
-        for line in lines:
-            _, local, _, state = line.split(maxsplit=4)[:4]
-            if state == ESTABLISHED:
-                port = int(local.rpartition(":")[2], 16)
-                counts[port] = counts.get(port, 0) + 1
-    return counts
 
 
 _sampler = Sampler()

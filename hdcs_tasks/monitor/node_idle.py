@@ -13,7 +13,8 @@ from hdcs_tasks.hypervisor import agent, guests
 from hdcs_tasks.hypervisor.connection import Host
 from hdcs_tasks.logs import logger
 from hdcs_tasks.monitor.idle_rules import Limits, sample_use, use_inside
-from hdcs_tasks.monitor.node import console_clients, looked_at
+from hdcs_tasks.monitor.node import looked_at
+from hdcs_tasks.monitor.node_clients import console_clients
 from hdcs_tasks.operations.node import NodeContext, Run
 from hdcs_tasks.operations.sending import send
 from hdcs_tasks.routing import CONTROL

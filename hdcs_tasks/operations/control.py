@@ -23,10 +23,10 @@ from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.cancelling import ask_cancel
 from hdcs_tasks.operations.handlers import ON_START
 from hdcs_tasks.operations.lookups import (
-    ABOVE,
     BY_KEY,
     LAST_SEQ,
     LIVE_ON,
+    LOCKED_ABOVE,
     LOCKED_OPERATION,
     LOCKED_STEP,
     WAITING_FOR,
@@ -223,20 +223,13 @@ class Tx:
     def lock_operation(self, operation: Operation) -> None:
         """Lock parent, then operation: everybody in this order, else two that settle would deadlock on PostgreSQL."""
         self.session.flush()
-        self._lock_operations(operation.parent_id, operation.id)
-
-    def _lock_operations(self, *in_order: str | None) -> None:
-        for key in in_order:
-            if key is not None:
-                # Read anew: what was read before the lock may have changed while waiting for it.
-                self._locked.append(self.session.scalar(LOCKED_OPERATION, {"id": key}))
+        for key in filter(None, (operation.parent_id, operation.id)):
+            # Read anew: what was read before the lock may have changed while waiting for it.
+            self._locked.append(self.session.scalar(LOCKED_OPERATION, {"id": key}))
 
     def lock_step(self, step_id: str) -> Step | None:
         """The step, locked with the operations above it and read anew; None where there is none."""
-        found = self.session.execute(ABOVE, {"step": step_id}).one_or_none()
-        if found is None:
-            return None
-        self._lock_operations(*found)
+        self._locked += self.session.scalars(LOCKED_ABOVE, {"step": step_id})
         return self.session.scalar(LOCKED_STEP, {"id": step_id})
 
     def step(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sqlalchemy import bindparam, select
-from sqlalchemy.orm import Session
+from sqlalchemy import bindparam, or_, select
+from sqlalchemy.orm import Session, aliased
 
 from hdcs_tasks.errors import NotFound
 from hdcs_tasks.states import STEP_LIVE
@@ -22,7 +22,17 @@ LOCKED_STEP = (
     .execution_options(populate_existing=True)
 )  # fmt: skip
 # Asked in nearly every transaction; made once, since making a statement costs as much as running it.
-ABOVE = select(Operation.parent_id, Operation.id).join(Step).where(Step.id == bindparam("step"))
+_ABOVE = aliased(Operation)
+_OF_STEP = select(Step.operation_id).where(Step.id == bindparam("step")).scalar_subquery()
+_PARENT_OF_IT = (
+    select(_ABOVE.parent_id).join(Step, Step.operation_id == _ABOVE.id).where(Step.id == bindparam("step"))
+    .scalar_subquery()
+)  # fmt: skip
+LOCKED_ABOVE = (
+    select(Operation).where(or_(Operation.id == _PARENT_OF_IT, Operation.id == _OF_STEP))
+    .order_by(Operation.id == _OF_STEP).with_for_update(key_share=True).execution_options(populate_existing=True)
+)  # fmt: skip
+"""A step's operation and the one above it, locked in this order: the parent first."""
 BY_KEY = select(Operation).where(Operation.idempotency_key == bindparam("key"))
 LIVE_ON = select(Operation).where(Operation.live_vm == bindparam("vm"))
 WAITING_FOR = (

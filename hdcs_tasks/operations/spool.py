@@ -44,7 +44,11 @@ class Spool:
     def pending(self) -> list[dict[str, Any]]:
         """Every report still kept, oldest first."""
         reports: list[dict[str, Any]] = []
-        for name in os.listdir(self.folder) if self.folder.is_dir() else ():
+        try:
+            names = os.listdir(self.folder)
+        except FileNotFoundError:
+            return reports
+        for name in names:
             if not name.endswith(".json"):
                 continue
             try:

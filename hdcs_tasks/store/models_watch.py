@@ -107,6 +107,17 @@ class UsageSpan(Base):
     closed_at: Mapped[datetime | None] = mapped_column(index=True)
 
 
+class OperationTally(Base):
+    """Operations that have left the record, counted: by how long they took (``monitor.control_metrics.Histogram``)."""
+
+    __tablename__ = "operation_tally"
+
+    kind: Mapped[str] = mapped_column(String(40), primary_key=True)
+    outcome: Mapped[str] = mapped_column(String(20), primary_key=True)
+    buckets: Mapped[list[Any]]
+    total_s: Mapped[float]
+
+
 class Quota(Base):
     """What one owner may have at most; an empty field is no limit. Owner ``*``: whoever has no quota of their own."""
 

@@ -50,7 +50,7 @@ def copied(place: Place, west: Repository, *points: Any) -> None:  # noqa: F811
     shutil.copytree(place.repository.folder, west.folder)
     with place.control.transaction() as tx:
         for point in points:
-            record_copy(tx, point.id, "west")
+            record_copy(tx, point.id, "west", verified=True)
 
 
 def held(place: Place, west: Repository, vm: str, *points: Any) -> list[bool]:  # noqa: F811

@@ -250,6 +250,15 @@ def test_a_busy_vm_is_a_conflict_that_names_the_operation(cloud: Cloud, hdcs: Hd
     assert code == 4 and f"hdcs op cancel {operation}" in err
 
 
+def test_without_settings_no_record_is_made_by_the_way(tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HDCS_")}
+    environment["PYTHONPATH"] = str(ROOT)
+    asked = [sys.executable, "-m", "hdcs_tasks.cli", "vm", "list"]
+    done = subprocess.run(asked, cwd=tmp_path, env=environment, text=True, capture_output=True)
+    assert done.returncode == 3 and list(tmp_path.iterdir()) == []
+    assert "there is no record here" in done.stderr and "Set HDCS_DATABASE_URL" in done.stderr
+
+
 def command(config: Settings, *words: str, **changed: str) -> subprocess.Popen[str]:
     """The real program, in its own process, with these settings."""
     environment = os.environ | {

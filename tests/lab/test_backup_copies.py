@@ -78,6 +78,9 @@ def test_a_second_copy_outlives_the_first(center: Center, keys_dir: Path) -> Non
         desk.vm.stop().result(timeout_s=LONG_S)
         cloud.backups.restore(points[1]["id"], in_place=True)
     cloud.backups.copy(points[1]["id"], "west").result(timeout_s=LONG_S)  # it is there
+    cloud.backups.copy(points[1]["id"], "east").result(timeout_s=LONG_S)  # and from there the first is made good
+    assert cloud.backups.show(points[1]["id"])["state"] == "ready"
+    desk.repository.verify(desk.repository.get(desk.id, points[1]["id"]))
     _moved_encrypted(desk)
 
 
@@ -120,14 +123,25 @@ def _policy_run(desk: Desk, count: int) -> dict[str, Any]:
 
 
 def _nothing_in_clear(center: Center, desk: Desk) -> None:
-    """Neither storage holds the mark in clear, no log the keys."""
+    """Neither storage holds the mark in clear, no repository the image, no log the keys."""
     for domain_node in ("east", "west"):
         root = center.lab.storage(domain_node)
         own = [*(root / "vms").rglob("*"), *(root / "backups").rglob("*"), *(root / "state").rglob("*")]
         assert [p for p in own if p.is_file() and MARK.encode() in p.read_bytes()] == []
+        bases = sorted(p.name for p in (root / "backups" / "bases").iterdir() if p.suffix in (".luks", ".qcow2"))
+        assert [Path(name).suffix for name in bases] == [".luks"], "the one image, encrypted"
+        of_image = _sample(center.lab.storage("east") / "images" / "mini" / "1.qcow2")
+        assert [p for p in (root / "backups").rglob("*") if p.is_file() and of_image in p.read_bytes()] == []
     logs = [p for p in center.lab.root.rglob("*.log") if p.is_file()]
     assert logs
     assert [p for p in logs if b"the passphrase of" in p.read_bytes()] == []
+
+
+def _sample(image: Path) -> bytes:
+    """64 bytes of an image that nothing else has by chance."""
+    content = image.read_bytes()
+    windows = (content[at : at + 64] for at in range(len(content) // 2, len(content), 64))
+    return next(window for window in windows if len(set(window)) > 40)
 
 
 def _bad_copy_is_replaced(center: Center, desk: Desk, points: list[dict[str, Any]]) -> None:

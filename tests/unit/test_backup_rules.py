@@ -74,7 +74,7 @@ def test_what_is_kept() -> None:
     assert days == [9, 10, 11]
     assert len(kept(points, Keep(last=0, monthly=12))) == 2
     broken = [replace(points[0], state=BackupState.BROKEN), *points[1:]]
-    assert "p-0" not in kept(broken, Keep(last=2))
+    assert kept(broken, Keep(last=2)) == {"p-0", "p-1", "p-2"}, "a broken one takes no good one's place"
 
 
 def test_a_chain_goes_from_its_end_or_whole() -> None:
@@ -95,6 +95,18 @@ def test_a_backup_under_way_keeps_what_it_stands_on() -> None:
     for merge in (False, True):
         dropped = {p.id for p in plan_prune(newer, Keep(last=1), merge=merge).drop}
         assert not dropped & {"a-3", "a-4"}
+
+
+def test_a_broken_point_stays_as_long_as_if_it_were_good() -> None:
+    """It may be mended; until then the newest good one stays besides, and nothing is merged across it."""
+    full, broken, newest = (point(name, days=day) for day, name in enumerate(("a-1", "b-1", "c-1")))
+    points = [full, replace(broken, state=BackupState.BROKEN), replace(newest, state=BackupState.BROKEN)]
+    assert kept(points, Keep(last=2)) == {"a-1", "b-1", "c-1"}
+    assert [p.id for p in plan_prune(points, Keep(last=1), merge=False).drop] == ["b-1"]
+    inside = chain("a", 4)
+    inside[1] = replace(inside[1], state=BackupState.BROKEN)
+    plan = plan_prune(inside, Keep(last=1), merge=True)
+    assert (plan.merges, plan.drop) == ((), ())
 
 
 POINTS = st.lists(

@@ -10,11 +10,14 @@ import re
 import shlex
 import subprocess
 import sys
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 import pytest
+import time_machine
 from click.testing import CliRunner
 
 from hdcs_tasks import errors
@@ -231,7 +234,7 @@ def test_errors_of_libraries_become_a_sentence() -> None:
     import redis.exceptions
     import sqlalchemy.exc
 
-    from hdcs_tasks.config import CapacitySettings, Settings
+    from hdcs_tasks.config import CapacitySettings, RateSettings, Settings
 
     class Special(redis.exceptions.ConnectionError):
         pass
@@ -246,6 +249,9 @@ def test_errors_of_libraries_become_a_sentence() -> None:
     with pytest.raises(ValueError, match="ht_credit") as wrong:
         CapacitySettings(ht_credit=7)
     assert "HDCS_CAPACITY_HT_CREDIT" in as_hdcs_error(wrong.value).message
+    with pytest.raises(ValueError, match="vcpu_hour") as other:
+        RateSettings(vcpu_hour=-1)
+    assert "HDCS_RATES_VCPU_HOUR" in as_hdcs_error(other.value).message
     assert as_hdcs_error(wrong.value).exit_code == 2
     assert as_hdcs_error(sqlalchemy.exc.NoSuchModuleError("nonsense")).exit_code == 2
 
@@ -306,6 +312,30 @@ def test_one_thing_by_field(capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()] == [
         ["memory", "1 GiB"], ["ended", "at  -"], ["eta", "2 min 05 s"],
     ]  # fmt: skip
+
+
+def test_moments_are_short_and_local_in_tables_and_whole_in_json(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try:
+        with time_machine.travel(datetime(2026, 11, 28, 3, 0, tzinfo=UTC).timestamp(), tick=False):
+            monkeypatch.setenv("TZ", "JST-9")
+            time.tzset()
+            today, before = "2026-11-27T16:00:05.123456+00:00", "2026-11-27T14:59:59+00:00"
+            row = {"at": today, "raised_at": before, "found": {"at": today, "late_s": 125, "disk_bytes": 2048}}
+            assert (output.in_time(today), output.in_time(before)) == ("01:00:05", "2026-11-27 23:59")
+            output.print_rows([row], output.columns("at", "raised_at", "found"), "table")
+            shown = capsys.readouterr().out.splitlines()[1]
+            assert shown.split("  ") == [
+                "01:00:05",
+                "2026-11-27 23:59",
+                "at: 01:00:05, late_s: 2 min 05 s, disk_bytes: 2 KiB",
+            ]
+            output.print_rows([row], output.columns("at"), "json")
+            assert json.loads(capsys.readouterr().out) == [row]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 @pytest.mark.parametrize(

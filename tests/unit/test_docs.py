@@ -9,7 +9,7 @@ import click
 import pytest
 
 from hdcs_tasks.cli.main import cli
-from hdcs_tasks.config import AlarmSettings, CapacitySettings, MetricsSettings, RateSettings, Settings
+from hdcs_tasks.config import AlarmSettings, CapacitySettings, KeepSettings, MetricsSettings, RateSettings, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -22,7 +22,7 @@ CODE = "".join(
 )
 SETTINGS = {f"HDCS_{name.upper()}" for name in Settings.model_fields} | {
     f"{part.model_config['env_prefix']}{name.upper()}"
-    for part in (AlarmSettings, CapacitySettings, MetricsSettings, RateSettings)
+    for part in (AlarmSettings, CapacitySettings, KeepSettings, MetricsSettings, RateSettings)
     for name in part.model_fields
 }
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from xml.etree import ElementTree
 
+import libvirt
 import pytest
 
 from hdcs_tasks.errors import Cancelled, ClaimLost, HypervisorRefused
 from hdcs_tasks.hypervisor.checkpoints import checkpoint_xml
-from hdcs_tasks.hypervisor.jobs import JobInfo, stop_reason
+from hdcs_tasks.hypervisor.jobs import JobInfo, job_of, stop_reason
 from hdcs_tasks.hypervisor.migration import _Console, _params
 from hdcs_tasks.hypervisor.whereabouts import Presence, Whereabouts
 
@@ -44,6 +45,25 @@ def test_where_the_guest_is(source: Presence, target: Presence, busy: bool, verd
 
 def job(elapsed_s: float = 10, disk: tuple[int, int] = (0, 0), memory: tuple[int, int] = (0, 0)) -> JobInfo:
     return JobInfo("migration_out", elapsed_s, disk[0] * MIB, disk[1] * MIB, memory[0] * MIB, memory[1] * MIB, 0)
+
+
+class Guest:
+    """libvirt's, as it answers while a backup begins or ends."""
+
+    def __init__(self, code: int, message: str) -> None:
+        self.error = libvirt.libvirtError(message)
+        self.error.err = (code, 10, message, 2, None, None, None, 0, 0)
+
+    def jobStats(self) -> None:
+        raise self.error
+
+
+def test_a_backup_that_just_begins_or_ends_is_a_job() -> None:
+    missing = "internal error: backup job data missing"
+    found = job_of(Guest(libvirt.VIR_ERR_INTERNAL_ERROR, missing))
+    assert found is not None and (found.kind, found.phase) == ("backup", "prepare")
+    with pytest.raises(HypervisorRefused):
+        job_of(Guest(libvirt.VIR_ERR_INTERNAL_ERROR, "internal error: something else"))
 
 
 def test_progress_of_disk_then_memory() -> None:

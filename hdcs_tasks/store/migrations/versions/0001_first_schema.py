@@ -355,6 +355,14 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("name", name=op.f("pk_idle_policy")),
     )
     op.create_table(
+        "operation_tally",
+        sa.Column("kind", sa.String(length=40), nullable=False),
+        sa.Column("outcome", sa.String(length=20), nullable=False),
+        sa.Column("buckets", sa.JSON(), nullable=False),
+        sa.Column("total_s", sa.Double(), nullable=False),
+        sa.PrimaryKeyConstraint("kind", "outcome", name=op.f("pk_operation_tally")),
+    )
+    op.create_table(
         "quota",
         sa.Column("owner", sa.String(length=255), nullable=False),
         sa.Column("vms", sa.Integer(), nullable=True),
@@ -420,6 +428,7 @@ def downgrade() -> None:
     op.drop_index(op.f("ix_usage_span_closed_at"), table_name="usage_span")
     op.drop_table("usage_span")
     op.drop_table("quota")
+    op.drop_table("operation_tally")
     op.drop_table("idle_policy")
     op.drop_index(op.f("ix_alarm_state_at"), table_name="alarm")
     op.drop_index(op.f("ix_alarm_state"), table_name="alarm")
