@@ -20,7 +20,7 @@ from hdcs_tasks.backup.control_copy import open_copy
 from hdcs_tasks.backup.control_drill import drill
 from hdcs_tasks.backup.control_prune import add_prune_steps
 from hdcs_tasks.backup.rules import CHAIN_MAX, Keep, Point, bandwidth_share, choose_drills
-from hdcs_tasks.errors import Conflict, HdcsError, Invalid, NotFound, Unavailable, WrongState
+from hdcs_tasks.errors import Conflict, HdcsError, Invalid, Unavailable, WrongState
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed
@@ -30,7 +30,8 @@ from hdcs_tasks.pool.control import get_domain_node
 from hdcs_tasks.routing import CONTROL, check_name
 from hdcs_tasks.states import OPERATION_LIVE
 from hdcs_tasks.store.models import Backup, BackupPolicy, Operation, Step, Vm, now
-from hdcs_tasks.vm.control import list_vms
+from hdcs_tasks.store.naming import named
+from hdcs_tasks.vm.control_list import list_vms
 from hdcs_tasks.when import check_when, last_due
 
 log = logger(__name__)
@@ -91,10 +92,7 @@ def _check(
 
 
 def _get(session: Session, name: str) -> BackupPolicy:
-    found = session.get(BackupPolicy, name)
-    if found is None:
-        raise NotFound(f"there is no policy {name!r}", next="See: hdcs policy list")
-    return found
+    return named(session, BackupPolicy, name, "policy", "hdcs policy list")
 
 
 def show(control: Control, name: str) -> dict[str, Any]:

@@ -50,6 +50,8 @@ def create(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
         if done is None:
             _check(run, spec, repository)
             done = _write(run, spec, layout, repository)
+        else:
+            repository.drop_partials(done)
         # Also when an earlier attempt published it: that one may have died before its checkpoint counted.
         _keep_or_undo(run, layout, repository, done)
     return {

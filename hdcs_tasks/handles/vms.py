@@ -17,6 +17,7 @@ from hdcs_tasks.vm import (
     control_console,
     control_delete,
     control_export,
+    control_list,
     control_migrate,
     control_plan,
     control_refresh,
@@ -146,13 +147,13 @@ class Vms(Part):
 
     def list(self, **filters: Any) -> list[View]:
         """Views; filters: state, home, server_node, owner, profile, tag, names."""
-        vm_control.check_selector(self._control, **filters)
-        return vm_control.list_vms(self._control, **filters)
+        control_list.check_selector(self._control, **filters)
+        return control_list.list_vms(self._control, **filters)
 
     def that_can(self, verb: str, **filters: Any) -> Sequence[View]:
         """The listed VMs that ``verb`` (start, stop, …, backup) can be given to as they are; filters as in ``list``."""
-        vm_control.check_selector(self._control, **filters)
-        return vm_control.list_given(self._control, verb, **filters)
+        control_list.check_selector(self._control, **filters)
+        return control_list.list_given(self._control, verb, **filters)
 
     def clone(
         self, image: str, *, name: str, count: int = 1, profile: str = "small", domain_node: str | None = None,

@@ -10,13 +10,14 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from hdcs_tasks.errors import Conflict, Invalid, NotFound
+from hdcs_tasks.errors import Conflict, Invalid
 from hdcs_tasks.monitor.idle_rules import RUNGS, Desktop, Limits, Policy, Rung, check_selector, ladder_of
 from hdcs_tasks.operations.control import Control
 from hdcs_tasks.routing import check_name
 from hdcs_tasks.states import VmState
 from hdcs_tasks.store.models import Vm, now
 from hdcs_tasks.store.models_watch import IdlePolicy
+from hdcs_tasks.store.naming import named
 
 MESSAGE = "Nobody seems to use this desktop. Unless somebody does, it will be taken back soon."
 COLUMNS = (
@@ -58,10 +59,7 @@ def create(
 
 
 def _get(session: Session, name: str) -> IdlePolicy:
-    found = session.get(IdlePolicy, name)
-    if found is None:
-        raise NotFound(f"there is no idle policy {name!r}", next="See: hdcs idle list")
-    return found
+    return named(session, IdlePolicy, name, "idle policy", "hdcs idle list")
 
 
 def show(control: Control, name: str) -> dict[str, Any]:

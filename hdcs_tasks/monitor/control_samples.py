@@ -93,7 +93,8 @@ def take_sample(control: Control, sample: dict[str, Any]) -> None:
         settle_gone(control, name, f"not seen on {sample['node']}", last_seen, at)
     for name, drift in todo.drifted:
         _settle_drift(control, name, drift, at)
-    control_idle.look_at(control, sample["node"], at)
+    if here:
+        control_idle.look_at(control, sample["node"], at)
 
 
 def _moment(sample: dict[str, Any]) -> datetime:

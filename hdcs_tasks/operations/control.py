@@ -328,12 +328,30 @@ class Tx:
             self.fail(operation, Cancelled("cancelled before it began"))
             return
         try:
-            ON_START[operation.kind](self, operation)
+            with self.part():
+                ON_START[operation.kind](self, operation)
         except HdcsError as error:
             # It ends, not the one whose end it waited for.
             self.fail(operation, error)
 
     # --- after the commit
+
+    @contextmanager
+    def part(self) -> Iterator[None]:
+        """A part of the transaction that may be refused: where the block raises, nothing of it stays, in the record, in
+        Redis or among the messages, and the rest may still be committed by whoever catches the error."""
+        held = [(kept, len(kept)) for kept in (self._to_publish, self._after)]
+        begun = len(self._undo)
+        try:
+            with self.session.begin_nested():
+                yield
+        except BaseException:
+            for action in reversed(self._undo[begun:]):
+                _guarded(action, "not given back; the next rebuild or hdcs doctor will")
+            del self._undo[begun:]
+            for kept, length in held:
+                del kept[length:]
+            raise
 
     def undo(self, action: Callable[[], object]) -> None:
         """Run ``action`` if this transaction fails: give back what was reserved for it."""

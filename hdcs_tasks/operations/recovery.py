@@ -15,6 +15,7 @@ from hdcs_tasks.operations.cancelling import request_cancel
 from hdcs_tasks.operations.control import Control, Tx
 from hdcs_tasks.operations.handlers import ON_NO_ROOM
 from hdcs_tasks.operations.rules import (
+    REPUBLISH_AFTER_S,
     StepFacts,
     Verdict,
     attempts_spent,
@@ -127,19 +128,33 @@ def recovery_sweep(control: Control) -> dict[str, int]:
     counts = {verdict.value: 0 for verdict in Verdict} | {"woken": 0}
     if not control.reservations.epoch.is_open():
         return counts  # Nothing may be claimed before the rebuild; attempts would be spent for nothing.
-    stranded, due, ids = _found(control)
+    stranded, due, published = _found(control)
     for ended_id in stranded:
         with control.transaction() as tx:
             tx.start_waiting(ended_id)
     counts["woken"] = _each(control, due, _wake)
+    ids = [row.id for row in published]
     statuses = dict(zip(ids, control.reservations.steps.statuses(ids), strict=True))
+    well = {row.id for row in published if _is_well(row, statuses[row.id])}
+    counts[Verdict.LEAVE.value] += len(well)
 
     def recover(tx: Tx, step: Step) -> None:
         verdict = _recover(tx, step, statuses.get(step.id))
         counts[verdict.value] += 1
 
-    _each(control, ids, recover)
+    _each(control, [step_id for step_id in ids if step_id not in well], recover)
     return counts
+
+
+def _is_well(row: Any, status: StepStatus | None) -> bool:
+    """Whether this attempt is in its executor's hands, or still on its way to one, and there is nothing to record of
+    it: so it is with most, and to lock each of them would take a storm's sweep longer than its period."""
+    if status is None or status.attempt != row.attempt or status.done or status.percent is not None:
+        return False
+    if status.holder is not None:
+        return status.leased and status.node == row.node and (status.cancel or not row.cancel_asked)
+    on_its_way = row.published_at is not None and (now() - row.published_at).total_seconds() <= REPUBLISH_AFTER_S
+    return on_its_way and row.node is None and not (status.cancel or row.cancel_asked)
 
 
 def wake(control: Control, step_ids: Sequence[str]) -> int:
@@ -176,7 +191,8 @@ _WAITED_FOR = (
     .distinct()
 )
 _AT_WORK_OR_DUE = (
-    select(Step.id, Step.state)
+    select(Step.id, Step.state, Step.attempt, Step.node, Step.published_at, Operation.cancel_asked)
+    .join(Operation)
     .where(
         (Step.state == StepState.PUBLISHED)
         | ((Step.state == StepState.PARKED) & (Step.not_before <= bindparam("now", type_=Step.not_before.type)))
@@ -185,15 +201,15 @@ _AT_WORK_OR_DUE = (
 )
 
 
-def _found(control: Control) -> tuple[list[str], list[str], list[str]]:
+def _found(control: Control) -> tuple[list[str], list[str], list[Any]]:
     """Ended operations that others wait for still (nothing else would begin these), parked steps that are due, oldest
-    first, and published steps."""
+    first, and published steps: (id, state, attempt, node, published_at, cancel_asked)."""
     with control.store.read() as session:
         stranded = [found for found in session.scalars(_WAITED_FOR) if found is not None]
         rows = session.execute(_AT_WORK_OR_DUE, {"now": now()}).all()
     return (
-        stranded, [step_id for step_id, state in rows if state is StepState.PARKED],
-        [step_id for step_id, state in rows if state is StepState.PUBLISHED],
+        stranded, [row.id for row in rows if row.state is StepState.PARKED],
+        [row for row in rows if row.state is StepState.PUBLISHED],
     )  # fmt: skip
 
 

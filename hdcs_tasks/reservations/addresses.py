@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from hdcs_tasks.clock import random_hex
 from hdcs_tasks.errors import NoCapacity
+from hdcs_tasks.reservations.ips import ip_text
 from hdcs_tasks.reservations.link import Link, check_token
 from hdcs_tasks.reservations.names import format_mac
-from hdcs_tasks.reservations.pool import ip_text
 from hdcs_tasks.reservations.scripts import Call
 
 _BATCH = 64  # VMs to a script call: Redis answers nobody else meanwhile

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
 from hdcs_tasks.errors import Conflict, HdcsError, Invalid, NoCapacity
+from hdcs_tasks.reservations.answers import NAMED, placed
+from hdcs_tasks.reservations.ips import guest_span, ip_number, ip_text
 from hdcs_tasks.reservations.link import Link, check_token
 from hdcs_tasks.reservations.model import (
     Claim,
@@ -19,7 +20,6 @@ from hdcs_tasks.reservations.model import (
     PoolNode,
     PoolNodeView,
     Standing,
-    Weighed,
 )
 from hdcs_tasks.reservations.scripts import Value
 
@@ -27,30 +27,6 @@ _NODE_FIELDS = (
     "vcpus", "memory_mib", "used_vcpus", "used_memory_mib", "schedulable", "max_starts", "tags", "subnet",
     "starts_floor", "starts_ceiling",
 )  # fmt: skip
-_NAMED = 5  # server nodes named in a refusal's message; details has them all
-
-
-def ip_text(number: int) -> str:
-    """Dotted text of an address as a number; '' for 0."""
-    if not number:
-        return ""
-    return f"{number >> 24}.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}"
-
-
-def ip_number(text: str) -> int:
-    return int(ipaddress.IPv4Address(text)) if text else 0
-
-
-def guest_span(subnet: str) -> tuple[int, int]:
-    """First and last address a guest may have, as numbers: .1 is the gateway, the highest is for broadcast."""
-    if not subnet:
-        return 0, 0
-    try:
-        network = ipaddress.IPv4Network(subnet)
-    except ValueError as e:
-        raise Invalid(f"{subnet!r} is no IPv4 subnet: {e}", next="Take one: reservations.subnets.take") from e
-    first = int(network.network_address)
-    return first + 2, first + network.num_addresses - 2
 
 
 @lru_cache(maxsize=64)
@@ -131,7 +107,7 @@ class Pool:
         holders = self._link.call("pool_remove", keys, name, int(force))
         if holders and not force:
             raise Conflict(
-                f"server node {name} still holds {len(holders)} VMs: {', '.join(sorted(holders)[:_NAMED])}",
+                f"server node {name} still holds {len(holders)} VMs: {', '.join(sorted(holders)[:NAMED])}",
                 next="Drain it first: hdcs node drain",
                 details={"vms": sorted(holders)},
             )
@@ -183,7 +159,7 @@ class Pool:
                 if answer[0] == "mac":
                     again.append(i)
                 else:
-                    answers[i] = _placed(requests[i], answer)
+                    answers[i] = placed(requests[i], answer)
             open_ = again
             if not open_:
                 break
@@ -361,86 +337,3 @@ def _node_capacity(node: PoolNodeView, vcpus: int, memory_mib: int) -> NodeCapac
         limits.append((node.free_ips, "ips"))
     vms, limit = min(limits)
     return NodeCapacity(max(0, vms), limit)
-
-
-def _placed(request: PlaceRequest, answer: Sequence[Any]) -> Placed | HdcsError:
-    if answer[0] == "ok":
-        return Placed(answer[1], int(answer[2]), ip_text(int(answer[3])), answer[4], _weighed(answer[5:]))
-    if answer[0] == "two":
-        return Conflict(
-            f"VM {request.vm} holds claims on {answer[1]} and {answer[2]} already",
-            next="Wait for its migration to end, or release the claim of the node it is not on",
-        )
-    if answer[0] == "amounts":
-        return Conflict(
-            f"VM {request.vm} holds a claim of another size on {answer[1]}",
-            next="Stop it first; the claim ends with it",
-        )
-    return _refused(request, answer)
-
-
-def _weighed(told: Sequence[Any]) -> tuple[Weighed, ...]:
-    return tuple(
-        Weighed(node, int(vcpus), int(memory), float(score) if score else None, why and _why(why, memory, vcpus))
-        for node, vcpus, memory, score, why in zip(*(told[i::5] for i in range(5)), strict=True)
-    )
-
-
-def _refused(request: PlaceRequest, answer: Sequence[Any]) -> NoCapacity:
-    rows: list[dict[str, Any]] = [
-        {"node": node, "free_vcpus": int(vcpus), "free_memory_mib": int(memory), "why": why}
-        for node, vcpus, memory, why in zip(*(answer[i::4] for i in range(2, 6)), strict=True)
-    ]
-    rows.sort(key=lambda row: str(row["node"]))
-    counts: dict[str, int] = {}
-    for row in rows:
-        counts[row["why"]] = counts.get(row["why"], 0) + 1
-    details = {"vm": request.vm, "domain_node": request.domain_node, "vcpus": request.vcpus,
-               "memory_mib": request.memory_mib, "nodes": rows, "counts": counts, "ports": answer[1],
-               "best": sorted(rows, key=lambda row: -row["free_memory_mib"])[:_NAMED]}  # fmt: skip
-    shape = request.label or f"VM {request.vm} ({request.vcpus} vCPU, {request.memory_mib} MiB)"
-    if answer[1]:
-        why, hint = _POOL_WORDS[answer[1]]
-        return NoCapacity(f"domain node {request.domain_node} cannot take {shape}: {why}", next=hint, details=details)
-    said = [_words(row) for row in rows[:_NAMED]]
-    if len(rows) > _NAMED:
-        said.append(f"and {len(rows) - _NAMED} more")
-    return NoCapacity(
-        f"no server node of {request.domain_node} fits {shape}: {', '.join(said) or 'it has none'}",
-        next=request.hint or "See: hdcs pool capacity",
-        details=details,
-    )
-
-
-_POOL_WORDS = {
-    "port": ("all console ports are in use or cooling", "Wait for ports to cool, or widen the range"),
-    "no range": ("it has no range of console ports", "Wait for ports to cool, or widen the range"),
-    "starts": ("as many starts are under way on its storage as may be", "Wait, or: hdcs domain set --max-starts"),
-}
-
-
-def _words(row: dict[str, Any]) -> str:
-    return f"{row['node']} {_why(row['why'], row['free_memory_mib'], row['free_vcpus'])}"
-
-
-def _why(why: str, free_memory_mib: int, free_vcpus: int) -> str:
-    """The script's word for a refusal, in words."""
-    if why == "memory":
-        return f"{free_memory_mib} MiB free"
-    if why == "vcpus":
-        return f"{free_vcpus} vCPU free"
-    if why.startswith("tag "):
-        return f"lacks tag {why[4:]}"
-    if why.startswith("apart !"):
-        return f"runs a VM that is kept apart from tag {why[7:]}"
-    if why.startswith("apart "):
-        return f"runs a VM tagged {why[6:]}, to be kept apart"
-    if why.startswith("together "):
-        return f"runs no VM tagged {why[9:]}, to be kept together"
-    words = {
-        "ip": "has no free IP",
-        "no subnet": "has no subnet",
-        "unpinned": "is not the pinned node",
-        "starts": "has as many starts under way as it may",
-    }
-    return words.get(why, why)

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 from hdcs_tasks.errors import Conflict, Invalid
 from hdcs_tasks.reservations.epoch import Epoch
+from hdcs_tasks.reservations.ips import guest_span, ip_number
 from hdcs_tasks.reservations.link import Link
 from hdcs_tasks.reservations.model import Claim, Orphans, PoolNode, PoolSnapshot, Snapshot
 from hdcs_tasks.reservations.names import pack_subnet
-from hdcs_tasks.reservations.pool import guest_span, ip_number, node_fields, write_claims
+from hdcs_tasks.reservations.pool import node_fields, write_claims
 from hdcs_tasks.reservations.scripts import Value
 
 # Families of keys a rebuild owns. Not: lease, step, ack (they end by themselves).

@@ -331,7 +331,7 @@ class BackupCopy(Base):
 class BackupPolicy(Base):
     """Which VMs are backed up when, what is kept, and what is proven.
 
-    ``selector``: equalities as ``vm.control.list_vms`` takes them. ``slot_at``, ``drill_slot_at``: the moment of the
+    ``selector``: equalities as ``vm.control_list`` takes them. ``slot_at``, ``drill_slot_at``: the moment of the
     newest run; a sweep claims the next by moving it on. ``copy_to``: the domain node that
     gets a second copy. ``pending``: ids of VMs the present run has not begun with.
     """
@@ -358,7 +358,7 @@ class BackupPolicy(Base):
 
 
 class Storm(Base):
-    """Desktops that are to be ready at a time. Either ``selector`` (as ``vm.control.list_vms`` takes it) or ``clone``
+    """Desktops that are to be ready at a time. Either ``selector`` (as ``vm.control_list`` takes it) or ``clone``
     (image, profile, count, name, domain_node, owner, tag) says which. ``lead_s``: begin so long before; None: as
     measured.
 

@@ -118,7 +118,8 @@ def _begin(tx: Tx, parent: Operation, move: dict[str, Any]) -> bool:
         if vm.server_node != move["from"]:
             raise WrongState(f"it is {vm.state} on {vm.server_node or 'no server node'} by now")
         asked = Asked(by=parent.requested_by, reason=parent.reason or "rebalancing")
-        open_move(tx, vm, asked, to=move["to"], options=MoveOptions(live=True), parent=parent)
+        with tx.part():
+            open_move(tx, vm, asked, to=move["to"], options=MoveOptions(live=True), parent=parent)
     except HdcsError as error:
         tx.event("pool.not_moved", move["vm"], f"VM {move['vm']} stays on {move['from']}: {error.message}")
         return False

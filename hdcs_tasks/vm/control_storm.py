@@ -27,7 +27,8 @@ from hdcs_tasks.states import VmState
 from hdcs_tasks.store.models import Operation, Storm, Vm, now
 from hdcs_tasks.store.naming import named
 from hdcs_tasks.vm import control_clone
-from hdcs_tasks.vm.control import list_vms, start_many
+from hdcs_tasks.vm.control import start_many
+from hdcs_tasks.vm.control_list import list_vms
 from hdcs_tasks.vm.control_ready import boots_s, ready_by
 from hdcs_tasks.vm.rules import expand_names
 from hdcs_tasks.vm.storm_rules import UNBOUNDED_STARTS, Pace, lead_s

@@ -13,7 +13,7 @@ from deploy.lab.center import Center
 from hdcs_tasks.hypervisor import guests, networks
 from hdcs_tasks.hypervisor.connection import Host
 from hdcs_tasks.operations.control import Control
-from hdcs_tasks.reservations.pool import ip_text
+from hdcs_tasks.reservations.ips import ip_text
 from hdcs_tasks.states import STEP_LIVE, BackupState
 from hdcs_tasks.store.models import Backup, Operation, Step, Vm
 from tests.chaos import invariants

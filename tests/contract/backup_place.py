@@ -29,7 +29,7 @@ from hdcs_tasks.operations.recovery import settle
 from hdcs_tasks.reservations import PoolNode
 from hdcs_tasks.states import ImageState, VmState
 from hdcs_tasks.store.models import Backup, DomainNode, Image, ImageCopy, Operation, Step, Vm
-from tests.contract.test_operations import Desk
+from tests.contract.desk import Desk
 from tests.contract.test_store import vm_row
 
 MIB = 1 << 20

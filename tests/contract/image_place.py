@@ -24,7 +24,7 @@ from hdcs_tasks.reservations import PoolNode
 from hdcs_tasks.states import ServerNodeState
 from hdcs_tasks.store.models import DomainNode, ServerNode, Step
 from hdcs_tasks.vm import node as vm_node
-from tests.contract.test_operations import Desk
+from tests.contract.desk import Desk
 
 MIB = 1 << 20
 GIB = 1 << 30

@@ -35,8 +35,9 @@ from hdcs_tasks.store.models import (
 )  # fmt: skip
 from hdcs_tasks.vm import control as vms
 from hdcs_tasks.vm import control_delete
+from hdcs_tasks.vm.control_list import list_vms
 from tests.contract.backup_place import Place
-from tests.contract.test_operations import Desk, desk  # noqa: F401 - desk is a fixture
+from tests.contract.desk import Desk, desk  # noqa: F401 - desk is a fixture
 
 pytestmark = pytest.mark.contract
 
@@ -433,7 +434,7 @@ def test_a_drill_proves_a_point_and_leaves_nothing(place: Place) -> None:
     assert show(place.control, operation.id)["state"] == "done"
     assert place.row(backup.id).proven_at is not None
     assert backups.list_backups(place.control, unproven=True) == []
-    assert [v["name"] for v in vms.list_vms(place.control)] == ["desk-01"]
+    assert [v["name"] for v in list_vms(place.control)] == ["desk-01"]
     assert not place.layout.vm_dir(str(operation.vm_id)).exists()
     with place.control.store.read() as session:
         steps = {s.name: s for s in session.get_one(Operation, operation.id).steps}
@@ -451,7 +452,7 @@ def test_a_drill_that_fails_proves_nothing_and_leaves_nothing(place: Place, step
     found = show(place.control, operation.id)
     assert (found["state"], found["error"]["message"]) == ("failed", "not today")
     assert place.row(backup.id).proven_at is None
-    assert [v["name"] for v in vms.list_vms(place.control)] == ["desk-01"]
+    assert [v["name"] for v in list_vms(place.control)] == ["desk-01"]
 
 
 def test_scheduled_drills_go_round(place: Place) -> None:

@@ -10,6 +10,7 @@ from sqlalchemy import select
 from hdcs_tasks.backup import control as backups
 from hdcs_tasks.backup import control_policy
 from hdcs_tasks.backup.rules import Keep
+from hdcs_tasks.cli.main import run
 from hdcs_tasks.cloud import Cloud
 from hdcs_tasks.errors import HypervisorRefused, Invalid, Unreachable, WrongState
 from hdcs_tasks.operations.control import Asked
@@ -62,8 +63,17 @@ def test_all_of_them_or_none(place: Place) -> None:  # noqa: F811
     other = place.take("desk-02").id
     with pytest.raises(Invalid, match="several VMs"):
         backups.delete(place.control, [points[2], other], Asked())
+
+    def hdcs(*ids: str) -> int:
+        return run(["backup", "delete", *ids, "-y", "--no-wait"], lambda: Cloud(place.control))
+
+    assert hdcs(points[0], points[1]) == 4
+    assert hdcs(points[2], "0123456789") == 3, "and nothing of what there is"
     assert states(place, [*points, other]) == ["ready"] * 4
     assert list_operations(place.control, live=True) == []
+    assert hdcs(points[1][:8], points[2][:8], other[:8]) == 0
+    place.work()
+    assert states(place, [*points, other]) == ["ready", "deleted", "deleted", "deleted"]
 
 
 def test_what_a_deletion_did_not_come_to_is_as_it_was(place: Place) -> None:  # noqa: F811

@@ -21,8 +21,8 @@ from hdcs_tasks.operations.node import Run
 from hdcs_tasks.store.models import BackupCopy, DomainNode
 from hdcs_tasks.vm import control_delete
 from tests.contract.backup_place import REAL, Place
+from tests.contract.desk import desk  # noqa: F401 - a fixture
 from tests.contract.test_backup_control import place  # noqa: F401 - a fixture
-from tests.contract.test_operations import desk  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.contract
 

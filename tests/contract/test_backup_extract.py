@@ -13,8 +13,8 @@ from hdcs_tasks.operations.control import Asked
 from hdcs_tasks.operations.views import show
 from hdcs_tasks.states import BackupState
 from tests.contract.backup_place import Place
+from tests.contract.desk import desk  # noqa: F401 - a fixture
 from tests.contract.test_backup_control import place  # noqa: F401 - a fixture
-from tests.contract.test_operations import desk  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.contract
 

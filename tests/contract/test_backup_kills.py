@@ -20,8 +20,8 @@ from hdcs_tasks.hypervisor import disks
 from hdcs_tasks.operations.node import Run
 from hdcs_tasks.vm.node import remove_folder
 from tests.contract.backup_place import Handler, Place
+from tests.contract.desk import desk  # noqa: F401 - a fixture
 from tests.contract.test_backup_control import place  # noqa: F401 - a fixture
-from tests.contract.test_operations import desk  # noqa: F401 - a fixture
 from tests.kills import killed_at
 
 pytestmark = pytest.mark.contract

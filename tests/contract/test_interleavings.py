@@ -23,9 +23,9 @@ from hdcs_tasks.states import BackupState
 from hdcs_tasks.store.models import Backup, DomainNode
 from hdcs_tasks.vm.node import remove_folder
 from tests.contract.backup_place import Place
+from tests.contract.desk import Desk, ago, desk, failing  # noqa: F401 - a fixture
 from tests.contract.test_backup_control import place  # noqa: F401 - a fixture
 from tests.contract.test_backup_kills import attempt, spec_of
-from tests.contract.test_operations import Desk, ago, desk, failing  # noqa: F401 - a fixture
 from tests.contract.test_scheduling import Center, center  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.contract

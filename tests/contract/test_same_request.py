@@ -32,7 +32,7 @@ from hdcs_tasks.vm import (
 )
 from hdcs_tasks.vm import control_export as vm_export
 from hdcs_tasks.vm.control_clone import CloneRequest
-from tests.contract.test_operations import Desk, desk  # noqa: F401 - desk is a fixture
+from tests.contract.desk import Desk, desk  # noqa: F401 - desk is a fixture
 from tests.contract.test_vm_control import add, started
 
 pytestmark = pytest.mark.contract

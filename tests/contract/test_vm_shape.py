@@ -13,8 +13,8 @@ from hdcs_tasks.states import VmState
 from hdcs_tasks.store.models import DomainNode, Vm
 from hdcs_tasks.vm import control_shape
 from tests.contract.backup_place import MIB, Place
+from tests.contract.desk import desk  # noqa: F401 - a fixture
 from tests.contract.test_backup_control import place  # noqa: F401 - a fixture
-from tests.contract.test_operations import desk  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.contract
 

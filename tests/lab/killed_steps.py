@@ -24,9 +24,9 @@ from hdcs_tasks.backup import node, node_copy, node_restore
 from hdcs_tasks.config import Settings
 from hdcs_tasks.errors import Cancelled
 from hdcs_tasks.hypervisor import agent, checkpoints, disks, storage
-from hdcs_tasks.hypervisor.backup import _Push
 from hdcs_tasks.hypervisor.bitmaps import bitmaps
 from hdcs_tasks.hypervisor.checkpoints import SEED
+from hdcs_tasks.hypervisor.pacing import Pace
 from hdcs_tasks.hypervisor.repository import Repository
 from hdcs_tasks.operations.node import NodeContext, Run
 from tests.kills import killed_at, killed_in
@@ -105,7 +105,7 @@ class Node:
 
     def frozen(self) -> list[str]:
         """Killed between freeze and thaw: with no job yet, and with the job begun. The next attempt thaws."""
-        for function, event in ((agent.freeze, "return"), (_Push._limit, "call")):
+        for function, event in ((agent.freeze, "return"), (Pace.hold, "call")):
             spec, step = self._next_point(), str(uuid.uuid4())
             assert killed_in(function, event, lambda: self.attempt(node.create, spec, step, 1))  # noqa: B023
             assert killed_at(NEVER, self._is_frozen) is None
@@ -116,7 +116,7 @@ class Node:
     def _cancelled(self) -> None:
         """Killed while frozen, and then cancelled: the attempt that comes to end it undoes all of it."""
         spec, step = self._next_point(), str(uuid.uuid4())
-        assert killed_in(_Push._limit, "call", lambda: self.attempt(node.create, spec, step, 1))
+        assert killed_in(Pace.hold, "call", lambda: self.attempt(node.create, spec, step, 1))
         assert killed_at(NEVER, self._is_frozen) is None
 
         def end() -> None:
