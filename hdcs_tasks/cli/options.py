@@ -198,7 +198,11 @@ def select(face: Face, verb: str, names: Sequence[str], every: bool, selector: d
         return Selection(unique, one=len(unique) == 1)
     if not every and not wanted:
         raise click.UsageError("Name at least one VM, or select with --all, --tag, --home, --node, --owner or --state.")
-    return Selection([vm["name"] for vm in face.cloud.vms.that_can(verb, **wanted)], False, wanted)
+    found = [vm["name"] for vm in face.cloud.vms.that_can(verb, **wanted)]
+    if not found and (tag := wanted.get("tag")) and not face.cloud.vms.list(tag=tag):
+        tags = sorted({each for vm in face.cloud.vms.list() for each in vm["tags"]})
+        output.message(f"no VM has tag {tag!r}; there are: {', '.join(tags) or 'none'}")
+    return Selection(found, False, wanted)
 
 
 def confirm(question: str, yes: bool) -> None:
