@@ -220,13 +220,17 @@ def enabled_option(text: str) -> Callable[[F], F]:
     return click.option("--on/--off", "enabled", default=True, help=text)
 
 
-def delete_record(
-    noun: str, name: str, delete: Callable[[str], None], yes: bool, *, ask: str = "", told: str = ""
-) -> None:
-    """Ask, delete the record called ``name``, and say so. ``ask``: what goes with it; ``told``: what becomes of it."""
-    confirm(f"Delete {noun} {name}{ask}?", yes)
-    delete(name)
-    output.message(f"{noun} {name} is deleted{told}")
+def delete_records(
+    noun: str, names: Sequence[str], delete: Callable[[str], object], yes: bool, form: str, *, ask: str = "",
+    told: str = "",
+) -> None:  # fmt: skip
+    """Ask, delete these records, and say so. ``ask``: what goes with them; ``told``: what becomes of them."""
+    confirm(f"Delete {named(names, noun)}{ask}?", yes)
+    for name in names:
+        delete(name)
+        output.message(f"{noun} {name} is deleted{told}")
+    if form != "table":
+        output.print_rows([{"name": name, "deleted": True} for name in names], output.columns("name", "deleted"), form)
 
 
 def confirm_device(target: str, node: str | None, yes: bool) -> None:

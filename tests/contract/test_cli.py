@@ -175,7 +175,8 @@ def test_profiles(hdcs: Hdcs) -> None:
     assert code == 0 and (made["memory_mib"], made["disk_bytes"]) == (3072, 40 * 2**30)
     assert hdcs("profile", "create", "office", "--vcpus", "2", "--memory", "3GiB")[0] == 4
     assert hdcs("profile", "create", "odd", "--vcpus", "2", "--memory", "1000GB")[0] == 2
-    assert hdcs("profile", "delete", "office", "-y")[0] == 0
+    code, out, err = hdcs("profile", "delete", "office", "-y", "-f", "json")
+    assert (code, json.loads(out)) == (0, [{"name": "office", "deleted": True}]) and "office is deleted" in err
     assert hdcs("profile", "delete", "office", "-y")[0] == 3
 
 
