@@ -151,6 +151,7 @@ def test_a_running_one_is_not_given_to_who_asks_for_a_place(center: Center) -> N
     assert asked.show()["steps"][0]["name"] == "vm.clone_on_node"
     center.play()
     # One beside it is kept apart from tag x.
+    center.clone("rests", tags=["x"])
     center.clone("shy", rules={"apart": ["x"]}, start=True)
     with pytest.raises(NoCapacity, match="kept apart from tag x"):
         center.cloud.vms.clone("mini", name="b", profile="tiny", warm=True, tags=["x"])
