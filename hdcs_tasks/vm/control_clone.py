@@ -28,6 +28,7 @@ from hdcs_tasks.vm.control_delete import forget
 from hdcs_tasks.vm.control_quota import check_quota
 from hdcs_tasks.vm.control_select import check_company, check_node_tags
 from hdcs_tasks.vm.control_take import Wish, take
+from hdcs_tasks.vm.control_warm_count import check_short
 from hdcs_tasks.vm.quota_rules import Amounts
 from hdcs_tasks.vm.rules import expand_names
 
@@ -97,6 +98,8 @@ def clone(control: Control, request: CloneRequest, asked: Asked) -> Operation:
         names, shape, images = checked(tx, request)
         if request.warm_pool is None:
             check_quota(tx, request.owner, shape.amounts(len(names), request.start or request.warm))
+        if request.warm_pool is not None:
+            check_short(tx, request.warm_pool, len(names))
         wish = warm_wish(request, shape, images)
         warm = take(tx, names, wish, owner=request.owner, rules=dict(shape.rules)) if request.warm else []
         cold = names[len(warm) :]
