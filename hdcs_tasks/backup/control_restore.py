@@ -17,6 +17,7 @@ from hdcs_tasks.pool import planning
 from hdcs_tasks.pool.control import IN_POOL, get_domain_node
 from hdcs_tasks.routing import check_name
 from hdcs_tasks.states import BackupState, ImageState, VmState
+from hdcs_tasks.store import metering
 from hdcs_tasks.store.models import Backup, Image, ImageCopy, Operation, ServerNode, Step, Vm, new_id, now
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import add_start_step, get_vm, names_taken, vm_of
@@ -287,6 +288,7 @@ def _set_back(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) 
     _settle_image(tx, operation, result)
     vm = vm_of(tx, operation)
     vm.disk_bytes = result["disk_bytes"]
+    metering.changed(tx.session, vm)
     # The disk has none of the bitmaps these points left behind: the next backup begins a new chain.
     ready = select(Backup).where(Backup.vm_id == vm.id, Backup.state == BackupState.READY)
     for backup in tx.session.scalars(ready):

@@ -15,7 +15,8 @@ import queue
 import socket
 import threading
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 from urllib.parse import quote, urlsplit
 from uuid import UUID
 
@@ -24,6 +25,8 @@ import libvirt
 from hdcs_tasks.config import Settings
 from hdcs_tasks.errors import HdcsError, HypervisorRefused, Invalid, NotFound, Unreachable
 from hdcs_tasks.hypervisor.errors import libvirt_errors, translate
+
+T = TypeVar("T")
 
 KEEPALIVE_INTERVAL_S = 1  # also the longest an answer lies unread, see above
 KEEPALIVE_COUNT = 19  # a cut link is noticed after about 20 s; sooner would take a busy host for a lost one
@@ -121,6 +124,33 @@ def _open_bounded(uri: str, timeout_s: float) -> Any:
     if isinstance(answer, libvirt.libvirtError):
         raise translate(answer, f"open {uri}") from answer
     return answer
+
+
+def answered(call: Callable[[], T], timeout_s: float, action: str) -> T:
+    """What ``call`` answers; HypervisorRefused where it has not after ``timeout_s``.
+
+    For what is asked of a guest on a server node that lives: libvirt waits without end for a QEMU that hangs (on a disk
+    whose network was cut, say), and no keepalive tells of that.
+    """
+    answers: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue()
+
+    def ask() -> None:
+        try:
+            answers.put((call(), None))
+        except BaseException as error:  # noqa: BLE001 handed to the thread that waits
+            answers.put((None, error))
+
+    threading.Thread(target=ask, name="libvirt-ask", daemon=True).start()
+    try:
+        answer, error = answers.get(timeout=timeout_s)
+    except queue.Empty:
+        raise HypervisorRefused(
+            f"cannot {action}: no answer within {timeout_s:.0f} s; libvirt is there, the guest's QEMU does not answer",
+            next="Look at the guest there (virsh domstate --reason) and at its storage; it may need a forced stop",
+        ) from None
+    if error is not None:
+        raise error
+    return cast(T, answer)
 
 
 class Host:

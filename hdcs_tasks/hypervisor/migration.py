@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 import libvirt
 
 from hdcs_tasks.errors import Cancelled, HdcsError, HypervisorRefused, OutcomeUnknown, Unreachable
-from hdcs_tasks.hypervisor.connection import Host, probe
+from hdcs_tasks.hypervisor.connection import Host, answered, probe
 from hdcs_tasks.hypervisor.errors import libvirt_errors, translate
 from hdcs_tasks.hypervisor.jobs import (
     ABORT_TIMEOUT_S,
@@ -33,6 +33,9 @@ from hdcs_tasks.hypervisor.jobs import (
     job_of,
     stop_reason,
 )
+
+ANSWER_S = 20.0
+"""A guest whose QEMU takes longer to tell of its disk is in no state to be moved."""
 
 _STATS_WAIT_S = 2.0
 _PROBE_S = 5.0
@@ -154,11 +157,18 @@ def adopt(
 
 
 def disk_sizes(host: Host, vm_id: str) -> tuple[int, int]:
-    """Of a running guest's first disk: the bytes a guest sees, and those its own layer takes on the storage."""
-    (path, *_) = disk_paths(host, vm_id)
-    with libvirt_errors(f"look at the disk of guest {vm_id}"):
-        virtual, allocated, _ = host.guest(vm_id).blockInfo(str(path))
-    return int(virtual), int(allocated)
+    """Of a running guest's first disk: the bytes a guest sees, and those its own layer takes on the storage.
+
+    HypervisorRefused where its QEMU hangs."""
+    what = f"look at the disk of guest {vm_id}"
+
+    def look() -> tuple[int, int]:
+        (path, *_) = disk_paths(host, vm_id)
+        with libvirt_errors(what):
+            virtual, allocated, _ = host.guest(vm_id).blockInfo(str(path))
+        return int(virtual), int(allocated)
+
+    return answered(look, ANSWER_S, what)
 
 
 def arrived(host: Host, vm_id: str) -> MigrationResult | None:

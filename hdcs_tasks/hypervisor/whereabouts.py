@@ -51,8 +51,15 @@ class Whereabouts:
         return "both"
 
     @property
+    def doubled(self) -> bool:
+        """Whether the guest runs twice. The target's libvirt let it run, its answer was lost with the network, so the
+        source's took the hand-over for failed and let it go on there too. (On a shared disk QEMU's lock forbids it.)"""
+        return not self.busy and self.source is self.target is Presence.RUNNING
+
+    @property
     def held_by(self) -> str:
-        """ "source" or "target", where that may be concluded; else "unknown".
+        """ "source" or "target", where that may be concluded; else "unknown". A doubled one is its source's: there
+        libvirt drove the move, and says that it failed.
 
         A source that cannot be asked may still hold it: then only a guest that runs at the target is an answer, or one
         that is not there at all (it is where it was). Both gone: it ended at its source, where the record has it.
@@ -61,6 +68,8 @@ class Whereabouts:
             if self.target is Presence.RUNNING:
                 return "target"
             return "source" if self.target in (Presence.ABSENT, Presence.SHUTOFF) else "unknown"
+        if self.doubled:
+            return "source"
         return {"target": "target", "source": "source", "neither": "source"}.get(self.verdict, "unknown")
 
 
@@ -70,6 +79,9 @@ def observe(source: Host | None, target: Host | None, vm_id: str) -> Whereabouts
     Never raises for a host that does not answer: it is ``unknown`` then.
     """
     here, there = _presence(source, vm_id), _presence(target, vm_id)
+    if here is there is Presence.RUNNING:
+        # Handed over between the two looks? Then it does not run at its source any more.
+        here = _presence(source, vm_id)
     try:
         job = None if source is None else current_job(source, vm_id)
     except HdcsError:

@@ -310,7 +310,7 @@ class Tx:
             child_ended(self, operation.parent_id)
 
     def start_waiting(self, ended_id: str) -> None:
-        """Begin what waited for an operation that has ended: the oldest; the others wait for that one now."""
+        """Begin what waited for an operation that has ended or let go of its VM: the oldest; others wait for that."""
         first: Operation | None = None
         for operation in self.session.scalars(WAITING_FOR, {"ended": ended_id}).all():
             if first is not None and first.state in OPERATION_LIVE:

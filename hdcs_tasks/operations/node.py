@@ -196,7 +196,7 @@ def execute(
     if answer is not ClaimAnswer.CLAIMED:
         log.info("message without a claim: nothing to do", step=step, attempt=attempt, answer=str(answer))
         return "done before" if answer is ClaimAnswer.DONE else str(answer)
-    deadline = began + ctx.settings.step_deadline_s
+    deadline = began + min(ctx.settings.step_deadline_s, spec.get("within_s", ctx.settings.step_deadline_s))
     run = Run(ctx, step, attempt, operation, holder, on_progress, deadline, queue, renewed=began)
     start_thread(run.renew_forever, f"lease-{step[:8]}")
     log.info("step begins", step_name=name)

@@ -62,7 +62,9 @@ def _settle_known(tx: Tx, step: Step, report: dict[str, Any]) -> None:
         return
     step.node = report["node"]
     step.started_at = datetime.fromtimestamp(report["started_at"], UTC)
-    metering.happened_at(tx.session, datetime.fromtimestamp(report["ended_at"], UTC))
+    # A server node's clock may be wrong; nothing ended before it was asked for.
+    ended_at = max(datetime.fromtimestamp(report["ended_at"], UTC), step.published_at or step.created_at)
+    metering.happened_at(tx.session, ended_at)
     error = report.get("error")
     if error is None:
         settle_done(tx, step, report.get("result") or {})

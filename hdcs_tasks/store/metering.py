@@ -1,9 +1,10 @@
 """Counting use: spans that follow the record, opened and closed in the transaction that moves it.
 
 ``transitions.move`` calls ``moved`` for every VM, backup and server node, and nothing else opens or closes a VM's span
-but ``gone`` and ``seen``, which bring what was observed. A span ends at the very moment the next begins, so no second
-is counted twice or lost. On the way (starting, stopping, migrating, …) a VM is counted as it was before; the moment
-that counts is the one the server node reported for the step (``happened_at``), never one before the last span's.
+but ``gone`` and ``seen``, which bring what was observed, and ``changed``, for what changes without a move. A span ends
+at the very moment the next begins, so no second is counted twice or lost. On the way (starting, stopping, migrating, …)
+a VM is counted as it was before; the moment that counts is the one the server node reported for the step
+(``happened_at``), never one before the last span's.
 """
 
 from __future__ import annotations
@@ -50,6 +51,20 @@ def moved(session: Session, record: object, new: StrEnum) -> None:
         _backup_moved(session, record, new)
     elif isinstance(record, ServerNode) and new in _UNSEEN:
         _lose_sight(session, record)
+
+
+def changed(session: Session, vm: Vm) -> None:
+    """What a VM's use is counted by (name, owner, tags, home, shape, disk) changed, while its state did not."""
+    at = session.info.get(_HAPPENED) or now()
+    fresh = {
+        "vm_name": vm.name, "owner": vm.owner or "", "tags": list(vm.tags or []), "home": vm.home, "vcpus": vm.vcpus,
+        "memory_mib": vm.memory_mib, "size_bytes": vm.disk_bytes,
+    }  # fmt: skip
+    for kind in ("vm", "console"):
+        span = _open(session, f"{kind}:{vm.id}")
+        told = fresh if kind == "vm" else {key: fresh[key] for key in ("vm_name", "owner", "tags", "home")}
+        if span is not None and any(getattr(span, key) != value for key, value in told.items()):
+            _next(session, span, at, **told)
 
 
 def gone(session: Session, vm: Vm, last_seen: datetime | None, at: datetime) -> None:

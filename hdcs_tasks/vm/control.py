@@ -24,12 +24,14 @@ from hdcs_tasks.pool import rules as pool_rules
 from hdcs_tasks.pool.control import IN_POOL, get_domain_node, get_server_node
 from hdcs_tasks.pool.rooms import expected_mix, order_of, vm_shape, vm_terms
 from hdcs_tasks.pool.waiting import wake_waiting
+from hdcs_tasks.pool.words import wanted_words
 from hdcs_tasks.routing import direct_queue, quick_queue
 from hdcs_tasks.states import VM_RESTS, VmState
 from hdcs_tasks.store.lookups import by_key
 from hdcs_tasks.store.models import Operation, Step, Vm, now
 from hdcs_tasks.store.naming import unknown
 from hdcs_tasks.store.transitions import move
+from hdcs_tasks.vm.control_left import check_left, nodes_left
 from hdcs_tasks.vm.control_quota import check_quota, starting
 from hdcs_tasks.vm.rules import COMMANDS, Command, check_usb, given_in, wrong_state_hint
 
@@ -106,18 +108,19 @@ def placing_fields(tx: Tx, vm: Vm, terms: pool_rules.Terms, home: str | None = N
     in a refusal."""
     home = home or vm.home
     order = order_of(tx.control, get_domain_node(tx.session, home))
+    exclude = [*terms.exclude, *nodes_left(tx.session, vm)]
     need = pool_rules.need_of(vm_shape(vm), tx.control.settings.capacity)
     return {
-        "need": need._asdict(), "pin": terms.pin, "exclude": list(terms.exclude), "node_tags": list(terms.node_tags),
+        "need": need._asdict(), "pin": terms.pin, "exclude": exclude, "node_tags": list(terms.node_tags),
         "marks": list(terms.marks), "shuns": list(terms.shuns), "seeks": list(terms.together),
         "order": order, "mix": expected_mix(tx.control, tx.session, home),
-        "label": label_of(vm), "hint": f"See: hdcs pool capacity {vm.profile}",
+        "label": label_of(tx.control, vm), "hint": f"See: hdcs pool capacity {vm.profile}",
     }  # fmt: skip
 
 
-def label_of(vm: Vm) -> str:
-    """What a refusal calls the VM's shape: ``profile small (2048 MiB)``."""
-    return f"profile {vm.profile} ({vm.memory_mib} MiB)"
+def label_of(control: Control, vm: Vm) -> str:
+    """What a refusal calls the VM's shape: its profile, and what it claims of a server node."""
+    return f"profile {vm.profile} ({wanted_words(vm_shape(vm), control.settings.capacity)})"
 
 
 def start(control: Control, name: str, asked: Asked, *, pin: str | None = None) -> Operation:
@@ -129,6 +132,7 @@ def start(control: Control, name: str, asked: Asked, *, pin: str | None = None) 
         check_given(tx, vm, "start")
         if pin is not None:
             check_pin(tx.session, vm, pin)
+        check_left(tx.session, vm, node=pin)
         check_quota(tx, vm.owner, starting(vm))
         operation = tx.open("vm.start", asked=asked, vm=vm, request={"was": vm.state.value, "pin": pin})
         add_start_step(tx, operation, vm, pin=pin)
@@ -171,6 +175,7 @@ def _start_child(tx: Tx, vm: Vm, asked: Asked, parent: Operation) -> tuple[Opera
     request = {"was": vm.state.value}
     try:
         check_given(tx, vm, "start")
+        check_left(tx.session, vm)
         check_quota(tx, vm.owner, starting(vm))
         child = tx.open("vm.start", asked=asked, vm=vm, parent=parent, request=request)
     except (WrongState, Conflict, QuotaExceeded) as error:

@@ -1,17 +1,17 @@
 """Moves of VMs that do not run, on the control plane; a running one is saved before and goes on where it came to.
 
 inside a domain node:   save → start elsewhere
-between two:            [save] → image brought → offer (source: hash) → fetch (target) → discard (source) → [start]
+between two:            [save] → image brought → offer (source: hash) → fetch (target) → [start] → discard (source)
 
 Until its files have arrived whole the VM lives at its source: whatever fails before leaves it there, startable, and a
-running one is started there again.
+running one is started there again. Once they have, nobody waits for what is left at the source (``control_left.py``).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from hdcs_tasks.errors import Cancelled, HdcsError, from_dict
+from hdcs_tasks.errors import Cancelled, HdcsError, OutcomeUnknown, from_dict
 from hdcs_tasks.image.control_copy import bring
 from hdcs_tasks.operations.control import Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed
@@ -23,10 +23,12 @@ from hdcs_tasks.store.models import Operation, Step, Vm, now
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import add_start_step, command_spec, leave_via, vm_of
 from hdcs_tasks.vm.control_clone import promise_disk
+from hdcs_tasks.vm.control_left import let_go
 from hdcs_tasks.vm.control_move import (
     PATIENCE_S,
     change_home,
     discard,
+    ends_of,
     finish,
     give_back_source,
     give_back_target,
@@ -126,11 +128,13 @@ def _not_offered(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> 
 def _fetched(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
     """Every file has the hash it had at the source: from this transaction on the VM lives here."""
     vm = vm_of(tx, operation)
-    old = vm.home
     operation.request = operation.request | {"measured": {"bytes": result["bytes"], "resumed": result["resumed"]}}
     change_home(tx, operation, vm)
-    if discard(tx, operation, old) is None:
-        discarded(tx, operation)
+    leave_via(vm, VmState.MIGRATING, VmState(operation.request["carried_as"]))
+    if state_before(operation) in ALIVE and vm.state is VmState.SAVED:
+        _start(tx, operation, vm)
+    else:
+        _leave(tx, operation, vm)
 
 
 @on_failed("vm.fetch_on_node")
@@ -140,19 +144,29 @@ def _not_fetched(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> 
         discarded(tx, operation)
 
 
-def discarded(tx: Tx, operation: Operation) -> None:
-    """What is not the VM any more is gone (or, on a storage nobody reaches, left and told of): on, or back."""
-    vm = vm_of(tx, operation)
-    if "measured" not in operation.request:
-        give_back_target(tx, operation, vm)
-        back(tx, operation, vm, from_dict(operation.error or {"code": "cancelled", "message": "cancelled"}))
+def _leave(tx: Tx, operation: Operation, vm: Vm) -> None:
+    """The VM is as it should be; what it was copied from goes, whenever a server node there can remove it."""
+    _measure(operation)
+    operation.request = operation.request | {"ends": ends_of(operation, vm)}
+    if not is_between(operation):
+        _end(tx, operation)
         return
-    give_back_source(tx, operation, vm)
-    leave_via(vm, VmState.MIGRATING, VmState(operation.request["carried_as"]))
-    if state_before(operation) in ALIVE and vm.state is VmState.SAVED:
-        _start(tx, operation, vm)
+    step = discard(tx, operation, operation.request["home"])
+    if step is None:
+        discarded(tx, operation)
     else:
-        _done(tx, operation, vm)
+        let_go(tx, operation)
+
+
+def discarded(tx: Tx, operation: Operation) -> None:
+    """What is not the VM any more is gone (or, on a storage nobody reaches, left and told of): the end, or back."""
+    vm = vm_of(tx, operation)
+    if "measured" in operation.request:
+        give_back_source(tx, operation, vm)
+        _end(tx, operation)
+        return
+    give_back_target(tx, operation, vm)
+    back(tx, operation, vm, from_dict(operation.error or {"code": "cancelled", "message": "cancelled"}))
 
 
 def not_begun(tx: Tx, operation: Operation, vm: Vm, error: HdcsError) -> None:
@@ -168,7 +182,8 @@ def _start(tx: Tx, operation: Operation, vm: Vm) -> None:
     """Where it should go on; not where it came from."""
     source = operation.request["source"]
     exclude = [] if is_between(operation) or source is None else [source]
-    add_start_step(tx, operation, vm, pin=operation.request["pin"], exclude=exclude, patience_s=PATIENCE_S)
+    step = add_start_step(tx, operation, vm, pin=operation.request["pin"], exclude=exclude, patience_s=PATIENCE_S)
+    step.spec = step.spec | _as_before(operation)
 
 
 def back(tx: Tx, operation: Operation, vm: Vm, error: HdcsError) -> None:
@@ -178,18 +193,27 @@ def back(tx: Tx, operation: Operation, vm: Vm, error: HdcsError) -> None:
     if state_before(operation) in ALIVE and vm.state is VmState.SAVED:
         operation.request = operation.request | {"back": True}
         step = add_start_step(tx, operation, vm)
-        step.spec = step.spec | {"binding": True}
+        step.spec = step.spec | _as_before(operation) | {"binding": True}
         return
     tx.fail(operation, error)
 
 
+def _as_before(operation: Operation) -> dict[str, Any]:
+    """Of a start: a suspended VM comes back suspended."""
+    return {"paused": state_before(operation) is VmState.SUSPENDED}
+
+
 @on_done("vm.migrate:vm.start_on_node")
 def _started(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
+    """At the target, where its files have come; back at the source, there is nothing to leave."""
     vm = vm_of(tx, operation)
-    if operation.request.get("back"):
-        tx.fail(operation, from_dict(operation.error or {"code": "cancelled", "message": "cancelled"}))
+    if step.spec.get("paused") and vm.state is VmState.RUNNING:
+        move(vm, VmState.SUSPENDED)
+        vm.observed_state = "paused"
+    if "measured" in operation.request or not is_between(operation):
+        _leave(tx, operation, vm)
     else:
-        _done(tx, operation, vm)
+        _end(tx, operation)
 
 
 @on_failed("vm.migrate:vm.start_on_node")
@@ -198,9 +222,21 @@ def _not_started(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> 
     vm = vm_of(tx, operation)
     if not operation.request.get("back") and vm.state is VmState.SAVED:
         back(tx, operation, vm, error)
+    elif "measured" in operation.request:
+        operation.error = operation.error or error.to_dict()
+        operation.request = operation.request | {"unsure": error.code == OutcomeUnknown.code}
+        _leave(tx, operation, vm)
 
 
-def _done(tx: Tx, operation: Operation, vm: Vm) -> None:
+def _end(tx: Tx, operation: Operation) -> None:
+    if operation.error or operation.request.get("back"):
+        error = from_dict(operation.error or {"code": "cancelled", "message": "cancelled"})
+        tx.fail(operation, error, needs_operator=bool(operation.request.get("unsure")))
+    else:
+        finish(tx, operation, operation.request["measured"])
+
+
+def _measure(operation: Operation) -> None:
     request = operation.request
     measured = dict(request.get("measured", {}))
     if "stood_still_at" in request:
@@ -209,4 +245,4 @@ def _done(tx: Tx, operation: Operation, vm: Vm) -> None:
         measured.setdefault("bytes", request["memory_bytes"])
     begun = operation.started_at or operation.created_at
     measured["total_ms"] = round((now() - begun).total_seconds() * 1000)
-    finish(tx, operation, vm, measured)
+    operation.request = request | {"measured": measured}

@@ -11,6 +11,7 @@ from hdcs_tasks.pool.control import IN_POOL, get_domain_node, get_server_node
 from hdcs_tasks.states import ServerNodeState
 from hdcs_tasks.store.models import DomainNode, ServerNode, Vm
 from hdcs_tasks.vm.control import check_given
+from hdcs_tasks.vm.control_left import check_left
 from hdcs_tasks.vm.move_rules import ALIVE, MoveOptions, Way, way_of
 from hdcs_tasks.vm.rules import wrong_state_hint
 
@@ -20,6 +21,8 @@ def check_migrate(tx: Tx, vm: Vm, to: str | None, options: MoveOptions) -> tuple
     ``control_migrate.open_move``."""
     check_given(tx, vm, "migrate")
     home, pin = _destination(tx.session, vm, to)
+    if pin is not None or home != vm.home:
+        check_left(tx.session, vm, node=pin, home=home)
     way = way_of(vm.state, same_home=home == vm.home, live=options.live)
     if way is Way.NOTHING and options.live:
         raise WrongState(

@@ -1,7 +1,8 @@
 """Moving VMs on the control plane: what is asked, which way it goes, and the steps of a live move.
 
 prepare (target: claim, DHCP host, between domain nodes an overlay) → perform (source) → finish (target: network,
-checkpoints) → clean (source) → the operation is settled. Each can be repeated or undone:
+checkpoints) → the VM is settled, and others may have it → clean (source) → the operation is settled. Each can be
+repeated or undone:
 
     perform failed       → undo (target)                   the VM runs on at its source
     its end is unknown   → look (target, at both ends)     and on from there
@@ -35,8 +36,9 @@ from hdcs_tasks.vm.control import (
     wake_others,
 )
 from hdcs_tasks.vm.control_destination import check_migrate
+from hdcs_tasks.vm.control_left import let_go
 from hdcs_tasks.vm.control_move import PATIENCE_S as PATIENCE_S
-from hdcs_tasks.vm.control_move import is_between, move_spec, state_before, target_home
+from hdcs_tasks.vm.control_move import PREPARED_WITHIN_S, is_between, move_spec, state_before, target_home
 from hdcs_tasks.vm.move_rules import MoveOptions, Way
 
 STAYS = "it starts on any server node of its domain node"
@@ -105,7 +107,7 @@ def _begin_live(tx: Tx, operation: Operation) -> None:
     source, to = operation.request["source"], operation.request["pin"]
     move(vm, VmState.MIGRATING)
     terms = vm_terms(vm, pin=to, exclude=[source], pinned=False, start=False)
-    spec = move_spec(operation, vm) | placing_fields(tx, vm, terms)
+    spec = move_spec(operation, vm) | placing_fields(tx, vm, terms) | {"within_s": PREPARED_WITHIN_S}
     spec["shown"] = {"vm": vm.name, "from": source, "to": to or "?"}
     tx.step(operation, "vm.migrate_prepare_on_node", vm.home, spec, patience_s=PATIENCE_S)
 
@@ -242,7 +244,15 @@ def _finished(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) 
     operation.request = operation.request | {
         "measured": operation.request["measured"] | measured, "finish": kept,
     }  # fmt: skip
-    _on(tx, operation, "clean", "source", move_spec(operation, vm_of(tx, operation)))
+    _clean(tx, operation, vm_of(tx, operation))
+
+
+def _clean(tx: Tx, operation: Operation, vm: Vm) -> None:
+    """The VM is at the target, whatever becomes of what it left: whoever uses it does not wait for the source."""
+    leave_via(vm, VmState.MIGRATING, state_before(operation))
+    operation.request = operation.request | {"ends": control_move.ends_of(operation, vm)}
+    _on(tx, operation, "clean", "source", move_spec(operation, vm) | {"target": operation.request["target"]})
+    let_go(tx, operation)
 
 
 @on_failed("vm.migrate_finish_on_node", "vm.move_finish_on_node")
@@ -252,7 +262,7 @@ def _not_finished(tx: Tx, operation: Operation, step: Step, error: HdcsError) ->
     if error.code == Unreachable.code and not step.spec.get("unseen"):
         # libvirt handed it over, then its new server node was lost: what it left at its source is not it any more.
         operation.error = error.to_dict()
-        _on(tx, operation, "clean", "source", move_spec(operation, vm))
+        _clean(tx, operation, vm)
         return
     leave_via(vm, VmState.MIGRATING, state_before(operation))
     tx.fail(operation, error, needs_operator=True)
@@ -301,13 +311,11 @@ def _go_on(tx: Tx, operation: Operation) -> None:
 
 
 def _moved(tx: Tx, operation: Operation) -> None:
-    """The VM is where it should be: settle it, and the operation with what was measured."""
-    vm = vm_of(tx, operation)
-    leave_via(vm, VmState.MIGRATING, state_before(operation))
+    """The VM has gone on since ``_clean``; the operation ends, with what was measured."""
     if operation.error:
         tx.fail(operation, from_dict(operation.error), needs_operator=True)
         return
-    control_move.finish(tx, operation, vm, operation.request["measured"] | operation.request.get("finish", {}))
+    control_move.finish(tx, operation, operation.request["measured"] | operation.request.get("finish", {}))
 
 
 # --- back

@@ -26,6 +26,9 @@ from hdcs_tasks.vm.control_clone import promise_disk
 PATIENCE_S = 30.0
 """A VM that cannot move runs on where it is, so a migration does not wait for room as long as a start does."""
 
+PREPARED_WITHIN_S = 60.0
+"""An attempt to prepare a target takes seconds; one that hangs (on its storage, say) gives its lease up after this."""
+
 
 def is_between(operation: Operation) -> bool:
     """Whether the move leads to another domain node."""
@@ -78,7 +81,7 @@ def prepare(tx: Tx, operation: Operation, vm: Vm) -> None:
     image = image_of(tx, vm)
     home, pin = target_home(operation), operation.request["pin"]
     terms = vm_terms(vm, pin=pin, pinned=False, start=False)
-    spec = move_spec(operation, vm) | placing_fields(tx, vm, terms, home)
+    spec = move_spec(operation, vm) | placing_fields(tx, vm, terms, home) | {"within_s": PREPARED_WITHIN_S}
     spec["image"] = {"name": image.name, "version": image.version} if image is not None else None
     spec["shown"] = {"vm": vm.name, "from": operation.request["source"], "to": pin or home}
     tx.step(operation, "vm.move_prepare_on_node", home, spec, patience_s=PATIENCE_S)
@@ -138,14 +141,20 @@ def discard(tx: Tx, operation: Operation, home: str) -> Step | None:
     return tx.step(operation, "vm.discard_on_node", home, spec)
 
 
-def finish(tx: Tx, operation: Operation, vm: Vm, measured: dict[str, Any]) -> None:
+def ends_of(operation: Operation, vm: Vm) -> dict[str, Any]:
+    """Where the VM came from and to, as of now: it may go on before its move is cleaned up after."""
+    came_from = operation.request["source"] or operation.request["home"]
+    return {"from": came_from, "to": vm.server_node or vm.home, "ip": vm.ip, "port": vm.port}
+
+
+def finish(tx: Tx, operation: Operation, measured: dict[str, Any]) -> None:
     """End the operation as done, with what was measured; what the next backup will be, where that has changed."""
     told: dict[str, Any] = {"moved": True, "way": operation.request["way"]}
     if is_between(operation):
         told |= {
-            "domain_node": vm.home, "image_bytes": operation.request.get("image_bytes", 0), "next_backup": "full",
+            "domain_node": target_home(operation), "image_bytes": operation.request.get("image_bytes", 0),
+            "next_backup": "full",
         }  # fmt: skip
-    ends = {"from": operation.request["source"] or operation.request["home"], "to": vm.server_node or vm.home}
-    tx.finish(operation, measured | ends | {"ip": vm.ip, "port": vm.port} | told)
-    for home in {vm.home, operation.request["home"]}:
+    tx.finish(operation, measured | operation.request["ends"] | told)
+    for home in {target_home(operation), operation.request["home"]}:
         wake_others(tx, home)

@@ -15,6 +15,7 @@ from hdcs_tasks.operations.handlers import on_done, on_failed
 from hdcs_tasks.pool.control import get_domain_node
 from hdcs_tasks.pool.rooms import disk_limit_bytes
 from hdcs_tasks.states import BackupState
+from hdcs_tasks.store import metering
 from hdcs_tasks.store.models import Backup, Image, Operation, Step, Vm
 from hdcs_tasks.vm.control import check_given, get_vm, vm_of
 
@@ -93,6 +94,7 @@ def _promise(tx: Tx, vm: Vm, disk_bytes: int) -> None:
 def _refreshed(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
     vm = vm_of(tx, operation)
     vm.image_id, vm.disk_bytes = operation.request["image"], operation.request["disk_bytes"]
+    metering.changed(tx.session, vm)
     # The new disk has none of the bitmaps these points left behind: the next backup begins a new chain.
     ready = select(Backup).where(Backup.vm_id == vm.id, Backup.state == BackupState.READY)
     for backup in tx.session.scalars(ready):

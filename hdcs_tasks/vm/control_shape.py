@@ -12,6 +12,7 @@ from hdcs_tasks.operations.handlers import on_done, on_failed
 from hdcs_tasks.pool.control import get_server_node
 from hdcs_tasks.routing import check_name, direct_queue
 from hdcs_tasks.states import VmState
+from hdcs_tasks.store import metering
 from hdcs_tasks.store.models import Operation, Step, Vm
 from hdcs_tasks.vm.control import check_given, get_vm, view, vm_of
 from hdcs_tasks.vm.control_clone import promise_disk
@@ -32,6 +33,7 @@ def rename(control: Control, name: str, new: str) -> dict[str, Any]:
             raise Conflict(f"there is a VM named {new!r} already", next="Choose another name, or see: hdcs vm list")
         vm.name = new
         tx.session.flush()
+        metering.changed(tx.session, vm)
         return view(vm)
 
 
@@ -71,7 +73,9 @@ def _add_step(tx: Tx, operation: Operation, vm: Vm, disk_bytes: int) -> None:
 
 @on_done("vm.grow_on_node")
 def _grown(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
-    vm_of(tx, operation).disk_bytes = result["disk_bytes"]
+    vm = vm_of(tx, operation)
+    vm.disk_bytes = result["disk_bytes"]
+    metering.changed(tx.session, vm)
 
 
 @on_failed("vm.grow_on_node")

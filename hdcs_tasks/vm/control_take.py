@@ -21,6 +21,7 @@ from hdcs_tasks.operations.sending import send
 from hdcs_tasks.pool.rules import marks_of
 from hdcs_tasks.routing import CONTROL
 from hdcs_tasks.states import VmState
+from hdcs_tasks.store import metering
 from hdcs_tasks.store.models import Image, Operation, Step, Vm, now
 
 
@@ -80,6 +81,7 @@ def take(tx: Tx, names: Sequence[str], wish: Wish, *, owner: str, rules: dict[st
         if getattr(tx.session.execute(claim.values(**values)), "rowcount", 0) != 1:
             continue
         tx.session.refresh(vm)
+        metering.changed(tx.session, vm)  # from now on it is used by its taker
         wanted.pop(0)
         found.append((vm, pool))
         if running and wish.tags:

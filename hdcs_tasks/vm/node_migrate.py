@@ -197,11 +197,16 @@ def _look_at_source(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     return {"node": run.ctx.server_node, "held_by": held}
 
 
+def _seen_at_both(run: Run, spec: dict[str, Any]) -> whereabouts.Whereabouts:
+    """On the target: where the guest is."""
+    return whereabouts.observe(peer(run.ctx, spec["source"]["ip"]), run.ctx.host(), spec["vm_id"])
+
+
 def _held_by(run: Run, spec: dict[str, Any]) -> str:
     """ "source" or "target". One that stands still here because libvirt's hand-over broke, and is the only one left, is
     let run. Raises OutcomeUnknown for what nobody may conclude."""
     ctx, vm_id = run.ctx, spec["vm_id"]
-    seen = whereabouts.observe(peer(ctx, spec["source"]["ip"]), ctx.host(), vm_id)
+    seen = _seen_at_both(run, spec)
     held = seen.held_by
     if held == "unknown":
         raise OutcomeUnknown(
@@ -224,11 +229,18 @@ def clean(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def leave(run: Run, spec: dict[str, Any]) -> None:
-    """The guest is seen not to run here, and no definition of it is left. Raises OutcomeUnknown."""
+    """The guest is seen not to run here, and no definition of it is left. Raises OutcomeUnknown.
+
+    One that runs here beside the one at the target, where the record has it, went on when nobody could reach this
+    server node: it ends.
+    """
     ctx = run.ctx
     seen = guests.info(ctx.host(), spec["vm_id"])
     if seen is not None and seen.state == "running":
-        raise OutcomeUnknown(f"VM {spec['name']} still runs on {ctx.server_node}", next="Look at both server nodes")
+        there = peer(ctx, spec["target"]["address"])
+        if not whereabouts.observe(ctx.host(), there, spec["vm_id"]).doubled:
+            raise OutcomeUnknown(f"VM {spec['name']} still runs on {ctx.server_node}", next="Look at both server nodes")
+        log.warning("the guest ran twice; it goes on where it moved to", vm=spec["name"], to=spec["target"]["node"])
     run.check()
     if seen is not None:
         # A left-over definition, or the stopped guest of a hand-over whose other side the finish step saw.
@@ -248,13 +260,15 @@ def undo(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
 
 def take_back(run: Run, spec: dict[str, Any]) -> bool:
     """End what a move that did not happen left of the guest here; False where the guest runs here and nowhere else.
-    Raises OutcomeUnknown."""
+    Of one that runs twice, the one at the source goes on. Raises OutcomeUnknown."""
     ctx = run.ctx
     seen = guests.info(ctx.host(), spec["vm_id"])
     if seen is not None and seen.state == "running":
         if _held_by(run, spec) == "target":
             return False
-        raise OutcomeUnknown(f"VM {spec['name']} runs on {ctx.server_node}", next="Look at both server nodes")
+        if not _seen_at_both(run, spec).doubled:
+            raise OutcomeUnknown(f"VM {spec['name']} runs on {ctx.server_node}", next="Look at both server nodes")
+        log.warning("the guest ran twice; it goes on at its source", vm=spec["name"], source=spec["source"]["name"])
     run.check()
     if seen is not None:
         guests.stop(ctx.host(), spec["vm_id"], force=True)

@@ -179,7 +179,7 @@ def _start_here(run: Run, spec: dict[str, Any], placed: Placed) -> None:
     if guests.info(host, guest["vm_id"]) is None:
         _mend_bitmaps(place, guest["vm_id"], key)
     give_to_libvirt(host, key)
-    guests.start(host, wanted, saved=saved)
+    guests.start(host, wanted, saved=saved, paused=bool(spec.get("paused")))
     restore_checkpoints(host, place, guest["vm_id"])
 
 

@@ -170,6 +170,7 @@ def test_flower_refuses_strangers_and_shows_the_record_to_those_who_log_in(
     flower.open("/data-center")
     picture(flower.browser, "data-center")
     assert "east" in flower.text() and "node1" in flower.text() and "Desktops running" in flower.text()
+    assert "small" in flower.text(), "how many more desktops of each profile fit"
     assert f"no backup of desk-007 by {EVIL} for 3 d" in flower.text() and flower.browser.title != "taken"
     flower.follow("Desktops")
     assert flower.browser.current_url.endswith("/desktops") and flower.browser.find_elements(By.ID, "hdcs-table")
@@ -180,6 +181,8 @@ def test_flower_refuses_strangers_and_shows_the_record_to_those_who_log_in(
     assert flower.status("/api/worker/shutdown/east@node1", login=LOGIN, method="POST") in (401, 403, 405)
     center.go.touch()
     center.sweep_until(lambda: center.done(operation), SLOW_S, "done, not terminated")
+    flower.open("/operations")
+    flower.wait(lambda: "done" in flower.browser.find_element(By.ID, operation).text, "it stays there as history")
 
 
 def _sees_desktops(flower: Flower) -> None:
@@ -219,8 +222,23 @@ def _sees_the_operation(center: Center, flower: Flower, operation: str) -> None:
     flower.wait(lambda: "PROGRESS" in flower.text(), "Flower's own page of the task, with its progress")
     assert "60% disk 12/27 GiB" in flower.text() and "desk-001 node1 → node2" in flower.text()
     assert not flower.browser.find_elements(By.ID, "task-terminate")
+    flower.browser.get(f"http://{LOGIN}@127.0.0.1:{flower.port}/tasks")
+    flower.wait(lambda: "60% disk 12/27 GiB" in _cell(flower, "test.work", "Result"), "progress in the Result column")
+    picture(flower.browser, "tasks")
+    assert _cell(flower, "test.work", "kwargs").startswith("vm=desk-001 node1 → node2")
     flower.browser.get(f"http://{LOGIN}@127.0.0.1:{flower.port}/workers")
     flower.wait(lambda: "east@node1" in flower.text(), "workers by domain node and server node")
+
+
+def _cell(flower: Flower, task: str, column: str) -> str:
+    """Of Flower's own table of tasks: a cell of the row of this task."""
+    heads = [str(head.get_attribute("textContent")).strip().lower()
+             for head in flower.browser.find_elements(By.CSS_SELECTOR, "#tasks-table thead th")]  # fmt: skip
+    for row in flower.browser.find_elements(By.CSS_SELECTOR, "#tasks-table tbody tr"):
+        cells = [cell.text for cell in row.find_elements(By.TAG_NAME, "td")]
+        if task in cells:
+            return cells[heads.index(column.lower())]
+    return ""
 
 
 def test_the_pages_data_are_plain_numbers_and_moments(center: Center) -> None:  # noqa: F811

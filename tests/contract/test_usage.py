@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,18 @@ from hdcs_tasks.operations.control import Asked, Control
 from hdcs_tasks.operations.views import show
 from hdcs_tasks.pool import control as pool_control
 from hdcs_tasks.pool.proof import JoinRequest
-from hdcs_tasks.states import VmState
+from hdcs_tasks.states import ServerNodeState, VmState
 from hdcs_tasks.store.migrate import upgrade
-from hdcs_tasks.store.models import ServerNode, Step, Vm, now
+from hdcs_tasks.store.models import Image, ServerNode, Step, Vm, now
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm import control as vms
-from hdcs_tasks.vm import control_migrate, control_quota
+from hdcs_tasks.vm import control_migrate, control_quota, control_shape
 from hdcs_tasks.vm.control_clone import Shape, new_vm
 from hdcs_tasks.vm.control_quota import check_quota
+from hdcs_tasks.vm.control_take import Wish, take
 from hdcs_tasks.vm.quota_rules import Amounts
 from tests.contract.conftest import make_settings
-from tests.contract.test_samples import pool, sample_of, vm_of  # noqa: F401 - pool is a fixture
+from tests.contract.test_samples import pool, running, sample_of, vm_of  # noqa: F401 - pool is a fixture
 from tests.contract.test_store import together
 from tests.contract.test_tidy import FACTS, TOKEN, join_request, stopped_vm
 from tests.services import RedisServer
@@ -100,6 +101,90 @@ def test_a_metered_hour_with_a_migration_a_dead_worker_and_a_lost_node_is_an_hou
         parts = [usage(pool, start=began + timedelta(minutes=n), end=began + timedelta(minutes=n + 7))["rows"]
                  for n in range(0, 60, 7)]  # fmt: skip
         assert sum(part[0]["running_s"] for part in parts if part) == pytest.approx(50 * 60)
+
+
+def test_a_server_node_whose_clock_is_wrong_moves_a_span_by_no_more_than_its_step_took(pool: Control) -> None:  # noqa: F811
+    for skew_s in (-250, 250):
+        with time_machine.travel(now(), tick=False) as clock:
+            vm_id = add(pool, f"skewed{skew_s}", "alice")
+            name = vm_of(pool, vm_id).name
+            began = now()
+            vms.start(pool, name, Asked())
+            clock.shift(timedelta(seconds=2))
+            settle(pool, {"node": "node1", "port": 20000, "ip": "10.128.0.2"}, "node1",
+                   ended_at=now().timestamp() + skew_s)  # fmt: skip
+            clock.shift(timedelta(minutes=10))
+            vms.command(pool, "stop", name, Asked())
+            clock.shift(timedelta(seconds=2))
+            settle(pool, {"node": "node1"}, "node1", ended_at=now().timestamp() + skew_s)
+            clock.shift(timedelta(minutes=10))
+            (row,) = usage(pool, start=began, end=now(), vm=name)["rows"]
+            assert row["running_s"] == pytest.approx(602, abs=2.01), skew_s
+
+
+def test_what_changes_while_nothing_moves_is_counted_from_then_on(pool: Control) -> None:  # noqa: F811
+    """A ready desktop that is taken, a disk that grows, another name: no start or stop tells of it."""
+    with time_machine.travel(now(), tick=False) as clock:
+        vm_id, began = running(pool), now()
+        with pool.transaction() as tx:
+            image = Image(name="mini", version=1)
+            tx.session.add(image)
+            tx.session.flush()
+            vm = tx.session.get_one(Vm, vm_id)
+            vm.warm_pool, vm.image_id, vm.ready_at = "morning", image.id, now()
+            wish = Wish({vm.home: image}, vm.profile, None, ["office"], ruled=False)
+        control_samples.take_sample(pool, sample_of("node1", now().timestamp(), vm_id, console_clients=1))
+        clock.shift(timedelta(minutes=10))
+        with pool.transaction() as tx:
+            assert take(tx, ["anna-1"], wish, owner="anna", rules={})
+        clock.shift(timedelta(minutes=5))
+        vm = vm_of(pool, vm_id)
+        control_shape.grow(pool, "anna-1", 3 * 512 + vm.disk_bytes, Asked())
+        settle(pool, {"disk_bytes": 3 * 512 + vm.disk_bytes}, "node1")
+        clock.shift(timedelta(minutes=5))
+        spent = {row["owner"]: row for row in usage(pool, start=began, by="owner")["rows"] if not row["total"]}
+        assert (spent[""]["running_s"], spent["anna"]["running_s"]) == (600, 600)
+        assert (spent[""]["console_s"], spent["anna"]["console_s"]) == (600, 600)
+        assert spent["anna"]["disk_byte_s"] == 600 * vm.disk_bytes + 300 * 3 * 512
+        (tagged,) = [row for row in usage(pool, start=began, by="tag")["rows"] if row["tag"] == "office"]
+        assert tagged["running_s"] == 600
+
+        vms.command(pool, "stop", "anna-1", Asked())
+        settle(pool, {"node": "node1"}, "node1")
+        renamed = now()
+        control_shape.rename(pool, "anna-1", "anna-2")
+        clock.shift(timedelta(minutes=1))
+        (row,) = usage(pool, start=renamed)["rows"]
+        assert (row["vm"], row["disk_byte_s"]) == ("anna-2", 60 * (vm.disk_bytes + 3 * 512))
+
+
+def test_months_add_up_whatever_lies_across_their_ends(pool: Control) -> None:  # noqa: F811
+    """An operation at a month's end, and a server node lost over it and back in the next."""
+    with time_machine.travel(datetime(2026, 10, 31, 23, 0, tzinfo=UTC), tick=False) as clock:
+        storage = {"total_bytes": 10**12, "free_bytes": 10**12}
+        vm_id = add(pool, "desk-1", "alice")
+        clock.move_to(datetime(2026, 10, 31, 23, 59, 59, 500_000, tzinfo=UTC))
+        vms.start(pool, "desk-1", Asked())
+        clock.shift(timedelta(seconds=1))  # asked for in October, running from November on
+        settle(pool, {"node": "node1", "port": 20000, "ip": "10.128.0.2"}, "node1")
+        clock.move_to(datetime(2026, 11, 30, 23, 0, tzinfo=UTC))
+        pool_control.join(pool, join_request())
+        control_samples.take_sample(pool, sample_of("node1", now().timestamp(), vm_id))
+        pool.reservations.leases.drop("node", "node1", "instance-node1")
+        clock.shift(timedelta(minutes=30))
+        with pool.transaction() as tx:
+            move(tx.session.get_one(ServerNode, "node1"), ServerNodeState.LOST)
+        clock.shift(timedelta(hours=2))
+        back = JoinRequest("east", "node1", "10.0.0.1", "instance-2", FACTS, storage, now().timestamp())
+        pool_control.join(pool, back.signed(TOKEN))
+        control_samples.take_sample(pool, sample_of("node1", now().timestamp(), vm_id))
+        clock.shift(timedelta(minutes=30))
+        rows = [usage(pool, month=f"2026-{month}")["rows"] for month in (10, 11, 12)]
+        october, november, december = ((found[0] if found else {}) for found in rows)
+        assert october["running_s"] == 0 and october["disk_byte_s"] == 3600 * vm_of(pool, vm_id).disk_bytes
+        assert november["running_s"] == 30 * 86_400 - 0.5
+        assert november["unobserved_s"] == 3600 and december["unobserved_s"] == 1.5 * 3600
+        assert december["running_s"] == 2 * 3600
 
 
 def test_bad_questions_are_refused(control: Control) -> None:

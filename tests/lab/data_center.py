@@ -79,6 +79,22 @@ def kill_worker(center: Center, node: str) -> None:
 
 
 @contextmanager
+def paused_worker(center: Center, *nodes: str) -> Iterator[None]:
+    """The nodes' workers for long work stand still inside the block: what they are asked for waits in their queues."""
+    found = {
+        pid for node in nodes for pid, line in center.lab.space(node).processes() if line.endswith("--role long")
+    }  # fmt: skip
+    assert found
+    for pid in found:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in found:
+            os.kill(pid, signal.SIGCONT)
+
+
+@contextmanager
 def libvirt_of(center: Center, node: str) -> Iterator[Host]:
     """The libvirt of a server node, seen from outside HDCS."""
     with Host.open(f"qemu+tcp://{center.lab.ip(node)}/system") as host:

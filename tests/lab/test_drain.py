@@ -3,6 +3,8 @@ guests that boot nothing, which is enough to move them. Afterwards every VM runs
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,13 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import libvirt
 import pytest
 
 from deploy.lab.center import Center, wait_for
 from tests.chaos import notes
 from tests.lab.consoles import console_client
-from tests.lab.data_center import data_center, kill_worker, libvirt_of
-from tests.lab.test_moves import ended, power_cycle, whole
+from tests.lab.data_center import data_center, kill_worker, libvirt_of, paused_worker
+from tests.lab.test_moves import comes_to, ended, power_cycle, whole
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
 
@@ -119,6 +122,10 @@ def test_a_server_node_is_drained_though_its_worker_dies(center: Center) -> None
     kill_worker(center, "node1")
     center.start_node("node1")
     seen = ended(operation)
+    if "which is lost" in str(seen["error"]):
+        # A machine so slow that the new worker came after the old one's lease: a second drain moves what stayed.
+        wait_for("node1 to be back", lambda: center.cloud.server_nodes.show("node1")["state"] == "draining", LONG_S)
+        seen = ended(cloud.server_nodes.drain("node1", concurrency=1))
     assert seen["state"] == "done", (seen["error"], [child["error"] for child in seen["children"]])
     assert {place(center, name) for name in DESKS[:-1]} == {("running", "east", "node2")}
     assert place(center, DESKS[-1]) == ("stopped", "east", None), "it is nowhere: nothing to do"
@@ -156,7 +163,7 @@ def test_the_network_is_cut_in_mid_move(center: Center, to: str, cut: str) -> No
     name = DESKS[0]
     vm, source = center.cloud.vms[name], place(center, name)[2]
     if to == "other":
-        vm.migrate("node1").result(timeout_s=LONG_S)
+        assert ended(vm.migrate("node1"))["state"] == "done"
         source = "node1"
     assert source is not None
     target = "node2" if to == "other" else "node1" if source == "node3" else "node3"
@@ -172,6 +179,96 @@ def test_the_network_is_cut_in_mid_move(center: Center, to: str, cut: str) -> No
     state, _, at = place(center, name)
     assert state == "running" and at == (target if seen["state"] == "done" else source)
     whole(center)
+
+
+def test_what_runs_twice_goes_on_where_the_record_has_it(center: Center) -> None:
+    """libvirt lets a guest run at the target, and at its source again, when the network fails in its hand-over. Made
+    here by hand, after the preparation and after the move."""
+    name = DESKS[1]
+    vm = center.cloud.vms[name]
+    bring(center, name, "node2")
+    vm_id = vm.show()["id"]
+    with paused_worker(center, "node2"):
+        operation = vm.migrate("node3")
+        assert comes_to(operation, "vm.move_on_node")
+        double(center, vm_id, "node2", "node3")
+    seen = ended(operation)
+    assert seen["state"] == "failed" and not seen["needs_operator"], seen
+    assert [step["name"] for step in seen["steps"]][-1] == "vm.move_undo_on_node"
+    assert place(center, name) == ("running", "east", "node2")
+    whole(center)
+    operation = vm.migrate("node3")
+    assert comes_to(operation, "vm.move_on_node")
+    with paused_worker(center, "node3"):
+        wait_for("the guest to leave its source", lambda: name not in guests_on(center, "node2"), LONG_S)
+        double(center, vm_id, "node3", "node2")
+    seen = ended(operation)
+    assert seen["state"] == "done", seen
+    assert place(center, name) == ("running", "west", "node3")
+    whole(center)
+
+
+def bring(center: Center, name: str, node: str) -> None:
+    """Have a desktop on this server node."""
+    if place(center, name)[2] != node:
+        assert ended(center.cloud.vms[name].migrate(node))["state"] == "done"
+
+
+def double(center: Center, vm_id: str, runs_on: str, too: str) -> None:
+    with libvirt_of(center, runs_on) as here, libvirt_of(center, too) as there:
+        assert there.lookup(vm_id) is None
+        there.conn.createXML(here.guest(vm_id).XMLDesc(libvirt.VIR_DOMAIN_XML_SECURE), 0)
+
+
+def test_a_guest_whose_qemu_hangs_does_not_hold_its_move_up(center: Center) -> None:
+    """It cannot be asked for its disk: the move gives up, says so, and leaves nothing."""
+    name = DESKS[1]
+    vm, source = center.cloud.vms[name], place(center, name)[2]
+    assert source is not None
+    (pid,) = [pid for pid, line in center.lab.space(source).processes() if vm.show()["id"] in line]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        seen = ended(vm.migrate("east" if source == "node3" else "west"))
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert seen["state"] == "failed" and not seen["needs_operator"], seen
+    assert "QEMU does not answer" in seen["error"]["message"]
+    assert place(center, name)[2] == source
+    whole(center)
+
+
+@pytest.mark.parametrize("phase", ["prepared", "performed"])
+def test_the_target_dies(center: Center, phase: str) -> None:
+    """At once: of a move inside its domain node and of one between two. What it left another server node removes."""
+    sources = {DESKS[0]: "node1", DESKS[1]: "node3"}
+    for name, source in sources.items():
+        bring(center, name, source)
+    slow = {"bandwidth_mib_s": SLOW_MIB_S}
+    if phase == "prepared":
+        with paused_worker(center, "node1", "node3"):
+            moves = [center.cloud.vms[name].migrate("node2", **slow) for name in sources]
+            assert comes_to(moves[0], "vm.migrate_on_node") and comes_to(moves[1], "vm.move_on_node")
+            time.sleep(1.0)  # what the dying node holds is lost, and sent again a minute later: let it be handed on
+            center.lab.power_off("node2")
+    else:
+        moves = [center.cloud.vms[name].migrate("node2", **slow) for name in sources]
+        for operation in moves:
+            under_way(center, operation)
+        center.lab.power_off("node2")
+    for operation in moves:
+        seen = ended(operation)
+        assert seen["state"] == "failed" and not seen["needs_operator"], seen
+    power_cycle(center, "node2")
+    for name, source in sources.items():
+        assert place(center, name)[::2] == ("running", source)
+    for other in DESKS:
+        wait_for("what ran there to be missed", lambda o=other: not lost(center, o, "node2"), LONG_S)  # type: ignore[misc]
+    whole(center)
+
+
+def lost(center: Center, name: str, node: str) -> bool:
+    state, _, at = place(center, name)
+    return state != "stopped" and at == node and name not in guests_on(center, node)
 
 
 def test_the_source_is_lost_in_mid_move(center: Center) -> None:

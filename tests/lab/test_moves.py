@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 from deploy.lab.center import Center, wait_for
 from deploy.lab.golden_image import build
 from deploy.lab.lab import SRV
-from hdcs_tasks.hypervisor import agent
+from hdcs_tasks.errors import WaitTimedOut
+from hdcs_tasks.hypervisor import agent, guests
 from tests.lab.data_center import at_guest, data_center, kill_worker, picture, wait_idle
 
 pytestmark = pytest.mark.lab
@@ -86,9 +88,13 @@ class Desk:
 def whole(center: Center) -> None:
     """Record, reservations, libvirt and storages agree: every VM once, nothing of a move is left."""
     wait_idle(center)
+    homes = {vm["id"]: vm["home"] for vm in center.cloud.vms.list()}
+    for name in center.lab.domain_nodes:
+        here = {vm["id"] for vm in center.cloud.vms.list() if vm["server_node"] and vm["home"] == name}
+        soon_equal(f"console ports in {name}", lambda n=name: owned_ports(center, n), here)  # type: ignore[misc]
+        soon_equal(f"storage promised in {name}", lambda n=name: promised(center, n), here_of(homes, name))  # type: ignore[misc]
     seen = picture(center)
     assert seen["live"] == []
-    homes = {vm["id"]: vm["home"] for vm in center.cloud.vms.list()}
     holds = {i: node for i, state, node, *_ in seen["vms"].values() if node is not None}
     assert {vm_id: node for node, (found, _) in seen["libvirt"].items() for vm_id, _ in found} == holds
     claims = [claim for pool in seen["reservations"].pools.values() for claim in pool.claims]
@@ -96,14 +102,35 @@ def whole(center: Center) -> None:
     assert len(claims) == len(holds)
     macs = {vm["mac"]: vm["server_node"] for vm in center.cloud.vms.list() if vm["server_node"]}
     assert {mac: node for node, (_, hosts) in seen["libvirt"].items() for mac in hosts} == macs
-    for name, pool in seen["reservations"].pools.items():
-        assert set(pool.disks) == {i for i, home in homes.items() if home == name}
-        cooling = center.cloud.control.reservations.ports.cooling(name)
-        assert {vm for vm in pool.ports if vm not in cooling} == {i for i in holds if homes[i] == name}
+    for name in center.lab.domain_nodes:
         kept = {path.split("/")[1] for path in seen["storage"][name] if path.startswith("vms/")}
-        assert kept == {i for i, home in homes.items() if home == name}
+        assert kept == here_of(homes, name)
         left = [path for path in seen["storage"][name] if path.endswith((".partial", ".transfer", ".memory"))]
         assert left == []
+
+
+def here_of(homes: dict[str, str], name: str) -> set[str]:
+    return {vm_id for vm_id, home in homes.items() if home == name}
+
+
+def promised(center: Center, domain_node: str) -> set[str]:
+    return set(center.cloud.control.reservations.disks.all(domain_node))
+
+
+def owned_ports(center: Center, domain_node: str) -> set[str]:
+    """VMs that own a console port which does not cool. A port may begin or end to cool between two questions."""
+    ports = center.cloud.control.reservations.ports
+    cooling = ports.cooling(domain_node)
+    return set(ports.all(domain_node)) - cooling - ports.cooling(domain_node)
+
+
+def soon_equal(what: str, look: Callable[[], set[str]], wanted: set[str]) -> None:
+    """What control gives back right after it has recorded an operation's end is given back now, or within seconds; no
+    sweep tidies up as soon as that."""
+    end = time.monotonic() + 3.0
+    while (found := look()) != wanted and time.monotonic() < end:
+        time.sleep(0.1)
+    assert found == wanted, what
 
 
 def delete(center: Center, *names: str) -> None:
@@ -155,6 +182,12 @@ def test_saved_inside_a_domain_node(moves: Center, desk: Desk) -> None:
     assert (after["state"], after["server_node"]) == ("running", other(before["server_node"]))
     assert after["port"] == before["port"]
     assert done["way"] == "saved" and done["downtime_ms"] > 0 and done["memory_bytes"] > MIB
+    desk.check()
+    desk.vm.suspend().result(timeout_s=LONG_S)
+    desk.vm.migrate(live=False).result(timeout_s=LONG_S)
+    assert desk.vm.show()["state"] == "suspended"
+    assert at_guest(moves, desk.name, lambda host, vm_id: guests.info(host, vm_id).state) == "paused"
+    desk.vm.resume().result(timeout_s=LONG_S)
     desk.check()
     whole(moves)
 
@@ -240,7 +273,9 @@ def control_stopped(center: Center, operation: Any, step: str) -> Iterator[None]
     """Stop the control worker once ``step`` is in hand: what the server nodes did is settled after the block."""
 
     def in_hand() -> bool:
-        last = operation.show()["steps"][-1]
+        shown = operation.show()
+        assert shown["state"] in ("queued", "running"), shown["error"]
+        last = shown["steps"][-1]
         seen = center.cloud.control.reservations.steps.status(last["id"])
         return last["name"] == step and seen is not None and (seen.done or seen.holder is not None)
 
@@ -252,6 +287,16 @@ def control_stopped(center: Center, operation: Any, step: str) -> Iterator[None]
         os.kill(center.pids["control"], signal.SIGCONT)
 
 
+def comes_to(operation: Any, step: str) -> bool:
+    """Wait until ``step`` is the operation's present one; False: it has ended without."""
+
+    def look() -> dict[str, Any] | None:
+        shown = operation.show()
+        return shown if shown["steps"][-1]["name"] == step or shown["state"] not in ("queued", "running") else None
+
+    return bool(wait_for(f"{step}, or the end", look, LONG_S, every_s=0.005)["state"] in ("queued", "running"))
+
+
 def finished(center: Center, operation: Any) -> None:
     """Wait until the executor of the operation's present step has its outcome."""
     step = operation.show()["steps"][-1]["id"]
@@ -259,7 +304,13 @@ def finished(center: Center, operation: Any) -> None:
 
 
 def ended(operation: Any) -> dict[str, Any]:
-    *_, seen = operation.watch(timeout_s=LONG_S)
+    """The operation when it has ended; one that does not is shown with its steps, to tell where it hangs."""
+    try:
+        *_, seen = operation.watch(timeout_s=LONG_S)
+    except WaitTimedOut:
+        shown = operation.show()
+        steps = [[step[key] for key in ("name", "state", "attempt", "node", "history")] for step in shown["steps"]]
+        raise AssertionError((shown["phase"], shown["error"], steps)) from None
     return dict(seen)
 
 
@@ -288,44 +339,36 @@ def test_a_cancel_leaves_it_where_it_was(moves: Center, victim: Desk) -> None:
     whole(moves)
 
 
-def test_the_disk_of_the_target_is_full(moves: Center, victim: Desk) -> None:
+@pytest.mark.parametrize(("size", "last"), [("64k", "vm.move_prepare_on_node"), ("2m", "vm.move_on_node")])
+def test_the_disk_of_the_target_is_full(moves: Center, victim: Desk, size: str, last: str) -> None:
+    """There is no room for an overlay; the overlay is there, and is filled in the middle of the copy."""
     before = victim.vm.show()
-    moves.lab.run("node3", ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", f"{SRV}/vms"])
+    moves.lab.run("node3", ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", f"{SRV}/vms"])
     try:
         seen = ended(victim.vm.migrate("node3"))
     finally:
         moves.lab.run("node3", ["umount", f"{SRV}/vms"])
     assert seen["state"] == "failed" and not seen["needs_operator"], seen["error"]
+    assert [step["name"] for step in seen["steps"] if step["state"] == "failed"] == [last]
     stayed(victim, before)
-    whole(moves)
-
-
-@pytest.mark.parametrize("step", ["vm.move_prepare_on_node", "vm.move_on_node"])
-def test_the_target_dies(moves: Center, victim: Desk, step: str) -> None:
-    """After its preparation; in the middle of the copy. The files it left another server node removes."""
-    before = victim.vm.show()
-    operation = victim.vm.migrate("node3", bandwidth_mib_s=8)
-    if step == "vm.move_on_node":
-        under_way(victim, operation, step)
-        moves.lab.power_off("node3")
-    else:
-        with control_stopped(moves, operation, step):
-            finished(moves, operation)
-            moves.lab.power_off("node3")
-    seen = ended(operation)
-    assert seen["state"] == "failed" and not seen["needs_operator"], seen["error"]
-    stayed(victim, before)
-    power_cycle(moves, "node3")
     whole(moves)
 
 
 def test_the_source_worker_dies_and_the_move_goes_on(moves: Center, victim: Desk) -> None:
     """Killed in the middle of the copy, which libvirt ends by itself, and once more when that was done."""
-    source = victim.vm.show()["server_node"]
-    operation = victim.vm.migrate("west", bandwidth_mib_s=8)
-    under_way(victim, operation, "vm.move_on_node")
-    kill_worker(moves, source)
-    moves.start_node(source)
+    before = victim.vm.show()
+    source = before["server_node"]
+    for _ in range(3):
+        operation = victim.vm.migrate("west", bandwidth_mib_s=8)
+        under_way(victim, operation, "vm.move_on_node")
+        kill_worker(moves, source)
+        moves.start_node(source)
+        if comes_to(operation, "vm.move_finish_on_node"):
+            break
+        # A machine so slow that the new worker came after the old one's lease: the move was called off, nothing else.
+        assert "was lost before" in ended(operation)["error"]["message"]
+        moves.wait_for_nodes(moves.lab.nodes)
+        stayed(victim, before)
     with control_stopped(moves, operation, "vm.move_finish_on_node"):
         finished(moves, operation)
         kill_worker(moves, source)

@@ -63,7 +63,7 @@ def test_how_many_moves_begin() -> None:
     ("source", "target", "held_by"),
     [
         (R, A, "source"), (R, P, "source"), (P, A, "source"), (A, R, "target"), (P, R, "target"), (A, P, "target"),
-        (S, R, "target"), (A, A, "source"), (R, R, "unknown"), (P, P, "unknown"), (U, R, "target"), (U, A, "source"),
+        (S, R, "target"), (A, A, "source"), (R, R, "source"), (P, P, "unknown"), (U, R, "target"), (U, A, "source"),
         (U, S, "source"), (U, P, "unknown"), (U, U, "unknown"), (R, U, "unknown"), (A, U, "unknown"),
     ],
 )  # fmt: skip
