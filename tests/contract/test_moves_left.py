@@ -139,6 +139,7 @@ def test_a_lost_source_whose_hand_over_nobody_saw_is_waited_for(center: Played, 
     else:
         pool_control.remove(center.control, source)
         recovery_sweep(center.control)
+        assert all(not step["name"].endswith("clean_on_node") for step in center.steps("published")), "given up"
     center.play()
     assert operation.state == "done"
     consistent(center)
