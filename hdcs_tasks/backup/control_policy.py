@@ -32,6 +32,7 @@ from hdcs_tasks.states import OPERATION_LIVE
 from hdcs_tasks.store.models import Backup, BackupPolicy, Operation, Step, Vm, now
 from hdcs_tasks.store.naming import named
 from hdcs_tasks.vm.control_list import list_vms
+from hdcs_tasks.vm.control_select import check_selector
 from hdcs_tasks.when import check_when, last_due
 
 log = logger(__name__)
@@ -62,6 +63,7 @@ def create(
     with control.transaction() as tx:
         if tx.session.get(BackupPolicy, name) is not None:
             raise Conflict(f"there is a policy {name} already", next="See: hdcs policy list")
+        check_selector(tx.session, selector)
         if copy_to is not None:
             get_domain_node(tx.session, copy_to)
         begun = now()

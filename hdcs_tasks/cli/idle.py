@@ -11,7 +11,7 @@ from hdcs_tasks.cli.options import (
     DURATION,
     SIZE,
     Face,
-    delete_record,
+    delete_records,
     enabled_option,
     format_option,
     pass_face,
@@ -137,15 +137,16 @@ def switch(face: Face, name: str, enabled: bool, form: str) -> None:
 @idle.command()
 @click.argument("name")
 @yes_option
+@format_option
 @pass_face
-def delete(face: Face, name: str, yes: bool) -> None:
+def delete(face: Face, name: str, yes: bool, form: str) -> None:
     """Delete an idle policy; what it has taken back stays as it is.
 
     \b
     Examples:
       hdcs idle delete office -y
     """
-    delete_record("idle policy", name, face.cloud.idle.delete, yes)
+    delete_records("idle policy", [name], lambda each: face.cloud.idle.delete(each), yes, form)
 
 
 def flat(seen: dict[str, Any]) -> dict[str, Any]:

@@ -10,10 +10,9 @@ from hdcs_tasks.cli import output, plans, waiting
 from hdcs_tasks.cli.options import (
     Face,
     changes,
-    confirm,
+    delete_records,
     drain_options,
     format_option,
-    named,
     pass_face,
     wait_options,
     yes_option,
@@ -133,18 +132,23 @@ def resume(face: Face, names: tuple[str, ...], form: str) -> None:
 @node.command()
 @click.argument("names", nargs=-1, required=True, metavar="NODE...")
 @yes_option
+@format_option
 @pass_face
-def remove(face: Face, names: tuple[str, ...], yes: bool) -> None:
+def remove(face: Face, names: tuple[str, ...], yes: bool, form: str) -> None:
     """Forget server nodes that have left for good.
 
     \b
     Examples:
       hdcs node remove node2 -y
     """
-    confirm(f"Forget {named(names, 'server node')}?", yes)
-    for name in names:
-        face.cloud.server_nodes.remove(name)
-        output.message(f"server node {name} removed")
+    delete_records(
+        "server node",
+        names,
+        lambda each: face.cloud.server_nodes.remove(each),
+        yes,
+        form,
+        told="; its name is free again",
+    )
 
 
 _BRIEF = output.columns("name", "domain_node", "state", "draining")

@@ -198,7 +198,11 @@ def select(face: Face, verb: str, names: Sequence[str], every: bool, selector: d
         return Selection(unique, one=len(unique) == 1)
     if not every and not wanted:
         raise click.UsageError("Name at least one VM, or select with --all, --tag, --home, --node, --owner or --state.")
-    return Selection([vm["name"] for vm in face.cloud.vms.that_can(verb, **wanted)], False, wanted)
+    found = [vm["name"] for vm in face.cloud.vms.that_can(verb, **wanted)]
+    if not found and (tag := wanted.get("tag")) and not face.cloud.vms.list(tag=tag):
+        tags = sorted({each for vm in face.cloud.vms.list() for each in vm["tags"]})
+        output.message(f"no VM has tag {tag!r}; there are: {', '.join(tags) or 'none'}")
+    return Selection(found, False, wanted)
 
 
 def confirm(question: str, yes: bool) -> None:
@@ -216,13 +220,17 @@ def enabled_option(text: str) -> Callable[[F], F]:
     return click.option("--on/--off", "enabled", default=True, help=text)
 
 
-def delete_record(
-    noun: str, name: str, delete: Callable[[str], None], yes: bool, *, ask: str = "", told: str = ""
-) -> None:
-    """Ask, delete the record called ``name``, and say so. ``ask``: what goes with it; ``told``: what becomes of it."""
-    confirm(f"Delete {noun} {name}{ask}?", yes)
-    delete(name)
-    output.message(f"{noun} {name} is deleted{told}")
+def delete_records(
+    noun: str, names: Sequence[str], delete: Callable[[str], object], yes: bool, form: str, *, ask: str = "",
+    told: str = "",
+) -> None:  # fmt: skip
+    """Ask, delete these records, and say so. ``ask``: what goes with them; ``told``: what becomes of them."""
+    confirm(f"Delete {named(names, noun)}{ask}?", yes)
+    for name in names:
+        delete(name)
+        output.message(f"{noun} {name} is deleted{told}")
+    if form != "table":
+        output.print_rows([{"name": name, "deleted": True} for name in names], output.columns("name", "deleted"), form)
 
 
 def confirm_device(target: str, node: str | None, yes: bool) -> None:

@@ -8,7 +8,7 @@ import click
 
 from hdcs_tasks.cli import output
 from hdcs_tasks.cli.backup import keep_options
-from hdcs_tasks.cli.options import Face, delete_record, enabled_option, format_option, pass_face, yes_option
+from hdcs_tasks.cli.options import Face, delete_records, enabled_option, format_option, pass_face, yes_option
 
 COLUMNS = (
     output.Column("name"), output.Column("enabled"), output.Column("schedule"), output.Column("selector"),
@@ -127,12 +127,15 @@ def switch(face: Face, name: str, enabled: bool, form: str) -> None:
 @policy.command()
 @click.argument("name")
 @yes_option
+@format_option
 @pass_face
-def delete(face: Face, name: str, yes: bool) -> None:
+def delete(face: Face, name: str, yes: bool, form: str) -> None:
     """Delete a policy; its backups stay.
 
     \b
     Examples:
       hdcs policy delete nightly -y
     """
-    delete_record("policy", name, face.cloud.policies.delete, yes, told="; its backups stay")
+    delete_records(
+        "policy", [name], lambda each: face.cloud.policies.delete(each), yes, form, told="; its backups stay"
+    )

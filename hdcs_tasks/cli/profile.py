@@ -10,9 +10,8 @@ from hdcs_tasks.cli import output
 from hdcs_tasks.cli.options import (
     SIZE,
     Face,
-    confirm,
+    delete_records,
     format_option,
-    named,
     pass_face,
     vm_rule_options,
     vm_rules,
@@ -76,15 +75,13 @@ def create(
 @profile.command()
 @click.argument("names", nargs=-1, required=True, metavar="PROFILE...")
 @yes_option
+@format_option
 @pass_face
-def delete(face: Face, names: tuple[str, ...], yes: bool) -> None:
+def delete(face: Face, names: tuple[str, ...], yes: bool, form: str) -> None:
     """Delete profiles; VMs keep the shape they were cloned with.
 
     \b
     Examples:
       hdcs profile delete office -y
     """
-    confirm(f"Delete {named(names, 'profile')}?", yes)
-    for name in names:
-        face.cloud.profiles.delete(name)
-        output.message(f"profile {name} deleted")
+    delete_records("profile", names, lambda each: face.cloud.profiles.delete(each), yes, form)

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from hdcs_tasks.cli import output
-from hdcs_tasks.cli.options import DURATION, Face, delete_record, enabled_option, format_option, pass_face, yes_option
+from hdcs_tasks.cli.options import DURATION, Face, delete_records, enabled_option, format_option, pass_face, yes_option
 
 COLUMNS = (
     output.Column("name"), output.Column("enabled"), output.Column("schedule"), output.Column("desktops"),
@@ -152,12 +152,13 @@ def enable(face: Face, name: str, enabled: bool, form: str) -> None:
 @storm.command()
 @click.argument("name")
 @yes_option
+@format_option
 @pass_face
-def delete(face: Face, name: str, yes: bool) -> None:
+def delete(face: Face, name: str, yes: bool, form: str) -> None:
     """Delete a storm; its desktops stay.
 
     \b
     Examples:
       hdcs storm delete class-a -y
     """
-    delete_record("storm", name, face.cloud.storms.delete, yes, told="; its desktops stay")
+    delete_records("storm", [name], lambda each: face.cloud.storms.delete(each), yes, form, told="; its desktops stay")

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from hdcs_tasks.cli import output
-from hdcs_tasks.cli.options import SIZE, Face, confirm, format_option, pass_face, yes_option
+from hdcs_tasks.cli.options import SIZE, Face, delete_records, format_option, pass_face, yes_option
 from hdcs_tasks.errors import Invalid
 
 MIB = 1024 * 1024
@@ -150,14 +150,13 @@ def set_(face: Face, /, owner: str, memory: str | None, disk: str | None, form: 
 @quota.command()
 @click.argument("owner")
 @yes_option
+@format_option
 @pass_face
-def drop(face: Face, owner: str, yes: bool) -> None:
+def drop(face: Face, owner: str, yes: bool, form: str) -> None:
     """The owner has no quota of their own any more.
 
     \b
     Examples:
       hdcs quota drop alice -y
     """
-    confirm(f"Drop the quota of {owner}?", yes)
-    face.cloud.quotas.drop(owner)
-    output.message(f"quota of {owner} dropped")
+    delete_records("quota of", [owner], lambda each: face.cloud.quotas.drop(each), yes, form)

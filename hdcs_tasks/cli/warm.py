@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from hdcs_tasks.cli import output
-from hdcs_tasks.cli.options import Face, delete_record, format_option, pass_face, yes_option
+from hdcs_tasks.cli.options import Face, delete_records, format_option, pass_face, yes_option
 
 COLUMNS = (
     output.Column("name"), output.Column("image"), output.Column("profile"),
@@ -92,8 +92,9 @@ def set_(face: Face, name: str, size: int | None, saved: bool | None, form: str)
 @warm.command()
 @click.argument("name")
 @yes_option
+@format_option
 @pass_face
-def delete(face: Face, name: str, yes: bool) -> None:
+def delete(face: Face, name: str, yes: bool, form: str) -> None:
     """Delete a warm pool with its desktops; those that were taken stay.
 
     \b
@@ -101,4 +102,12 @@ def delete(face: Face, name: str, yes: bool) -> None:
       hdcs warm delete lab -y
     """
     told = ", and its desktops are on their way out"
-    delete_record("warm pool", name, face.cloud.warm_pools.delete, yes, ask=" with its desktops", told=told)
+    delete_records(
+        "warm pool",
+        [name],
+        lambda each: face.cloud.warm_pools.delete(each),
+        yes,
+        form,
+        ask=" with its desktops",
+        told=told,
+    )

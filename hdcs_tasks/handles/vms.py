@@ -23,6 +23,7 @@ from hdcs_tasks.vm import (
     control_refresh,
     control_shape,
 )
+from hdcs_tasks.vm.control_select import check_filters
 from hdcs_tasks.vm.move_rules import MoveOptions
 
 
@@ -146,13 +147,14 @@ class Vms(Part):
         return Vm(self._control, self._by, name)
 
     def list(self, **filters: Any) -> list[View]:
-        """Views; filters: state, home, server_node, owner, profile, tag, names."""
-        control_list.check_selector(self._control, **filters)
+        """Views; filters: state, home, server_node, owner, profile, tag, names. NotFound for a home, server node or
+        profile that there is not."""
+        check_filters(self._control, filters)
         return control_list.list_vms(self._control, **filters)
 
     def that_can(self, verb: str, **filters: Any) -> Sequence[View]:
         """The listed VMs that ``verb`` (start, stop, …, backup) can be given to as they are; filters as in ``list``."""
-        control_list.check_selector(self._control, **filters)
+        check_filters(self._control, filters)
         return control_list.list_given(self._control, verb, **filters)
 
     def clone(

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hdcs_tasks.errors import BackupBroken, Conflict, NotFound
-from hdcs_tasks.hypervisor import keys, manifests
+from hdcs_tasks.hypervisor import keys, leftovers, manifests
 from hdcs_tasks.hypervisor.bases import PARTIAL, Bases, storage_errors, write_durably
 from hdcs_tasks.hypervisor.bitmaps import ensure_seed
 from hdcs_tasks.hypervisor.disks import sha256, sync
@@ -302,7 +302,8 @@ class Repository:
         with self.bases.locked():
             damaged: list[str] = []
             used = {p.base.file_sha256 for p in self.points(None, damaged) if p.base is not None}
-            busy = next(self.leftovers(), None)  # a backup under way may stand on one
+            # A backup under way may stand on one; an attempt nobody took up again for so long is none.
+            busy = [left for left in self.leftovers() if not leftovers.drop_if_old(left)]
             return [] if damaged or busy else self.bases.drop_all_but(used)
 
     def delete_chain(self, vm_id: str, chain: str) -> int:
@@ -318,11 +319,7 @@ class Repository:
 
     def leftovers(self, vm_id: str | None = None) -> Iterator[Path]:
         """Files that are no point (partial, or without manifest): of dead attempts, or just being made."""
-        pattern = "*/*/*" if vm_id is None else f"{manifests.check_vm_id(vm_id)}/*/*"
-        for path in self.folder.glob(pattern):
-            orphan = path.suffix == ".transfer" or (path.suffix == ".qcow2" and not path.with_suffix(".json").exists())
-            if orphan or (path.name.startswith(".") and PARTIAL in path.name):
-                yield path
+        return leftovers.find(self.folder, "*" if vm_id is None else manifests.check_vm_id(vm_id))
 
     def forget_empty(self, vm_id: str, chain: str) -> None:
         """Remove a chain's folder, and the VM's, if nothing is in them."""

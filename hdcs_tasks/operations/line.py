@@ -31,7 +31,8 @@ LOOKED_AT = 1000
 @dataclass(frozen=True, slots=True)
 class Place:
     """One that waits. ``parked``: it was refused and waits for room, and ``why``; else its message waits in the queue.
-    ``eta_s``: seconds until it may be through, None where there is nothing to go by."""
+    ``eta_s``: seconds until it may be through, by the pace of the line; None where there is nothing to go by, as for
+    who waits for room."""
 
     operation: str
     kind: str
@@ -100,7 +101,7 @@ def _places(control: Control, session: Session, queue: str) -> list[Place]:
         Place(
             operation.id, operation.kind, operation.subject, queue, number, len(waiting),
             step.state is StepState.PARKED, (step.error or {}).get("message", ""), operation.created_at,
-            line_eta_s(number, *pace),
+            line_eta_s(number, *pace) if _keeps_pace(step) else None,
         )
         for number, (step, operation) in enumerate(waiting, 1)
     ]  # fmt: skip
@@ -110,6 +111,15 @@ def _wants_to_start(step: Step, operation: Operation) -> bool:
     if step.name in CLONES:
         return bool(operation.request.get("start"))
     return step.state is StepState.PUBLISHED or is_waiting(step.error)
+
+
+def _keeps_pace(step: Step) -> bool:
+    """Whether it comes in at the pace of those before it: with its message in the queue, or waiting for a start to end.
+    When somebody gives up room nobody knows."""
+    if step.state is not StepState.PARKED:
+        return True
+    why = (step.error or {}).get("details", {})
+    return why.get("ports") == "starts" or "starts" in why.get("counts", {})
 
 
 def _rank(step: Step) -> int:

@@ -419,21 +419,6 @@ def _less(amount: int | None, by: int) -> int | None:
     return None if amount is None else amount - by
 
 
-def explain(choice: Choice, shape: Shape, profile: str = "") -> str:
-    """The choice in words: why this pool, or why none, naming every server node."""
-    name = f"profile {profile} " if profile else ""
-    wanted = f"{name}({shape.vcpus} vCPU, {shape.memory_mib} MiB)"
-    if choice.domain_node is None:
-        refused = "; ".join(f"{v.domain_node}: {v.why}" for v in choice.verdicts)
-        return f"no domain node fits {wanted}: {refused or 'there is none'}"
-    best = choice.verdicts[0]
-    image = "has the image" if best.has_image else "needs the image brought"
-    others = "; ".join(f"{v.domain_node}: {v.why or f'{v.vms} fit, load {v.load:.0%}'}" for v in choice.verdicts[1:])
-    return f"{best.domain_node} takes {wanted}: {best.vms} fit, {image}, load {best.load:.0%}" + (
-        f". Others: {others}" if others else ""
-    )
-
-
 def n_plus_one(per_node: Mapping[str, int]) -> int:
     """How many VMs of one profile fit when the server node that takes most is kept free."""
     return sum(per_node.values()) - max(per_node.values(), default=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -31,7 +32,11 @@ def unknown(
     """The error for a name that is not in ``column``, of the rows ``among``."""
     length: ColumnElement[Any] = func.abs(func.length(column) - len(name))
     query = select(column).where(*among).group_by(column).order_by(length, column).limit(LOOKED_AT)
-    known = session.scalars(query).all()
+    return not_among(session.scalars(query).all(), name, noun, see)
+
+
+def not_among(known: Sequence[str], name: str, noun: str, see: str) -> NotFound:
+    """The error for a name that is none of ``known``."""
     close = get_close_matches(name, known, n=3)
     if close:
         told = f"Did you mean {' or '.join(close)}? "

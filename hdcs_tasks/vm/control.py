@@ -24,6 +24,7 @@ from hdcs_tasks.pool import rules as pool_rules
 from hdcs_tasks.pool.control import IN_POOL, get_domain_node, get_server_node
 from hdcs_tasks.pool.rooms import expected_mix, order_of, vm_shape, vm_terms
 from hdcs_tasks.pool.waiting import wake_waiting
+from hdcs_tasks.pool.words import wanted_words
 from hdcs_tasks.routing import direct_queue, quick_queue
 from hdcs_tasks.states import VM_RESTS, VmState
 from hdcs_tasks.store.lookups import by_key
@@ -113,13 +114,13 @@ def placing_fields(tx: Tx, vm: Vm, terms: pool_rules.Terms, home: str | None = N
         "need": need._asdict(), "pin": terms.pin, "exclude": exclude, "node_tags": list(terms.node_tags),
         "marks": list(terms.marks), "shuns": list(terms.shuns), "seeks": list(terms.together),
         "order": order, "mix": expected_mix(tx.control, tx.session, home),
-        "label": label_of(vm), "hint": f"See: hdcs pool capacity {vm.profile}",
+        "label": label_of(tx.control, vm), "hint": f"See: hdcs pool capacity {vm.profile}",
     }  # fmt: skip
 
 
-def label_of(vm: Vm) -> str:
-    """What a refusal calls the VM's shape: ``profile small (2048 MiB)``."""
-    return f"profile {vm.profile} ({vm.memory_mib} MiB)"
+def label_of(control: Control, vm: Vm) -> str:
+    """What a refusal calls the VM's shape: its profile, and what it claims of a server node."""
+    return f"profile {vm.profile} ({wanted_words(vm_shape(vm), control.settings.capacity)})"
 
 
 def start(control: Control, name: str, asked: Asked, *, pin: str | None = None) -> Operation:

@@ -19,13 +19,16 @@ from hdcs_tasks.pool.control import get_domain_node, get_server_node
 from hdcs_tasks.pool.policy import VmPolicy, changed, check_tags, read
 from hdcs_tasks.pool.profiles import get_profile
 from hdcs_tasks.pool.rooms import candidate, disk_limit_bytes
+from hdcs_tasks.pool.words import explain
 from hdcs_tasks.states import ImageState, VmState
 from hdcs_tasks.store.models import DomainNode, Image, Operation, Step, Vm, new_id
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import add_start_step, names_taken, vm_of
 from hdcs_tasks.vm.control_delete import forget
 from hdcs_tasks.vm.control_quota import check_quota
+from hdcs_tasks.vm.control_select import check_company, check_node_tags
 from hdcs_tasks.vm.control_take import Wish, take
+from hdcs_tasks.vm.control_warm_count import check_short
 from hdcs_tasks.vm.quota_rules import Amounts
 from hdcs_tasks.vm.rules import expand_names
 
@@ -95,6 +98,8 @@ def clone(control: Control, request: CloneRequest, asked: Asked) -> Operation:
         names, shape, images = checked(tx, request)
         if request.warm_pool is None:
             check_quota(tx, request.owner, shape.amounts(len(names), request.start or request.warm))
+        if request.warm_pool is not None:
+            check_short(tx, request.warm_pool, len(names))
         wish = warm_wish(request, shape, images)
         warm = take(tx, names, wish, owner=request.owner, rules=dict(shape.rules)) if request.warm else []
         cold = names[len(warm) :]
@@ -148,6 +153,10 @@ def checked(tx: Tx, request: CloneRequest) -> tuple[list[str], Shape, dict[str, 
     disk = max(profile.disk_bytes or 0, *(image.virtual_size_bytes or 0 for image in images.values()), 0)
     check_tags(request.tags)
     ruled = changed(VmPolicy, profile.rules, request.rules)
+    check_node_tags(tx.session, request.rules.get("node_tags") or ())
+    check_company(
+        tx.session, request.rules.get("together") or (), request.rules.get("apart") or (), request.tags
+    )  # fmt: skip
     if (pin := ruled.get("pin")) is not None:
         _check_pin(tx, request, pin)
     shape = Shape(profile.name, profile.vcpus, profile.memory_mib, disk, profile.usb, ruled, profile.disk_key)
@@ -221,7 +230,9 @@ def choose_homes(
         if homes:
             choice = choose(control, rooms, shape, tags, 1)
         if choice.domain_node is None:
-            raise _refused(choice, shape.wanted, shape.profile, len(homes), count)
+            raise _refused(
+                explain(choice, shape.wanted, settings, shape.profile), choice, shape.profile, len(homes), count
+            )
         homes.append(choice.domain_node)
         rooms = [
             weighing.with_one_more(room, shape.wanted, settings, terms) if room.domain_node == choice.domain_node
@@ -230,10 +241,10 @@ def choose_homes(
     return homes, first
 
 
-def _refused(choice: pool_rules.Choice, wanted: pool_rules.Shape, profile: str, placed: int, count: int) -> NoCapacity:
+def _refused(words: str, choice: pool_rules.Choice, profile: str, placed: int, count: int) -> NoCapacity:
     some = f" for all of {count} VMs ({placed} would fit)" if placed else ""
     return NoCapacity(
-        pool_rules.explain(choice, wanted, profile) + some, next=f"See: hdcs pool capacity {profile}",
+        words + some, next=f"See: hdcs pool capacity {profile}",
         details={"fit": placed, "asked": count, "domain_nodes": {v.domain_node: v.why for v in choice.verdicts}},
     )  # fmt: skip
 

@@ -8,6 +8,7 @@ came since it began. What could not be moved stays, and the operation says why; 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import select
@@ -21,12 +22,13 @@ from hdcs_tasks.operations.handlers import on_child_ended
 from hdcs_tasks.pool import control as pool
 from hdcs_tasks.pool import rules as pool_rules
 from hdcs_tasks.pool.rooms import candidate, vm_shape, vm_terms
+from hdcs_tasks.pool.words import explain
 from hdcs_tasks.states import OPERATION_LIVE, VM_RESTS, OperationState
 from hdcs_tasks.store.models import DomainNode, Image, Operation, ServerNode, Vm
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import get_vm
 from hdcs_tasks.vm.control_migrate import open_move
-from hdcs_tasks.vm.control_plan import plan_migrate
+from hdcs_tasks.vm.control_plan import planned_move, room_of
 from hdcs_tasks.vm.move_rules import ALIVE, MoveOptions, Shelf, choose_shelf, may_begin
 
 log = logger(__name__)
@@ -267,14 +269,18 @@ def _why(vm: Vm, children: Sequence[Operation]) -> str:
 # --- where to, out of a domain node
 
 
-def _elsewhere(tx: Tx, vm: Vm) -> str:
-    """The domain node layer one chooses for a VM that must leave its own. NoCapacity, naming why not each."""
+def _elsewhere(tx: Tx, vm: Vm, planned: dict[str, pool_rules.Candidate] | None = None) -> str:
+    """The domain node layer one chooses for a VM that must leave its own; ``planned``: domain nodes as a plan leaves
+    them so far. NoCapacity, naming why not each."""
     others = select(DomainNode).where(DomainNode.name != vm.home, DomainNode.draining.is_(False))
     rows = tx.session.scalars(others).all()
     image = tx.session.get(Image, vm.image_id) if vm.image_id else None
     rooms = [
-        candidate(tx.control, tx.session, row, has_image=image is None or is_ready(image, row.name)) for row in rows
-    ]
+        replace(
+            candidate(tx.control, tx.session, row) if planned is None else room_of(tx, row.name, planned),
+            has_image=image is None or is_ready(image, row.name),
+        ) for row in rows
+    ]  # fmt: skip
     if vm.state not in ALIVE:
         shelves = [Shelf(r.domain_node, r.free_disk_bytes or 0, r.has_image) for r in rooms if _is_open(r)]
         chosen = choose_shelf(shelves, vm.disk_bytes)
@@ -285,7 +291,7 @@ def _elsewhere(tx: Tx, vm: Vm) -> str:
     request = pool_rules.HomeRequest(vm_shape(vm), terms=vm_terms(vm, pinned=False, start=False))
     choice = pool_rules.choose_domain_node(rooms, request, tx.control.settings.capacity)
     if choice.domain_node is None:
-        raise NoCapacity(pool_rules.explain(choice, vm_shape(vm), vm.profile),
+        raise NoCapacity(explain(choice, vm_shape(vm), tx.control.settings.capacity, vm.profile),
                          next=f"See: hdcs pool capacity {vm.profile}")  # fmt: skip
     return choice.domain_node
 
@@ -299,36 +305,26 @@ def _is_open(room: pool_rules.Candidate) -> bool:
 
 def plan_drain(control: Control, kind: str, name: str) -> dict[str, Any]:
     """What a drain would move and where to, as things are now: ``{fits, vms: [{name, domain_node, server_node, message,
-    …}], refusal}``. Each VM is judged alone. Raises NotFound."""
+    …}], refusal}``. One after the other, as the drain moves them: what went before has taken its room. Raises
+    NotFound."""
     with control.store.read() as session:
         if kind == NODE:
             pool.get_server_node(session, name)
         else:
             pool.get_domain_node(session, name)
-        drain = Operation(kind=kind, request={"name": name})
-        vms = _there(session, drain)
-        tx = Tx(session, control, [])
-        targets = {vm.name: _planned(tx, vm, kind) for vm in vms}
-    shown = [_shown(control, name, target) for name, target in targets.items()]
+        tx, rooms = Tx(session, control, []), dict[str, pool_rules.Candidate]()
+        vms = _there(session, Operation(kind=kind, request={"name": name}))
+        shown = [_planned(tx, vm, kind, rooms) for vm in vms]
     refused = [vm for vm in shown if vm["message"]]
     error = NoCapacity(f"{len(refused)} of {len(shown)} VMs would stay: {refused[0]['message']}") if refused else None
     return {"fits": not refused, "vms": shown, "refusal": error.to_dict() if error else None}
 
 
-def _planned(tx: Tx, vm: Vm, kind: str) -> str | HdcsError | None:
+def _planned(tx: Tx, vm: Vm, kind: str, rooms: dict[str, pool_rules.Candidate]) -> dict[str, Any]:
     try:
-        return _elsewhere(tx, vm) if kind == DOMAIN else None
+        return planned_move(tx, vm, _elsewhere(tx, vm, rooms) if kind == DOMAIN else None, None, rooms)
     except HdcsError as error:
-        return error
-
-
-def _shown(control: Control, name: str, target: str | HdcsError | None) -> dict[str, Any]:
-    if not isinstance(target, HdcsError):
-        try:
-            return dict(plan_migrate(control, name, to=target)["vms"][0])
-        except HdcsError as error:
-            target = error
-    return {
-        "name": name, "domain_node": None, "server_node": None, "message": target.message, "profile": None,
-        "decision": None, "way": None,
-    }  # fmt: skip
+        return {
+            "name": vm.name, "domain_node": None, "server_node": None, "message": error.message, "profile": None,
+            "decision": None, "way": None,
+        }  # fmt: skip

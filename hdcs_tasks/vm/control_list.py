@@ -9,7 +9,6 @@ from sqlalchemy import select
 
 from hdcs_tasks.errors import Invalid
 from hdcs_tasks.operations.control import Control
-from hdcs_tasks.pool.control import get_domain_node, get_server_node
 from hdcs_tasks.states import VmState
 from hdcs_tasks.store.models import Vm
 from hdcs_tasks.vm.control import view
@@ -46,16 +45,6 @@ def _check_filters(filters: dict[str, Any]) -> None:
     state = filters.get("state")
     if state is not None and state not in set(VmState):
         raise Invalid(f"{state!r} is not a state of a VM", next=f"Known: {', '.join(VmState)}")
-
-
-def check_selector(control: Control, **filters: Any) -> None:
-    """NotFound for a domain node or server node that is not there: whoever typed it meant another. What was stored (a
-    policy's selector) may outlive the nodes it names, and is not asked this."""
-    with control.store.read() as session:
-        if (home := filters.get("home")) is not None:
-            get_domain_node(session, home)
-        if (node := filters.get("server_node")) is not None:
-            get_server_node(session, node)
 
 
 def list_given(control: Control, verb: str, **filters: Any) -> list[dict[str, Any]]:

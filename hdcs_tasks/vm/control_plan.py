@@ -15,6 +15,7 @@ from hdcs_tasks.pool import rules as pool_rules
 from hdcs_tasks.pool.control import get_domain_node
 from hdcs_tasks.pool.rooms import candidate, vm_shape, vm_terms
 from hdcs_tasks.pool.rules import Candidate
+from hdcs_tasks.pool.words import explain
 from hdcs_tasks.states import VmState
 from hdcs_tasks.store.models import Vm
 from hdcs_tasks.vm.control import check_given, check_pin, get_vm, label_of
@@ -74,7 +75,7 @@ def plan_clone(control: Control, request: CloneRequest) -> dict[str, Any]:
         return _answer(vms) | {"message": taken, "domain_nodes": []}
     choice = choose(control, rooms, shape, request.tags, len(cold))
     settings = control.settings.capacity
-    words = pool_rules.explain(choice, shape.wanted, shape.profile)
+    words = explain(choice, shape.wanted, control.settings.capacity, shape.profile)
     shown = {
         "message": f"{taken}; {words}" if taken else words,
         "domain_nodes": [planning.pool_shown(verdict, rooms, shape.wanted, settings) for verdict in choice.verdicts],
@@ -126,14 +127,41 @@ def plan_migrate(
     """What ``migrate`` would do; the form of ``plan_start``'s answer. A VM that does not run gets no server node: only
     the other domain node's storage is looked at."""
     with control.store.read() as session:
-        vm = get_vm(session, name)
-        way, home, pin = check_migrate(Tx(session, control, []), vm, to, options or MoveOptions())
-        room = candidate(control, session, get_domain_node(session, home), cooling_ports=False)
+        return _answer([planned_move(Tx(session, control, []), get_vm(session, name), to, options, {})])
+
+
+def planned_move(
+    tx: Tx, vm: Vm, to: str | None, options: MoveOptions | None, rooms: dict[str, Candidate]
+) -> dict[str, Any]:
+    """One VM of ``plan_migrate``'s answer. ``rooms``: domain nodes as the moves planned before leave them, by name;
+    this one is taken account of. Raises as ``migrate`` does."""
+    way, home, pin = check_migrate(tx, vm, to, options or MoveOptions())
+    room = room_of(tx, home, rooms)
     if vm.state not in ALIVE:
-        return _answer([_rests(vm, home, room, way)])
+        found = _rests(vm, home, room, way)
+        if way is Way.CARRY and not found["message"]:
+            rooms[home] = replace(room, free_disk_bytes=_less(room.free_disk_bytes, vm.disk_bytes))
+        return found
+    stays = home == vm.home  # then it keeps its port, and its disk lies where it lay
     terms = vm_terms(vm, pin=pin, exclude=[vm.server_node or ""], pinned=False, start=False)
-    planned, _ = planning.plan(room, [planning.Waiter(vm.id, vm_shape(vm), terms)], control.settings.capacity)
-    return _answer([_shown(control, vm, planned[0], home) | {"way": way.value}])
+    looked_at = replace(room, free_ports=None) if stays else room
+    waiter = planning.Waiter(vm.id, vm_shape(vm), terms)
+    planned, after = planning.plan(looked_at, [waiter], tx.control.settings.capacity)
+    rooms[home] = after
+    if stays:
+        rooms[home] = replace(after, free_ports=room.free_ports, free_disk_bytes=room.free_disk_bytes)
+    return _shown(tx.control, vm, planned[0], home) | {"way": way.value}
+
+
+def room_of(tx: Tx, home: str, rooms: dict[str, Candidate]) -> Candidate:
+    """The domain node as it is now, or as ``rooms`` has it already."""
+    if home not in rooms:
+        rooms[home] = candidate(tx.control, tx.session, get_domain_node(tx.session, home), cooling_ports=False)
+    return rooms[home]
+
+
+def _less(amount: int | None, by: int) -> int | None:
+    return None if amount is None else amount - by
 
 
 def _rests(vm: Vm, home: str, room: Candidate, way: Way) -> dict[str, Any]:
@@ -154,7 +182,9 @@ def _rooms(control: Control, session: Session, vms: Sequence[Vm]) -> dict[str, C
 
 
 def _shown(control: Control, vm: Vm, planned: planning.Planned, home: str) -> dict[str, Any]:
-    why = "" if planned.node else planning.refusal_words(label_of(vm), home, planned.verdicts, planned.pool_why)
+    why = (
+        "" if planned.node else planning.refusal_words(label_of(control, vm), home, planned.verdicts, planned.pool_why)
+    )
     return {
         "name": vm.name, "domain_node": home, "server_node": planned.node, "message": why, "profile": vm.profile,
         "decision": planning.decision(

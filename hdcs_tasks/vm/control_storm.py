@@ -30,6 +30,7 @@ from hdcs_tasks.vm import control_clone
 from hdcs_tasks.vm.control import start_many
 from hdcs_tasks.vm.control_list import list_vms
 from hdcs_tasks.vm.control_ready import boots_s, ready_by
+from hdcs_tasks.vm.control_select import check_selector
 from hdcs_tasks.vm.rules import expand_names
 from hdcs_tasks.vm.storm_rules import UNBOUNDED_STARTS, Pace, lead_s
 from hdcs_tasks.when import check_when, last_due, next_due
@@ -68,6 +69,7 @@ def create(
         if tx.session.get(Storm, name) is not None:
             raise Conflict(f"there is a storm {name} already", next="See: hdcs storm list")
         wanted = _checked_clone(tx.session, clone) if clone else {}
+        check_selector(tx.session, selector or {})
         # Due moments count from now on, also those whose lead has begun.
         storm = Storm(name=name, schedule=schedule, selector=dict(selector or {}), clone=wanted, lead_s=lead_s,
                       slot_at=now(), runs=[])  # fmt: skip

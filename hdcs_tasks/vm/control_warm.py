@@ -2,7 +2,7 @@
 
 A sweep tops them up (pure plan: warm_rules.py) with ordinary clones, starts, saves and deletes. How one is taken:
 control_take.py. The version that clones take (published, else newest) is followed: desktops of another one are deleted
-and made anew.
+and made anew. Sweeps may overlap: a clone counts once more as it is opened (control_warm_count.py).
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from hdcs_tasks.clock import random_hex
-from hdcs_tasks.errors import Conflict, HdcsError, Invalid, NotFound
+from hdcs_tasks.errors import Conflict, HdcsError, Invalid
 from hdcs_tasks.image.control import get_image
-from hdcs_tasks.image.control_publish import versions
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.control import Asked, Control
 from hdcs_tasks.pool.control import get_domain_node
@@ -29,8 +28,9 @@ from hdcs_tasks.store.naming import named
 from hdcs_tasks.vm import control as vms
 from hdcs_tasks.vm import control_delete
 from hdcs_tasks.vm.control_clone import CloneRequest, clone
-from hdcs_tasks.vm.control_take import busy_of, top_up_soon
-from hdcs_tasks.vm.warm_rules import Member, WarmPlan, is_ready, plan
+from hdcs_tasks.vm.control_take import top_up_soon
+from hdcs_tasks.vm.control_warm_count import members
+from hdcs_tasks.vm.warm_rules import WarmPlan, is_ready, plan
 
 log = logger(__name__)
 
@@ -108,32 +108,13 @@ def list_pools(control: Control) -> list[dict[str, Any]]:
 
 
 def _view(session: Session, pool: WarmPool) -> dict[str, Any]:
-    members = _members(session, pool)
+    there = members(session, pool)
     return {
         "name": pool.name, "image": pool.image, "profile": pool.profile, "domain_node": pool.domain_node,
         "size": pool.size, "kept": "saved" if pool.saved else "started",
-        "ready": sum(is_ready(member, pool.saved) for member, _ in members),
-        "desktops": {vm.name: vm.state.value for _, vm in members}, "created_at": pool.created_at.isoformat(),
+        "ready": sum(is_ready(member, pool.saved) for member, _ in there),
+        "desktops": {vm.name: vm.state.value for _, vm in there}, "created_at": pool.created_at.isoformat(),
     }  # fmt: skip
-
-
-def _members(session: Session, pool: WarmPool) -> list[tuple[Member, Vm]]:
-    current = _current(session, pool.image)
-    rows = session.scalars(select(Vm).where(Vm.warm_pool == pool.name, Vm.deleted_at.is_(None)).order_by(Vm.name)).all()
-    busy = busy_of(session, [vm.id for vm in rows])
-    return [
-        (Member(vm.name, vm.image_id == current.get(vm.home) and vm.profile == pool.profile, vm.state,
-                vm.ready_at is not None, vm.id in busy), vm)
-        for vm in rows
-    ]  # fmt: skip
-
-
-def _current(session: Session, image: str) -> dict[str, str]:
-    """Domain node → id of the version that clones take there; empty where the image is no more."""
-    try:
-        return {home: found.id for home, found in versions(session, image).items()}
-    except NotFound:
-        return {}
 
 
 # --- topping up
@@ -144,7 +125,7 @@ def warm_sweep(control: Control) -> int:
     with control.store.read() as session:
         pools = list(session.scalars(select(WarmPool)))
         plans = [
-            (pool, plan([m for m, _ in _members(session, pool)], size=pool.size, saved=pool.saved)) for pool in pools
+            (pool, plan([m for m, _ in members(session, pool)], size=pool.size, saved=pool.saved)) for pool in pools
         ]
         names = [pool.name for pool in pools]
         orphans = session.scalars(select(Vm.name).where(

@@ -175,7 +175,8 @@ def test_profiles(hdcs: Hdcs) -> None:
     assert code == 0 and (made["memory_mib"], made["disk_bytes"]) == (3072, 40 * 2**30)
     assert hdcs("profile", "create", "office", "--vcpus", "2", "--memory", "3GiB")[0] == 4
     assert hdcs("profile", "create", "odd", "--vcpus", "2", "--memory", "1000GB")[0] == 2
-    assert hdcs("profile", "delete", "office", "-y")[0] == 0
+    code, out, err = hdcs("profile", "delete", "office", "-y", "-f", "json")
+    assert (code, json.loads(out)) == (0, [{"name": "office", "deleted": True}]) and "office is deleted" in err
     assert hdcs("profile", "delete", "office", "-y")[0] == 3
 
 
@@ -328,10 +329,22 @@ def test_dry_run_tells_and_changes_nothing(cloud: Cloud, hdcs: Hdcs) -> None:
     assert cloud.vms.list() == []
 
 
+def test_a_ratio_of_nothing_is_refused(hdcs: Hdcs) -> None:
+    code, _, err = hdcs("profile", "create", "thin", "--vcpus", "1", "--memory", "1GiB", "--memory-overcommit", "0")
+    assert code == 2 and "memory_overcommit 0.0 is not a ratio above 0" in err
+    code, _, err = hdcs("vm", "clone", "mini", "--name", "a", "--vcpu-overcommit", "0", "--dry-run")
+    assert code == 2 and "vcpu_overcommit 0.0 is not a ratio above 0" in err
+    code, _, err = hdcs("vm", "list", "--home", "eats")
+    assert code == 3 and "Did you mean east?" in err
+
+
 def test_a_refused_dry_run_still_explains(cloud: Cloud, hdcs: Hdcs) -> None:
     code, out, err = hdcs("vm", "clone", "mini", "--name", "a", "--profile", "large", "--dry-run")
     assert code == 5 and "node1" in out and "7680 MiB free" in out
-    assert "no domain node fits profile large (8 vCPU, 16384 MiB): east: node1 7680 MiB free" in err
+    assert (
+        "no domain node fits profile large (8 vCPU, 16715 MiB: 16384 guest + 331 overhead): east: node1 7680 MiB free"
+        in err
+    )
 
 
 def test_op_list_show_and_cancel(cloud: Cloud, hdcs: Hdcs) -> None:

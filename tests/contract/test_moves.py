@@ -386,6 +386,24 @@ def test_a_full_data_center_says_who_stays(center: Played) -> None:
     consistent(center)
 
 
+def test_a_drains_dry_run_counts_what_goes_before(center: Played) -> None:
+    """Each alone would find room; together they do not."""
+    first, second = spread(center)
+    pool_control.set_node_rules(center.control, "node2", host_reserve_mib=1024 - 3 * 128)  # two run there
+    plan = center.cloud.server_nodes.drain("node1", dry_run=True).explain()
+    assert [(vm["name"], vm["server_node"]) for vm in plan["vms"]] == [(first, "node2"), (second, None)]
+    assert "1 of 2 VMs would stay: no server node of east fits" in plan["refusal"]["message"]
+    for name, fit in (("node3", 2), ("node4", 1)):
+        pool_control.set_node_rules(center.control, name, host_reserve_mib=1024 - fit * 128)
+    plan = center.cloud.domain_nodes.drain("east", dry_run=True).explain()
+    placed = sorted(str(vm["server_node"]) for vm in plan["vms"] if vm["name"] != "off")
+    assert placed == ["None", "node3", "node3", "node4"]
+    operation = center.cloud.server_nodes.drain("node1")
+    center.play()
+    states = {child["subject"]: child["state"] for child in operation.show()["children"]}
+    assert states == {first: "done", second: "running"}, "the drain itself finds the same: one waits for room"
+
+
 def test_a_server_node_that_is_lost_cannot_be_emptied(center: Played) -> None:
     spread(center)
     center.lose("node1")

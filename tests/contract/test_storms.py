@@ -175,6 +175,8 @@ def test_a_run_that_lost_its_process_is_opened_by_the_next_sweep(center: Center)
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"schedule": "sometimes", "selector": {"tag": "a"}}, Invalid, "does not say when"),
+    ({"schedule": "daily 09:00", "selector": {"home": "eats"}}, NotFound, "no domain node 'eats'"),
+    ({"schedule": "daily 09:00", "selector": {"names": ["ghost"]}}, NotFound, "no VM 'ghost'"),
     ({"schedule": "daily 09:00"}, Invalid, "needs either"),
     ({"schedule": "daily 09:00", "selector": {"colour": "red"}}, Invalid, "not selected by 'colour'"),
     ({"schedule": "daily 09:00", "clone": {"image": "mini"}}, Invalid, "needs count, name"),

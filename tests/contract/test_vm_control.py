@@ -15,8 +15,7 @@ from hdcs_tasks.states import ServerNodeState, VmState
 from hdcs_tasks.store.models import ServerNode, Vm
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm import control as vms
-from hdcs_tasks.vm import control_console, control_delete
-from hdcs_tasks.vm.control_list import check_selector
+from hdcs_tasks.vm import control_console, control_delete, control_select
 from tests.contract.desk import Desk, desk, failing  # noqa: F401 - desk is a fixture
 from tests.contract.test_store import vm_row
 
@@ -98,9 +97,9 @@ def test_a_name_nobody_has_brings_those_that_come_close(desk: Desk) -> None:  # 
                 vms.get_vm(session, wrong)
             assert (refused.value.message, refused.value.next) == (f"there is no VM {wrong!r}", told)
     with pytest.raises(NotFound, match=r"no domain node 'eats'\. Did you mean east\?"):
-        check_selector(desk.control, home="eats")
+        control_select.check_filters(desk.control, {"home": "eats"})
     with pytest.raises(NotFound, match=r"no server node 'node3'\. Did you mean node[12] or node[12]\?"):
-        check_selector(desk.control, server_node="node3")
+        control_select.check_filters(desk.control, {"server_node": "node3"})
 
 
 def test_a_delete_whose_stop_failed_ends(desk: Desk) -> None:  # noqa: F811

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
@@ -12,6 +14,7 @@ import redis
 from hdcs_tasks.errors import Conflict, Invalid, NoCapacity, NotFound
 from hdcs_tasks.reservations import PlaceRequest
 from hdcs_tasks.store.models import Vm, now
+from hdcs_tasks.vm import control_warm
 from hdcs_tasks.vm.control_warm import warm_sweep
 from tests.contract.test_scheduling import Center, center  # noqa: F401 - center is a fixture
 
@@ -151,10 +154,32 @@ def test_a_running_one_is_not_given_to_who_asks_for_a_place(center: Center) -> N
     assert asked.show()["steps"][0]["name"] == "vm.clone_on_node"
     center.play()
     # One beside it is kept apart from tag x.
+    center.clone("rests", tags=["x"])
     center.clone("shy", rules={"apart": ["x"]}, start=True)
     with pytest.raises(NoCapacity, match="kept apart from tag x"):
         center.cloud.vms.clone("mini", name="b", profile="tiny", warm=True, tags=["x"])
     assert center.cloud.vms.clone("mini", name="c", profile="tiny", warm=True).state == "done"
+
+
+def test_two_sweeps_at_once_make_what_one_would(center: Center, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Both have seen the pool empty before either makes its first."""
+    center.node("east", "node1", 4096)
+    center.image()
+    center.cloud.warm_pools.create("lab", image="mini", profile="tiny", size=3)
+    both = threading.Barrier(2)
+    carry_out = control_warm._carry_out
+
+    def together(*given: Any) -> int:
+        both.wait(60)
+        return carry_out(*given)
+
+    monkeypatch.setattr(control_warm, "_carry_out", together)
+    with ThreadPoolExecutor(2) as sweeps:
+        begun = [sweep.result() for sweep in [sweeps.submit(warm_sweep, center.control) for _ in range(2)]]
+    assert (sum(begun), len(warm(center)["desktops"])) == (3, 3)
+    monkeypatch.undo()
+    settled(center)
+    assert warm(center)["ready"] == 3
 
 
 def test_it_is_left_in_peace(pool: Center) -> None:

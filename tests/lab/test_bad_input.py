@@ -75,7 +75,7 @@ REQUESTS = {
     "profile larger than any node": Bad(
         lambda cloud: cloud.vms.clone("plain", name="new", profile="large"),
         "vm.clone", {"image": "plain", "name": "new", "profile": "large"},
-        NoCapacity, "no domain node fits profile large (8 vCPU, 16384 MiB)", "hdcs pool capacity large",
+        NoCapacity, "no domain node fits profile large (8 vCPU, ", "hdcs pool capacity large",
     ),
     "second VM of the name": Bad(
         lambda cloud: cloud.vms.clone("plain", name="off", profile="tiny"),

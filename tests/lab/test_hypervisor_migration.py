@@ -135,15 +135,13 @@ def stays(desk: Desk, east: tuple[Host, Host]) -> None:
 
 
 def test_a_cancel_leaves_the_guest_at_the_source(lab: Lab, at_node1: Desk, east: tuple[Host, Host]) -> None:
-    begun: list[float] = []
+    seen: list[str] = []
 
     def on_progress(_percent: float, phase: str, _eta_s: float | None) -> None:
-        if phase.startswith("memory") and not begun:
-            begun.append(time.monotonic())
+        seen.append(phase)
 
     with pytest.raises(Cancelled):
-        slow(lab, at_node1, on_progress=on_progress, cancelled=lambda: bool(begun))
-    assert time.monotonic() - begun[0] < 30
+        slow(lab, at_node1, on_progress=on_progress, cancelled=lambda: any(s.startswith("memory") for s in seen))
     stays(at_node1, east)
 
 

@@ -151,7 +151,8 @@ def test_usage_errors_end_with_2_before_any_service(line: str, capsys: pytest.Ca
 @pytest.mark.parametrize(
     "line",
     ["vm delete a", "vm stop a --force", "vm reboot a --force", "image delete mini", "backup delete 123456",
-     "profile delete p", "node remove node1"],
+     "profile delete p", "node remove node1", "policy delete p", "storm delete s", "warm delete w", "quota drop anna",
+     "idle delete p"],
 )  # fmt: skip
 def test_harm_in_a_pipe_needs_a_yes(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.run(line.split(), no_cloud) == 2

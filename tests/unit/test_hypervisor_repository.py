@@ -319,8 +319,12 @@ def test_unused_base_images_go_with_the_last_point(store: Store) -> None:
     partial.touch()
     delete(store, point)
     assert store.repository.drop_unused_bases() == [], "a backup under way stands on it"
-    partial.unlink()
-    assert store.repository.drop_unused_bases() == [store.base.sha256]
+    orphan = partial.with_name("0001.qcow2")
+    orphan.touch()
+    for left in (partial, orphan):
+        os.utime(left, (0, 0))
+    assert store.repository.drop_unused_bases() == [store.base.sha256], "nobody took that up again for a week"
+    assert (partial.exists(), orphan.exists()) == (False, True)
     assert store.image.exists(), "the image is not the repository's"
 
 

@@ -20,13 +20,14 @@ from hdcs_tasks.pool.rules import (
     Terms,
     capacity,
     choose_domain_node,
-    explain,
     memory_need_mib,
     n_plus_one,
+    need_of,
     schedulable_memory_mib,
     schedulable_vcpus,
     split_over_pools,
 )
+from hdcs_tasks.pool.words import explain, wanted_words
 
 SETTINGS = CapacitySettings.model_validate({})
 FACTS = NodeFacts(cpu_mhz=2400, sockets=2, cores_per_socket=16, threads_per_core=2, max_vcpus=255, memory_mib=262144)
@@ -104,15 +105,21 @@ def test_refusal_says_why_for_every_pool_and_node() -> None:
     shape = Shape(2, 128, disk_bytes=10)
     choice = choose_domain_node(pools, HomeRequest(shape, exclude=("d",)), SETTINGS)
     assert choice.domain_node is None
-    assert explain(choice, shape, "small") == (
-        "no domain node fits profile small (2 vCPU, 128 MiB): b: no console port is free; "
+    assert explain(choice, shape, SETTINGS, "small") == (
+        "no domain node fits profile small (2 vCPU, 379 MiB: 128 guest + 251 overhead): b: no console port is free; "
         "c: storage can promise 5 more bytes; d: excluded; "
         "a: a1 64 MiB free, a2 draining, a3 1 vCPU free; e: it has no server node"
     )
     pinned = choose_domain_node(pools, HomeRequest(shape, pin="d"), SETTINGS)
     assert pinned.domain_node == "d"
-    assert explain(pinned, shape).startswith("d takes (2 vCPU, 128 MiB): 32 fit, needs the image brought, load ")
+    assert explain(pinned, shape, SETTINGS).startswith(
+        "d takes (2 vCPU, 379 MiB: 128 guest + 251 overhead): 32 fit, needs the image brought, load "
+    )
     assert choose_domain_node([], HomeRequest(shape), SETTINGS).domain_node is None
+    thin = Shape(4, 2048, vcpu_overcommit=2.0, memory_overcommit=2.0)
+    words, need = wanted_words(thin, SETTINGS), need_of(thin, SETTINGS)
+    assert words == "2 of 4 vCPU, 1295 MiB: 1024 of 2048 guest + 271 overhead"
+    assert need == (2, 1024 + 271), "what it says is what is claimed"
 
 
 def test_bulk_is_split_when_no_pool_takes_all() -> None:

@@ -52,6 +52,7 @@ def test_live_means_not_ended() -> None:
 
 
 def test_a_forced_stop_and_a_delete_can_begin_whatever_holds_the_guest() -> None:
+    assert len(VM_HOLDS_GUEST) > 1
     for state in VM_HOLDS_GUEST - {VmState.STOPPING}:
         check(state, VmState.STOPPING, "VM x")
         check(state, VmState.DELETING, "VM x")
@@ -60,6 +61,7 @@ def test_a_forced_stop_and_a_delete_can_begin_whatever_holds_the_guest() -> None
 @pytest.mark.parametrize("verb", list(COMMANDS))
 def test_every_command_can_begin_end_and_fail_from_where_it_may_be_given(verb: str) -> None:
     what = COMMANDS[verb]
+    assert what.given_in
     for given in what.given_in:
         if given is not what.via:
             check(given, what.via, "VM x")
