@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -51,6 +51,19 @@ class AlarmSettings(BaseSettings):
     unproven_days: int = Field(30, ge=0, description="Backups this old, none of them ever proven; 0: never an alarm")
 
 
+class EarlierRates(BaseModel):
+    """Prices that held before ``until``; the fields as ``RateSettings`` has them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    until: AwareDatetime
+    vcpu_hour: float = Field(0, ge=0)
+    memory_gib_hour: float = Field(0, ge=0)
+    disk_gib_month: float = Field(0, ge=0)
+    backup_gib_month: float = Field(0, ge=0)
+    console_hour: float = Field(0, ge=0)
+
+
 class RateSettings(BaseSettings):
     """What use costs, for statements (``hdcs usage``). A month is 30 days here."""
 
@@ -62,6 +75,9 @@ class RateSettings(BaseSettings):
     disk_gib_month: float = Field(0, ge=0, description="One GiB of virtual disk for 30 days")
     backup_gib_month: float = Field(0, ge=0, description="One GiB of backups for 30 days")
     console_hour: float = Field(0, ge=0, description="One hour with a console client connected")
+    earlier: tuple[EarlierRates, ...] = Field(
+        (), description='Prices before a change, as JSON: [{"until": "2026-11-15T00:00:00Z", "vcpu_hour": 0.02}]'
+    )
 
 
 class MetricsSettings(BaseSettings):

@@ -21,7 +21,7 @@ _KEPT = 16
 _KEPT_MAX_BYTES = 4 << 20
 _SETTLED_S = 2.0
 _BLOCK = 65536
-_CREATE_S = 15.0
+_CREATE_S = 60.0
 _BITMAP_S = 60.0
 
 _kept: OrderedDict[tuple[object, ...], bytes] = OrderedDict()  # a race of two threads makes one twice, no more

@@ -102,7 +102,10 @@ def judge(signal: Signal, known: Known | None, rule: Rule) -> Verdict:
         return Verdict.NOTHING
     if known is None or known.state == "pending":
         if value < rule.raise_at:
-            return Verdict.NOTHING if known is None else Verdict.FORGET
+            if known is None:
+                return Verdict.NOTHING
+            # What swings about its threshold lasts, too.
+            return Verdict.FORGET if value < rule.clear_below else Verdict.GOES_ON
         if rule.for_s <= 0 or (known is not None and known.since_s >= rule.for_s):
             return Verdict.RAISE
         return Verdict.BEGIN if known is None else Verdict.GOES_ON

@@ -10,11 +10,12 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
-from hdcs_tasks.config import RateSettings
+from hdcs_tasks.config import EarlierRates, RateSettings
 from hdcs_tasks.errors import Invalid
 
+Prices: TypeAlias = RateSettings | EarlierRates
 By = Literal["vm", "owner", "tag"]
 BYS: tuple[By, ...] = ("vm", "owner", "tag")
 GIB = 1024**3
@@ -84,27 +85,43 @@ def microseconds(span: Span, start: datetime, end: datetime) -> int:
     return max(0, (closed - max(span.opened_at, start)) // _US)
 
 
+def periods(rates: RateSettings, start: datetime, end: datetime) -> list[tuple[datetime, datetime, Prices]]:
+    """The time from ``start`` to ``end`` in parts of one price list each, in order, at least one."""
+    found: list[tuple[datetime, datetime, Prices]] = []
+    for earlier in sorted(rates.earlier, key=lambda one: one.until):
+        if start < earlier.until < end:
+            found.append((start, earlier.until, earlier))
+            start = earlier.until
+        elif earlier.until >= end:
+            return [*found, (start, end, earlier)]
+    return [*found, (start, end, rates)]
+
+
 def totals(
     spans: Iterable[Span], start: datetime, end: datetime, by: By, rates: RateSettings, tag: str | None = None
 ) -> list[dict[str, Any]]:
     """A row per VM, owner or tag that used anything, and with several a last one for all (``total`` true).
 
-    A VM with several tags counts under each, and once in the total.
+    A VM with several tags counts under each, and once in the total. Each stretch has the prices of its time.
     """
-    sums: dict[tuple[str, ...], Sum] = {}
-    whole = Sum()
+    parts = periods(rates, start, end)
+    sums: dict[tuple[str, ...], list[Sum]] = {}
+    whole = [Sum() for _ in parts]
     for span in spans:
         if tag is not None and tag not in span.tags:
             continue
-        us = microseconds(span, start, end)
-        if not us:
-            continue
-        whole.add(span, us)
-        for key in _keys(span, by):
-            sums.setdefault(key, Sum()).add(span, us)
-    rows = [_row(dict(zip(_HEADS[by], key, strict=True)), found, rates) for key, found in sorted(sums.items())]
+        for number, (begin, until, _) in enumerate(parts):
+            us = microseconds(span, begin, until)
+            if not us:
+                continue
+            whole[number].add(span, us)
+            for key in _keys(span, by):
+                sums.setdefault(key, [Sum() for _ in parts])[number].add(span, us)
+    prices = [price for _, _, price in parts]
+    rows = [_row(dict(zip(_HEADS[by], key, strict=True)), found, prices, rates.currency)
+            for key, found in sorted(sums.items())]  # fmt: skip
     if len(rows) > 1:
-        rows.append(_row(dict.fromkeys(_HEADS[by], ""), whole, rates))
+        rows.append(_row(dict.fromkeys(_HEADS[by], ""), whole, prices, rates.currency))
     return [row | {"total": number > 0 and number == len(sums)} for number, row in enumerate(rows)]
 
 
@@ -117,18 +134,24 @@ def _keys(span: Span, by: By) -> Iterable[tuple[str, ...]]:
     return ((span.owner,),) if by == "owner" else [(tag,) for tag in span.tags] or [("",)]
 
 
-def _row(heads: dict[str, str], found: Sum, rates: RateSettings) -> dict[str, Any]:
-    amounts = {
-        "running_s": found.running, "vcpu_s": found.vcpu, "memory_mib_s": found.memory_mib,
-        "disk_byte_s": found.disk_byte, "backup_byte_s": found.backup_byte, "console_s": found.console,
-        "unobserved_s": found.unobserved,
-    }  # fmt: skip
-    used = {name: us / 1_000_000 for name, us in amounts.items()}
-    cost = (
-        used["vcpu_s"] / 3600 * rates.vcpu_hour
-        + used["memory_mib_s"] / 1024 / 3600 * rates.memory_gib_hour
-        + used["disk_byte_s"] / GIB / MONTH_S * rates.disk_gib_month
-        + used["backup_byte_s"] / GIB / MONTH_S * rates.backup_gib_month
-        + used["console_s"] / 3600 * rates.console_hour
-    )
-    return heads | {"vms": len(found.vms)} | used | {"cost": round(cost, 4), "currency": rates.currency}
+def _row(heads: dict[str, str], found: Sequence[Sum], prices: Sequence[Prices], currency: str) -> dict[str, Any]:
+    used = {name: sum(getattr(part, field) for part in found) / 1_000_000 for name, field in _AMOUNTS.items()}
+    cost = sum(_cost(part, price) for part, price in zip(found, prices, strict=True))
+    vms = set[str]().union(*(part.vms for part in found))
+    return heads | {"vms": len(vms)} | used | {"cost": round(cost, 4), "currency": currency}
+
+
+_AMOUNTS = {
+    "running_s": "running", "vcpu_s": "vcpu", "memory_mib_s": "memory_mib", "disk_byte_s": "disk_byte",
+    "backup_byte_s": "backup_byte", "console_s": "console", "unobserved_s": "unobserved",
+}  # fmt: skip
+
+
+def _cost(used: Sum, price: Prices) -> float:
+    return (
+        used.vcpu / 3600 * price.vcpu_hour
+        + used.memory_mib / 1024 / 3600 * price.memory_gib_hour
+        + used.disk_byte / GIB / MONTH_S * price.disk_gib_month
+        + used.backup_byte / GIB / MONTH_S * price.backup_gib_month
+        + used.console / 3600 * price.console_hour
+    ) / 1_000_000

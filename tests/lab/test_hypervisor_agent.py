@@ -91,7 +91,7 @@ def test_frozen_goes_on_without_an_agent(node: HypervisorNode) -> None:
         agent.wait_for_agent(node.host, spec.vm_id, 0.5)
 
 
-def test_reboot_and_graceful_stop(node: HypervisorNode) -> None:
+def test_reboot_and_the_power_button_of_a_guest_whose_agent_is_silent(node: HypervisorNode) -> None:
     booted = boot(node)
     before = node.host.guest(booted.vm_id).ID()
     mark = uptime(node, booted)
@@ -102,13 +102,8 @@ def test_reboot_and_graceful_stop(node: HypervisorNode) -> None:
     assert node.host.guest(booted.vm_id).ID() == before, "QEMU, and so console and claim, stay"
     guests.reboot(node.host, booted.vm_id, force=True, timeout_s=10)
     agent.wait_for_agent(node.host, booted.vm_id, 90)
-    assert guests.stop(node.host, booted.vm_id, timeout_s=60)
-    assert guests.info(node.host, booted.vm_id) is None
-
-
-def test_power_button_stops_a_guest_without_agent(node: HypervisorNode) -> None:
-    booted = boot(node)
     with pytest.raises(Unavailable):
         agent.exec_(node.host, booted.vm_id, ["/bin/killall", "-STOP", "qemu-ga"])
     assert not agent.ping(node.host, booted.vm_id, 1)
     assert guests.stop(node.host, booted.vm_id, timeout_s=60)
+    assert guests.info(node.host, booted.vm_id) is None

@@ -58,6 +58,12 @@ def test_a_peak_is_forgotten() -> None:
     assert follow([95.0] * 5 + [10.0]) == [Verdict.BEGIN, *[Verdict.GOES_ON] * 4, Verdict.FORGET]
 
 
+def test_what_swings_about_its_threshold_lasts_and_is_raised_once() -> None:
+    found = follow([91.0, 85.0] * 6)
+    assert found[0] is Verdict.BEGIN and found.count(Verdict.RAISE) == 1 and found.index(Verdict.RAISE) == 6
+    assert Verdict.FORGET in follow([91.0, 79.0] * 6) and Verdict.RAISE not in follow([91.0, 79.0] * 6)
+
+
 def test_between_the_thresholds_nothing_changes_and_what_is_unknown_neither() -> None:
     found = follow([95.0] * 7 + [85.0] * 100 + [None] * 100)
     assert found.count(Verdict.RAISE) == 1 and Verdict.CLEAR not in found

@@ -77,6 +77,23 @@ def test_what_it_costs() -> None:
     assert row["currency"] == "EUR"
 
 
+def test_a_price_that_changes_within_a_month_changes_nothing_before() -> None:
+    earlier = [
+        {"until": BEGAN + timedelta(hours=3), "vcpu_hour": 5},
+        {"until": BEGAN + timedelta(hours=1), "vcpu_hour": 2},
+    ]
+    rates = RateSettings(vcpu_hour=7, currency="EUR", earlier=earlier)  # type: ignore[arg-type]
+    spans = [span(0, 4 * 3600)]  # two vCPUs
+    (row,) = totals(spans, BEGAN, BEGAN + timedelta(hours=4), "vm", rates)
+    assert (row["vcpu_s"], row["cost"], row["vms"]) == (8 * 3600, 2 * (1 * 2 + 2 * 5 + 1 * 7), 1)
+    for first, last, price in ((0, 1, 2), (1, 3, 5), (3, 4, 7), (0.5, 1, 2), (3, 3.5, 7)):
+        begin, end = BEGAN + timedelta(hours=first), BEGAN + timedelta(hours=last)
+        (row,) = totals(spans, begin, end, "vm", rates)
+        assert row["cost"] == pytest.approx(2 * (last - first) * price), (first, last)
+    with pytest.raises(ValueError, match="vcpu_hours"):
+        RateSettings(earlier=[{"until": BEGAN, "vcpu_hours": 2}])  # type: ignore[list-item]
+
+
 def test_months() -> None:
     assert month("2024-02") == (datetime(2024, 2, 1, tzinfo=UTC), datetime(2024, 3, 1, tzinfo=UTC))
     assert month("2026-12")[1] == datetime(2027, 1, 1, tzinfo=UTC)
