@@ -96,9 +96,10 @@ class Bases:
 
     def _known(self, base: BaseImage, key: Key | None) -> BaseImage | None:
         with self.locked():  # nobody drops it now
-            if key is not None:
-                return self._noted(base, key.name)
-            return base if self.file(base).exists() else None
+            if key is None:
+                return base if self.file(base).exists() else None
+            known = self._noted(base, key.name)
+            return known if known is not None and containers.opens(self.file(known), key) else None
 
     def _put_in_container(self, base: BaseImage, image: Path, key: Key, cancelled: IsCancelled | None) -> BaseImage:
         partial = self.folder / f".{base.sha256}.{key.name}{PARTIAL}"
@@ -112,6 +113,7 @@ class Bases:
             )  # fmt: skip
             with self.locked():
                 os.replace(partial, self.file(kept))
+                self._note(base.sha256, key.name).unlink(missing_ok=True)  # of one with an older key of this name
                 self.note(kept)
         finally:
             partial.unlink(missing_ok=True)

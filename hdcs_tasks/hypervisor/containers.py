@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hdcs_tasks.errors import BackupBroken
+from hdcs_tasks.errors import BackupBroken, HypervisorRefused
 from hdcs_tasks.hypervisor import keys
 from hdcs_tasks.hypervisor.disks import partial_file, sha256
 from hdcs_tasks.hypervisor.jobs import IsCancelled
@@ -47,6 +47,20 @@ def write(image: Path, container: Path, key: Key, *, cancelled: IsCancelled | No
     )
     if same.exit_code != 0:
         raise BackupBroken(f"{image.name} is not the same in its container", next="Check the storage, then try again")
+
+
+def opens(container: Path, key: Key) -> bool:
+    """Whether it was made with this key, and not with one that had the name before."""
+    try:
+        keys.run(
+            ["qemu-io"], "-r", "--image-opts", "-c", "read -q 0 512", _inside(container, key), keys=(key,),
+            timeout_s=keys.CREATE_S,
+        )  # fmt: skip
+    except HypervisorRefused as error:
+        if "Invalid password" in error.message:
+            return False
+        raise
+    return True
 
 
 def read(

@@ -279,8 +279,12 @@ def test_a_base_image_lies_once_in_a_container_and_comes_back_byte_for_byte(tmp_
     assert bases.keep(vault.plain_base, vault.image, key=ring.get("vault")) == vault.base, "once per repository"
     other = bases.keep(vault.plain_base, vault.image, key=ring.get("disks"))
     assert sorted(p.name for p in bases.folder.glob("*.luks")) == sorted([vault.base.file_name, other.file_name])
+    assert ring.folder is not None
+    (ring.folder / "disks").write_text("what the key of this name is from now on")
+    anew = bases.keep(vault.plain_base, vault.image, key=ring.get("disks"))
+    assert bases.keep(vault.plain_base, vault.image, key=ring.get("disks")) == anew != other
     (bases.folder / ".dead.partial").touch()
-    assert vault.repository.drop_unused_bases() == [other.stored_sha256]
+    assert vault.repository.drop_unused_bases() == sorted([other.stored_sha256, anew.stored_sha256])
     left = sorted(p.name for p in bases.folder.iterdir() if not p.name.endswith(".lock"))
     assert left == sorted([vault.base.file_name, f"{vault.base.sha256}.vault.json"])
     vault.image.unlink()
