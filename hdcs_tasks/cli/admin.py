@@ -34,7 +34,8 @@ def doctor(ctx: click.Context, repair: bool, form: str) -> None:
 
 @click.command()
 @click.option("--port", type=click.IntRange(1, 65535), default=5555, show_default=True, help="Flower's port.")
-def dashboard(port: int) -> None:
+@format_option
+def dashboard(port: int, form: str) -> None:
     """Print how to open Flower, the dashboard of workers, queues and live progress.
 
     \b
@@ -42,9 +43,11 @@ def dashboard(port: int) -> None:
       hdcs dashboard
     """
     command = "celery -A hdcs_tasks.app flower --conf=deploy/flowerconfig.py"
-    click.echo(f"start:  HDCS_FLOWER_AUTH=USER:PASSWORD HDCS_FLOWER_PORT={port} {command}")
-    click.echo(f"open:   http://127.0.0.1:{port}/")
-    click.echo(f"remote: ssh -L {port}:127.0.0.1:{port} HOST    (then open the same address here)")
+    told = {
+        "start": f"HDCS_FLOWER_AUTH=USER:PASSWORD HDCS_FLOWER_PORT={port} {command}",
+        "open": f"http://127.0.0.1:{port}/", "from_elsewhere": f"ssh -L {port}:127.0.0.1:{port} HOST",
+    }  # fmt: skip
+    output.print_one(told, form)
 
 
 @click.group()
@@ -53,8 +56,9 @@ def db() -> None:
 
 
 @db.command()
+@format_option
 @pass_face
-def upgrade(face: Face) -> None:
+def upgrade(face: Face, form: str) -> None:
     """Bring the database HDCS_DATABASE_URL names to this version's schema.
 
     Every program of the control plane does so when it starts; this is for doing it beforehand.
@@ -65,3 +69,5 @@ def upgrade(face: Face) -> None:
     """
     face.cloud  # noqa: B018 - opening the cloud upgrades the database
     output.message("the database is at this version's schema")
+    if form != "table":
+        output.print_one({"upgraded": True}, form)

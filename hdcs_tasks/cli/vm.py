@@ -186,8 +186,9 @@ def usb(face: Face, name: str, policy: str, form: str) -> None:
 @click.option("--ttl", "ttl_s", type=DURATION, default="60s", show_default=True, help="How long the ticket works.")
 @click.option("-o", "--output", "path", type=click.Path(dir_okay=False), default=None,
               help="Write the viewer file here, readable by you alone. Default: print it.")  # fmt: skip
+@format_option
 @pass_face
-def console(face: Face, name: str, ttl_s: float, path: str | None) -> None:
+def console(face: Face, name: str, ttl_s: float, path: str | None, form: str) -> None:
     """Print a virt-viewer file with a ticket for the VM's console that soon expires.
 
     \b
@@ -196,8 +197,11 @@ def console(face: Face, name: str, ttl_s: float, path: str | None) -> None:
       hdcs vm console desk-001 --ttl 5m -o desk-001.vv
     """
     text = face.cloud.vms[name].console(ttl_s=ttl_s)
-    if path is None:
+    if form != "table":
+        output.print_one({"vm": name, "ttl_s": ttl_s, "file": path, "viewer": None if path else text}, form)
+    elif path is None:
         click.echo(text, nl=False)
+    if path is None:
         return
     # Anew and for the owner alone: the text holds a password.
     Path(path).unlink(missing_ok=True)

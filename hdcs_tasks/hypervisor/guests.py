@@ -17,7 +17,7 @@ from typing import Any
 import libvirt
 
 from hdcs_tasks.errors import Conflict, HdcsError, Invalid, NotFound, Unavailable, WrongState
-from hdcs_tasks.hypervisor import agent, xml
+from hdcs_tasks.hypervisor import agent, validation, xml
 from hdcs_tasks.hypervisor.connection import Host
 from hdcs_tasks.hypervisor.errors import libvirt_errors, translate
 from hdcs_tasks.hypervisor.spec import GuestInfo, GuestSpec
@@ -160,8 +160,10 @@ def _use_up(saved: Path | None) -> None:
 
 def _create(host: Host, spec: GuestSpec, paused: bool) -> None:
     _check_files(spec)
+    definition = xml.guest_xml(spec, _password())
     with libvirt_errors(f"define guest {spec.name}", unsure=True):
-        guest = host.conn.defineXMLFlags(xml.guest_xml(spec, _password()), libvirt.VIR_DOMAIN_DEFINE_VALIDATE)
+        guest = host.conn.defineXMLFlags(definition, validation.define_flags(definition))
+    validation.was_defined(definition)
     try:
         with libvirt_errors(f"start guest {spec.name}", unsure=True):
             guest.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED if paused else 0)

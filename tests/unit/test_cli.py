@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -382,3 +383,15 @@ def test_each_name_gets_its_own_key() -> None:
         with pytest.raises(errors.WrongState):
             waiting.act(chosen, ask, key="k", form="json", wait=False, timeout_s=None)
     assert keys == ["k", "k:a", "k:b"]
+
+
+def test_every_command_prints_json_too() -> None:
+    def commands(group: click.Group) -> Iterator[click.Command]:
+        for command in group.commands.values():
+            if isinstance(command, click.Group):
+                yield from commands(command)
+            else:
+                yield command
+
+    without = [c.name for c in commands(main.cli) if "form" not in {parameter.name for parameter in c.params}]
+    assert without == []

@@ -10,7 +10,7 @@ import pytest
 from lxml import etree
 
 from hdcs_tasks.errors import Invalid
-from hdcs_tasks.hypervisor import networks, storage, xml
+from hdcs_tasks.hypervisor import networks, storage, validation, xml
 from hdcs_tasks.hypervisor.spec import GuestSpec, usb_rules
 
 SCHEMAS = Path("/usr/share/libvirt/schemas")
@@ -55,6 +55,23 @@ def test_guest_definition_is_valid(changes: dict[str, object]) -> None:
     assert seen.console_port == 20001
     assert seen.disks == spec.disks
     assert xml.is_hdcs(text)
+
+
+def test_libvirt_checks_each_shape_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation, "_checked", set())
+    first = xml.guest_xml(SPEC, "6fe1")
+    assert validation.define_flags(first), "the first of its shape is checked"
+    assert validation.define_flags(first), "and again while libvirt has not taken it"
+    validation.was_defined(first)
+    other_id = VM_ID.replace("6f0c3a52", "6f0c3a53")
+    twin = replace(
+        SPEC, vm_id=other_id, name="desk-2", disks=(f"/srv/hdcs/vms/{other_id}/disk0.qcow2",), vcpus=4, memory_mib=4096,
+        mac="52:54:00:aa:00:02", console_port=20002, operation="op-2", step="st-2", attempt=1,
+    )  # fmt: skip
+    assert not validation.define_flags(xml.guest_xml(twin, "8aa0"))
+    for changes in ({"usb": "on"}, {"virt_type": "kvm"}, {"network": ""}, {"disks": (*SPEC.disks, "/x/disk1.qcow2")}):
+        assert validation.define_flags(xml.guest_xml(replace(SPEC, **changes), "6fe1")), changes
+    assert validation.define_flags(first.replace("<memory", "<memori"))
 
 
 def test_the_schema_check_can_fail() -> None:
