@@ -34,7 +34,7 @@ from hdcs_tasks.hypervisor.jobs import (
     stop_reason,
 )
 
-ANSWER_S = 20.0
+ANSWER_S = 10.0
 """A guest whose QEMU takes longer to tell of its disk is in no state to be moved."""
 
 _STATS_WAIT_S = 2.0

@@ -19,6 +19,7 @@ from hdcs_tasks.operations.rules import (
     StepFacts,
     Verdict,
     attempts_spent,
+    awaits_its_node,
     backoff_s,
     ends_with_its_node,
     is_binding,
@@ -271,8 +272,11 @@ def _recover(tx: Tx, step: Step, status: StepStatus | None, *, looked_now: bool 
 
 
 def _is_lost(tx: Tx, step: Step) -> bool:
-    node = tx.session.get(ServerNode, step.node) if step.node else None
-    return node is not None and node.state is ServerNodeState.LOST
+    """Whether nobody may be waited for on the step's server node: it is lost, or was removed from the record."""
+    if step.node is None:
+        return False
+    node = tx.session.get(ServerNode, step.node)
+    return node is None or (node.state is ServerNodeState.LOST and not awaits_its_node(step.spec))
 
 
 def _facts(tx: Tx, step: Step, status: StepStatus | None) -> StepFacts:

@@ -125,6 +125,12 @@ def ends_with_its_node(spec: Mapping[str, Any]) -> bool:
     return bool(spec.get("ends_with_its_node"))
 
 
+def awaits_its_node(spec: Mapping[str, Any]) -> bool:
+    """Of a step that ends with its server node: whether only its removal from the record is that end. A lost one may
+    come back with what the step is for."""
+    return bool(spec.get("awaits_its_node"))
+
+
 def line_eta_s(place: int, through: int, window_s: float) -> float | None:
     """Seconds until the one at this place in a line is through, when ``through`` were in the last ``window_s``; None:
     nothing to go by."""

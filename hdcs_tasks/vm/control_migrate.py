@@ -251,7 +251,10 @@ def _clean(tx: Tx, operation: Operation, vm: Vm) -> None:
     """The VM is at the target, whatever becomes of what it left: whoever uses it does not wait for the source."""
     leave_via(vm, VmState.MIGRATING, state_before(operation))
     operation.request = operation.request | {"ends": control_move.ends_of(operation, vm)}
-    _on(tx, operation, "clean", "source", move_spec(operation, vm) | {"target": operation.request["target"]})
+    # Where nobody saw the hand-over, the source may have let the guest go on too, and come back with it.
+    unseen = operation.request["measured"]["total_ms"] < 0
+    more = {"target": operation.request["target"], "awaits_its_node": unseen}
+    _on(tx, operation, "clean", "source", move_spec(operation, vm) | more)
     let_go(tx, operation)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from hdcs_tasks.errors import Conflict, HypervisorRefused, OutcomeUnknown
 from hdcs_tasks.operations.recovery import recovery_sweep, settle
+from hdcs_tasks.pool import control as pool_control
 from tests.contract.test_moves import Played, center, consistent
 
 __all__ = ["center"]
@@ -113,6 +114,34 @@ def test_a_source_that_is_lost_for_good(center: Played, to: str) -> None:
     recovery_sweep(center.control)
     center.play()
     assert operation.state == "done" and center.vm("a")["state"] == "running"
+    consistent(center)
+
+
+@pytest.mark.parametrize("returns", [True, False])
+@pytest.mark.parametrize("to", ["inside", "west"])
+def test_a_lost_source_whose_hand_over_nobody_saw_is_waited_for(center: Played, to: str, returns: bool) -> None:
+    """Its guest may have gone on there, when nobody could ask: it is ended when the server node is back."""
+    before = center.started("a")
+    source = before["server_node"]
+    if to == "inside":
+        to = "node1" if source == "node2" else "node2"
+    center.fails["vm.move_on_node" if to == "west" else "vm.migrate_on_node"] = OutcomeUnknown("the network failed")
+    center.held_by = "target"
+    operation = center.cloud.vms["a"].migrate(to)
+    play_all_but(center, "vm.move_clean_on_node", "vm.migrate_clean_on_node")
+    center.lose(source)
+    recovery_sweep(center.control)
+    (clean,) = center.steps("published")
+    assert clean["name"].endswith("clean_on_node"), "though its server node is lost"
+    assert (operation.state, center.vm("a")["state"]) == ("running", "running")
+    if returns:
+        center.node("east", source, 1024)
+    else:
+        pool_control.remove(center.control, source)
+        recovery_sweep(center.control)
+        assert all(not step["name"].endswith("clean_on_node") for step in center.steps("published")), "given up"
+    center.play()
+    assert operation.state == "done"
     consistent(center)
 
 
