@@ -36,7 +36,7 @@ class Pause:
         def stopped(*args: Any, **more: Any) -> Any:
             if not self.reached.is_set():
                 self.reached.set()
-                self.go_on.wait(3)
+                self.go_on.wait(1.5)
             return real(*args, **more)
 
         monkeypatch.setattr(module, name, stopped)

@@ -11,9 +11,11 @@ from typing import Any
 
 import psutil
 import pytest
+import redis
 from sqlalchemy import select
 
 from deploy.lab.center import Center, wait_for
+from hdcs_tasks.routing import quick_queue
 from hdcs_tasks.store.models_watch import UsageSpan
 from tests.contract.test_alarms import web_hook
 from tests.lab.data_center import add_image, at_guest, data_center, kill_worker
@@ -31,7 +33,8 @@ def hooked(lab_possible: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
         file = root / "alarm-urls"
         file.write_text(url + "\n")
         env = {
-            "HDCS_ALARM_URLS_FILE": str(file), "HDCS_ALARM_PERIOD_S": "1", "HDCS_ALARM_CLEAR_FOR_S": "1",
+            "HDCS_ALARM_URLS_FILE": str(file), "HDCS_ALARM_PERIOD_S": "1", "HDCS_ALARM_CLEAR_FOR_S": "6",
+            "HDCS_ALARM_FOR_S": "1",
             "HDCS_ALARM_CPU_PERCENT": "1000", "HDCS_ALARM_MEMORY_PERCENT": "1000",
         }  # fmt: skip
         with data_center(root / "center", env, {"east": ["node1", "node2"]}) as center:
@@ -141,6 +144,7 @@ def test_a_lost_server_node_raises_one_alarm_that_arrives_and_is_cleared(
     wait_for("earlier alarms to be told", lambda: len(told("critical")) == len(told("cleared")), 60)
     before = len(told("critical"))
     kill_worker(center, "node2")
+    flapped = _flaps(center)  # meanwhile
     wait_for("the alarm", lambda: [a for a in lost() if a["state"] == "raised"], 120)
     wait_for("the notice", lambda: len(told("critical")) == before + 1, 60)
     (alarm,) = cloud.alarms.list()[:1]
@@ -149,4 +153,40 @@ def test_a_lost_server_node_raises_one_alarm_that_arrives_and_is_cleared(
     wait_for("it to be cleared", lambda: [a for a in lost() if a["state"] == "cleared"], 120)
     wait_for("the notice of that", lambda: len(told("cleared")) == before + 1, 60)
     assert len(lost()) == 1 and len(told("critical")) == before + 1
+    for what in ("warning", "cleared"):
+        wait_for(f"{what} of the queue", lambda what=what: _titles(posted, what, flapped), 60)
+        assert len(_titles(posted, what, flapped)) == 1
+    (alarm,) = [a for a in cloud.alarms.history(500) if a["subject"] == flapped]
+    assert alarm["state"] == "cleared"
     center.wait_for_nodes(center.lab.nodes)
+
+
+def _titles(posted: list[Any], what: str, subject: str) -> list[str]:
+    return [post["title"] for post in posted if post["title"] == f"HDCS {what}: queue_backlog {subject}"]
+
+
+def _flaps(center: Center) -> str:
+    """A queue nobody reads now is long and empty in turn, from one alarm sweep to the next, and empty in the end; its
+    name."""
+    control, queue = center.cloud.control, quick_queue("east", "node2")
+    server, key = redis.Redis.from_url(control.settings.redis_url), control.settings.key_prefix + queue
+
+    def measured(changed: float) -> bool:
+        last = control.reservations.samples.sweeps()["alarms"]
+        return last["at"] - last["took_s"] > changed
+
+    def be(long: bool) -> None:
+        """For one measurement: two of an empty queue, far enough apart on a slow machine, would clear it."""
+        server.delete(key)
+        if long:
+            server.rpush(key, *["x"] * 600)
+        changed = time.time()
+        wait_for("an alarm sweep", lambda: measured(changed), 60)
+
+    server.delete(key)
+    server.rpush(key, *["x"] * 600)
+    wait_for("its alarm", lambda: queue in {alarm["subject"] for alarm in center.cloud.alarms.list()}, 60)
+    for long in (False, True, False, True, False):
+        be(long)
+    server.delete(key)
+    return queue
