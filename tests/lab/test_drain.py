@@ -265,7 +265,7 @@ def test_the_target_dies(center: Center, phase: str) -> None:
     for name, source in sources.items():
         assert place(center, name)[::2] == ("running", source)
     for other in DESKS:
-        wait_for("what ran there to be missed", lambda o=other: not lost(center, o, "node2"), LONG_S)  # type: ignore[misc]
+        wait_for("what ran there to be missed", lambda o=other: place(center, o)[2] != "node2", LONG_S)  # type: ignore[misc]
     whole(center)
 
 
@@ -274,11 +274,6 @@ def in_hand(center: Center, operation: Any, node: str) -> bool:
     step = operation.show()["steps"][-1]
     seen = center.cloud.control.reservations.steps.status(step["id"])
     return "prepare" not in step["name"] and seen is not None and seen.holder is not None and seen.node == node
-
-
-def lost(center: Center, name: str, node: str) -> bool:
-    state, _, at = place(center, name)
-    return state != "stopped" and at == node and name not in guests_on(center, node)
 
 
 def test_the_source_is_lost_in_mid_move(center: Center) -> None:
