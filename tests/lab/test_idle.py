@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from deploy.lab.center import Center, wait_for
 from hdcs_tasks.errors import Cancelled
 from hdcs_tasks.hypervisor import agent
 from hdcs_tasks.monitor.control_idle import DONE
 from hdcs_tasks.operations.control import Asked
+from hdcs_tasks.store.models import Vm
 from hdcs_tasks.vm import control as vm_control
 from tests.lab.consoles import console_client
 from tests.lab.data_center import BOOT_S, add_image, at_guest, data_center
@@ -70,6 +73,7 @@ def test_who_is_used_is_never_taken_and_who_is_not_is(center: Center) -> None:
     port = cloud.vms[name_of("idle")].show()["port"]
     with console_client(center, name_of("watched")) as (_, secret):
         cloud.idle.create("lab", warn=WARN_S, stop=STOP_S, cpu_percent=CPU_PERCENT)
+        made_at = time.time()
         for what in ("idle", "mute"):
             wait_for(f"{what} to be taken", lambda what=what: _state(center, what) == "stopped", 300)
         # Both had the whole time, and the others had as long.
@@ -84,8 +88,8 @@ def test_who_is_used_is_never_taken_and_who_is_not_is(center: Center) -> None:
         assert all(data["idle_s"] >= STOP_S for data in taken.values()), taken
         warned = {e["subject"]: e["data"] for e in cloud.events(200) if e["kind"] == "vm.warned"}
         for what in ("idle", "mute"):
-            _found_by_the_first_sample(center, warned[name_of(what)])
-            found_at = _found_by_the_first_sample(center, taken[name_of(what)])
+            _found_by_the_first_sample(center, name_of(what), warned[name_of(what)], made_at)
+            found_at = _found_by_the_first_sample(center, name_of(what), taken[name_of(what)], made_at)
             (stop,) = cloud.operations.list(vm=name_of(what), kind="vm.stop")
             decided_at = datetime.fromisoformat(stop["created_at"]).timestamp()
             assert found_at <= decided_at <= found_at + LOOK_S, (what, decided_at - found_at)
@@ -101,21 +105,33 @@ def test_who_is_used_is_never_taken_and_who_is_not_is(center: Center) -> None:
         assert port not in {cloud.vms[name_of(what)].show()["port"] for what in ("user", "watched", "busy")}
         # From when its client goes on, one more desktop is unused.
         cloud.idle.create("throwaway", selector={"names": THROWAWAY}, rank=1, inside=False, **LADDER)
-    _goes_down_the_whole_ladder(center)
+        made_at = time.time()
+    _goes_down_the_whole_ladder(center, made_at)
     _told_in_logs_without_secrets(center, [secret])
 
 
-def _found_by_the_first_sample(center: Center, told: dict[str, Any]) -> float:
-    """Within its time and one sweep: the sample before was taken before the time was over. When it was found (Unix)."""
+def _found_by_the_first_sample(center: Center, name: str, told: dict[str, Any], made_at: float) -> float:
+    """Within its time and one sweep: the sample before was taken before the time was over, or before there was the
+    policy (``made_at``). When it was found (Unix)."""
     found_at = datetime.fromisoformat(told["found"]["at"]).timestamp()
     taken_at = [sample["at"] for sample in center.cloud.control.reservations.samples.host_history("node1", 1000)]
     assert any(abs(at - found_at) < 0.001 for at in taken_at), "it was found by a sample"
     before = max(at for at in taken_at if at < found_at - 0.001)
-    assert 0 <= told["found"]["late_s"] <= found_at - before + 0.001, (told, found_at - before)
+    due_at = found_at - told["found"]["late_s"]
+    # A guest that could not be looked into (a slow machine) is found by the next sample again.
+    log = (center.lab.root / "logs" / "node1-worker.log").read_text()
+    failed = [line for line in log.splitlines() if "not looked at" in line and seen_id(center, name) in line]
+    assert before <= max(due_at, made_at) + 0.001 or failed, (told, found_at - before)
     return found_at
 
 
-def _goes_down_the_whole_ladder(center: Center) -> None:
+def seen_id(center: Center, name: str) -> str:
+    """A VM's id, also of one that is deleted."""
+    with center.cloud.control.store.read() as session:
+        return session.scalars(select(Vm.id).where(Vm.name == name)).one()
+
+
+def _goes_down_the_whole_ladder(center: Center, made_at: float) -> None:
     """Suspended, saved, deleted, each within its time and a sweep; of one that is at rest already the rest is left."""
     cloud, (watched, mute) = center.cloud, THROWAWAY
     wait_for("both to be gone", lambda: not cloud.vms.list(names=THROWAWAY), 180)
@@ -127,7 +143,7 @@ def _goes_down_the_whole_ladder(center: Center) -> None:
     for do, after_s in LADDER.items():
         assert found[watched, do]["idle_s"] >= after_s, found
         if do != "delete":  # what is at rest is found by a sweep of the control plane
-            _found_by_the_first_sample(center, found[watched, do])
+            _found_by_the_first_sample(center, watched, found[watched, do], made_at)
     left = {vm["id"] for vm in cloud.vms.list()}
     storage = center.lab.storage("east")
     assert {path.name for path in (storage / "vms").iterdir()} == left
