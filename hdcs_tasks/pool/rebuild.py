@@ -54,7 +54,7 @@ def reservation_sweep(control: Control) -> str:
     for node in nodes:
         # A lease missing after Redis was lost is not a lost node: each gets one term to renew.
         reservations.leases.grant("node", node.name, node.instance, control.settings.lease_ttl_s)
-    log.warning("reservations rebuilt", run_id=run_id, reports=sorted(reports), silent=len(nodes) - len(reports))
+    log.warning("reservations rebuilt", run_id=run_id, reports=len(reports), silent=len(nodes) - len(reports))
     return "rebuilt"
 
 

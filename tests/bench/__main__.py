@@ -10,7 +10,18 @@ from pathlib import Path
 
 from tests.bench.report import report
 
-NAMES = ("backup", "boot_storm", "dispatch", "migrate", "placement", "rebalance", "reservations", "sweep", "warm")
+NAMES = (
+    "backup",
+    "boot_storm",
+    "dispatch",
+    "migrate",
+    "placement",
+    "rebalance",
+    "reservations",
+    "scale",
+    "sweep",
+    "warm",
+)
 
 
 def main() -> int:

@@ -192,7 +192,8 @@ class Run:
         vm = self.center.cloud.vms[desk.name]
         if found[0]["state"] in ("running", "suspended"):
             vm.stop(force=True).result(timeout_s=120)
-        self._compare(desk.name, found[0], desk.notes)
+        if desk.notes is not None:
+            self._compare(desk.name, found[0], desk.notes)
 
     def _restore(self, desk: Desk, name: str) -> None:
         point, kept = desk.points[-1]

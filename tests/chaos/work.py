@@ -27,6 +27,8 @@ from tests.chaos import notes
 
 ACK_S = 90.0
 SETTLE_S = 240.0
+MAKES = ("clone", "restore")
+"""What begins a disk anew."""
 
 Ask = Callable[[str], Any]
 """Asks with an idempotency key; returns an Operation."""
@@ -37,7 +39,8 @@ class Desk:
     """A VM of this run: its name, what is written in its disk, and its backups with what was written then."""
 
     name: str
-    notes: notes.Notes = field(default_factory=dict)
+    notes: notes.Notes | None = field(default_factory=dict)
+    """None: it was made by a request whose end nobody saw, so nobody knows what it was made of."""
     points: list[tuple[str, notes.Notes]] = field(default_factory=list)
 
 
@@ -153,7 +156,9 @@ class Worker(threading.Thread):
         if verb == "write":
             self.write(desk)
             return
-        began = dict(desk.notes)
+        began = dict(desk.notes or {})
+        if verb.split()[0] in MAKES:
+            desk.notes = None  # until its end is seen
         operation = self.ask(verb, ask)
         if operation is not None and self.dice.random() < 0.12:
             self.overtake(desk, operation)
@@ -227,7 +232,9 @@ class Worker(threading.Thread):
         slot, pattern = self.dice.randrange(notes.SLOTS), self.dice.randrange(1, 250)
         with contextlib.suppress(HdcsError):
             vm = self.cloud.vms[desk.name].show()
-            if vm["state"] in ("stopped", "running") and notes.write(self.center, vm, slot, pattern):
+            if desk.notes is None or vm["state"] not in ("stopped", "running"):
+                return
+            if notes.write(self.center, vm, slot, pattern):
                 desk.notes[slot] = pattern
                 self.ledger.count(self.ledger.verbs, "write (no operation)")
 
@@ -236,7 +243,7 @@ class Worker(threading.Thread):
             desk.notes = {}
         elif verb.startswith("restore"):
             desk.notes = dict(next(kept for point, kept in desk.points if point == verb.split()[1]))
-        elif verb == "backup":
+        elif verb == "backup" and desk.notes is not None:
             points = [b for b in self.cloud.backups.list(ended["vm_id"]) if b["state"] == "ready"]
             desk.points.append((points[-1]["id"], began))
 

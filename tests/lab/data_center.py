@@ -14,7 +14,7 @@ import pytest
 from deploy.lab import Lab, free_net
 from deploy.lab.center import Center, wait_for
 from deploy.lab.golden_image import build
-from deploy.lab.lab import DOMAIN_NODES
+from deploy.lab.lab import DOMAIN_NODES, LOCAL
 from deploy.lab.node_files import PKI
 from hdcs_tasks.hypervisor import guests, networks
 from hdcs_tasks.hypervisor.connection import Host
@@ -79,19 +79,20 @@ def kill_worker(center: Center, node: str) -> None:
 
 
 @contextmanager
-def paused_worker(center: Center, *nodes: str) -> Iterator[None]:
-    """The nodes' workers for long work stand still inside the block: what they are asked for waits in their queues."""
-    found = {
-        pid for node in nodes for pid, line in center.lab.space(node).processes() if line.endswith("--role long")
-    }  # fmt: skip
-    assert found
-    for pid in found:
-        os.kill(pid, signal.SIGSTOP)
+def locked(center: Center, node: str, vm_id: str) -> Iterator[None]:
+    """What is to be done to the VM on this server node waits inside the block (up to 10 s), as for an older attempt."""
+    file = f"{LOCAL}/locks/{vm_id}"
+    pid = center.lab.spawn(node, ["flock", "--close", file, "sleep", "60"])
+
+    def held() -> bool:
+        return center.lab.run(node, ["flock", "--nonblock", file, "true"], check=False).returncode != 0
+
+    wait_for("the lock", held, every_s=0.05)
     try:
         yield
     finally:
-        for pid in found:
-            os.kill(pid, signal.SIGCONT)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 @contextmanager

@@ -225,6 +225,7 @@ def test_a_full_disk_in_mid_backup_leaves_nothing(desk: Desk) -> None:
         with pytest.raises(HypervisorRefused) as caught:
             desk.cloud.backups.create(desk.name).result(timeout_s=LONG_S)
         print(f"full disk: {caught.value}")
+        assert caught.value.message.startswith("backup of guest"), "the copy says so, not what comes after it"
         left = lab.run(node, ["find", folder, "-name", ".*partial*"]).stdout
         assert left == ""
     finally:

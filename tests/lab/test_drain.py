@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import libvirt
@@ -18,7 +18,7 @@ import pytest
 from deploy.lab.center import Center, wait_for
 from tests.chaos import notes
 from tests.lab.consoles import console_client
-from tests.lab.data_center import data_center, kill_worker, libvirt_of, paused_worker
+from tests.lab.data_center import data_center, kill_worker, libvirt_of, locked
 from tests.lab.test_moves import comes_to, ended, power_cycle, whole
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
@@ -188,7 +188,7 @@ def test_what_runs_twice_goes_on_where_the_record_has_it(center: Center) -> None
     vm = center.cloud.vms[name]
     bring(center, name, "node2")
     vm_id = vm.show()["id"]
-    with paused_worker(center, "node2"):
+    with locked(center, "node2", vm_id):
         operation = vm.migrate("node3")
         assert comes_to(operation, "vm.move_on_node")
         double(center, vm_id, "node2", "node3")
@@ -199,7 +199,7 @@ def test_what_runs_twice_goes_on_where_the_record_has_it(center: Center) -> None
     whole(center)
     operation = vm.migrate("node3")
     assert comes_to(operation, "vm.move_on_node")
-    with paused_worker(center, "node3"):
+    with locked(center, "node3", vm_id):
         wait_for("the guest to leave its source", lambda: name not in guests_on(center, "node2"), LONG_S)
         double(center, vm_id, "node3", "node2")
     seen = ended(operation)
@@ -245,10 +245,13 @@ def test_the_target_dies(center: Center, phase: str) -> None:
         bring(center, name, source)
     slow = {"bandwidth_mib_s": SLOW_MIB_S}
     if phase == "prepared":
-        with paused_worker(center, "node1", "node3"):
+        with ExitStack() as locks:
+            for name, source in sources.items():
+                locks.enter_context(locked(center, source, center.cloud.vms[name].show()["id"]))
             moves = [center.cloud.vms[name].migrate("node2", **slow) for name in sources]
-            assert comes_to(moves[0], "vm.migrate_on_node") and comes_to(moves[1], "vm.move_on_node")
-            time.sleep(1.0)  # what the dying node holds is lost, and sent again a minute later: let it be handed on
+            for operation, source in zip(moves, sources.values(), strict=True):
+                # In its hands: what the dying node was to hand on would be lost, and sent again a minute later.
+                wait_for(f"{source} to wait", lambda o=operation, s=source: in_hand(center, o, s), LONG_S)  # type: ignore[misc]
             center.lab.power_off("node2")
     else:
         moves = [center.cloud.vms[name].migrate("node2", **slow) for name in sources]
@@ -262,13 +265,15 @@ def test_the_target_dies(center: Center, phase: str) -> None:
     for name, source in sources.items():
         assert place(center, name)[::2] == ("running", source)
     for other in DESKS:
-        wait_for("what ran there to be missed", lambda o=other: not lost(center, o, "node2"), LONG_S)  # type: ignore[misc]
+        wait_for("what ran there to be missed", lambda o=other: place(center, o)[2] != "node2", LONG_S)  # type: ignore[misc]
     whole(center)
 
 
-def lost(center: Center, name: str, node: str) -> bool:
-    state, _, at = place(center, name)
-    return state != "stopped" and at == node and name not in guests_on(center, node)
+def in_hand(center: Center, operation: Any, node: str) -> bool:
+    """Whether the operation's source ``node`` is about to perform the move."""
+    step = operation.show()["steps"][-1]
+    seen = center.cloud.control.reservations.steps.status(step["id"])
+    return "prepare" not in step["name"] and seen is not None and seen.holder is not None and seen.node == node
 
 
 def test_the_source_is_lost_in_mid_move(center: Center) -> None:
