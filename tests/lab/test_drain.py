@@ -156,30 +156,22 @@ def test_a_domain_node_is_drained_with_what_is_stopped_in_it(center: Center) -> 
     whole(center)
 
 
-@pytest.mark.parametrize(("to", "cut"), [("east", "source"), ("other", "target")])
-def test_the_network_is_cut_in_mid_move(center: Center, to: str, cut: str) -> None:
-    """Between domain nodes and inside one, for longer than the leases live."""
+def test_the_network_is_cut_in_mid_move(center: Center) -> None:
+    """The target's, inside a domain node, for longer than the leases live."""
     name = DESKS[0]
-    vm, source = center.cloud.vms[name], place(center, name)[2]
-    if to == "other":
-        bring(center, name, source := "node1")
-    assert source is not None
-    target = "node2" if to == "other" else "node1" if source == "node3" else "node3"
+    vm, source, target = center.cloud.vms[name], "node1", "node2"
+    bring(center, name, source)
     operation = vm.migrate(target, bandwidth_mib_s=SLOW_MIB_S)
     under_way(center, operation)
-    node = target if cut == "target" else source
-    center.lab.cut(node)
+    center.lab.cut(target)
     time.sleep(1.5 * center.cloud.control.settings.lease_ttl_s)
-    center.lab.mend(node)
+    center.lab.mend(target)
     center.wait_for_nodes(center.lab.nodes, LONG_S)
     seen = ended(operation)
     assert not seen["needs_operator"], seen
     state, _, at = place(center, name)
     assert state == "running" and at == (target if seen["state"] == "done" else source)
     whole(center)
-    # Its QEMU may wait for ever for what it had asked of the other one: whoever uses it ends it and starts it again.
-    vm.stop(force=True).result(timeout_s=LONG_S)
-    vm.start().result(timeout_s=LONG_S)
 
 
 def test_what_runs_twice_goes_on_where_the_record_has_it(center: Center) -> None:
