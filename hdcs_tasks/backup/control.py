@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, select
+from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
 from hdcs_tasks.backup.control_drop import drop_copies
@@ -15,6 +15,7 @@ from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed, on_start
 from hdcs_tasks.pool.control import IN_POOL
 from hdcs_tasks.states import OPERATION_LIVE, STEP_LIVE, BackupState
+from hdcs_tasks.store.locks import decide_alone
 from hdcs_tasks.store.models import Backup, BackupCopy, Image, Operation, ServerNode, Step, Vm, new_id, now
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import check_given, check_reachable, get_vm, guest_fields, vm_of
@@ -105,10 +106,7 @@ def as_point(b: Backup) -> Point:
 def lock_backups(tx: Tx, vm_id: str) -> None:
     """Whoever reads a VM's points, or changes which there are, decides alone until its transaction ends: of a prune and
     a restore at once, the second sees what the first has begun."""
-    if tx.session.get_bind().dialect.name == "postgresql":
-        # SQLite has one writer at a time anyway.
-        key = func.hashtextextended(f"backups of {vm_id}", 0)
-        tx.session.execute(select(func.pg_advisory_xact_lock(key)))
+    decide_alone(tx.session, f"backups of {vm_id}")
 
 
 def get_backup(session: Session, backup_id: str) -> Backup:

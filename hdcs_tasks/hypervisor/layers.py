@@ -134,13 +134,8 @@ def _convert(
         _keys.run(["qemu-img", "convert"], "-p", *argv, keys=of_source, **how)
         return
     create_layer(target, None, virtual_bytes(source), key)  # by itself: making the header may have to be tried again
-    argv = [
-        "-n",
-        "--target-is-zero",
-        "--target-image-opts",
-        *_keys.opened(source, of_source),
-        _keys.options(target, key),
-    ]
+    into = ["-n", "--target-is-zero", "--target-image-opts"]
+    argv = [*into, *_keys.opened(source, of_source), _keys.options(target, key)]
     _keys.run(["qemu-img", "convert"], "-p", *argv, keys=(key, *of_source), **how)
 
 

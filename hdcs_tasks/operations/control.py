@@ -13,7 +13,6 @@ from datetime import timedelta
 from typing import Any
 
 from celery import Celery
-from sqlalchemy import func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -37,6 +36,7 @@ from hdcs_tasks.operations.settling import child_ended
 from hdcs_tasks.reservations import Reservations
 from hdcs_tasks.states import OPERATION_LIVE, OperationState, StepState
 from hdcs_tasks.store.engine import Store
+from hdcs_tasks.store.locks import decide_alone
 from hdcs_tasks.store.models import Event, Operation, Step, Vm, new_id, now
 from hdcs_tasks.store.transitions import move
 
@@ -146,10 +146,7 @@ class Tx:
         if not asked.idempotency_key:
             return None
         digest = self._digests[asked.idempotency_key] = request_digest(kind, subject, words)
-        if self.session.get_bind().dialect.name == "postgresql":
-            # SQLite has one writer at a time anyway.
-            key = func.hashtextextended(asked.idempotency_key, 0)
-            self.session.execute(select(func.pg_advisory_xact_lock(key)))
+        decide_alone(self.session, asked.idempotency_key)
         first = self.session.scalar(BY_KEY, {"key": asked.idempotency_key})
         if first is not None and first.request_digest != digest and not asked.key_says_all:
             raise another_request(first, kind, subject)
