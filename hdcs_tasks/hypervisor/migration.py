@@ -20,6 +20,7 @@ from xml.etree import ElementTree
 import libvirt
 
 from hdcs_tasks.errors import Cancelled, HdcsError, HypervisorRefused, OutcomeUnknown, Unreachable
+from hdcs_tasks.hypervisor import streams
 from hdcs_tasks.hypervisor.connection import Host, answered, probe
 from hdcs_tasks.hypervisor.errors import libvirt_errors, translate
 from hdcs_tasks.hypervisor.jobs import (
@@ -33,11 +34,17 @@ from hdcs_tasks.hypervisor.jobs import (
     job_of,
     stop_reason,
 )
+from hdcs_tasks.logs import logger
+
+log = logger(__name__)
 
 ANSWER_S = 10.0
 """A guest whose QEMU takes longer to tell of its disk is in no state to be moved."""
 
+ABORTED_S = 10.0  # an abort that has not ended the move by then will not: QEMU does not answer
+
 _STATS_WAIT_S = 2.0
+_GUARD_S = 2.0
 _PROBE_S = 5.0
 # Post-copy starts after this many passes over the memory, as what a guest keeps dirtying never ends otherwise.
 _POSTCOPY_AFTER = 2
@@ -258,6 +265,10 @@ class _Call(threading.Thread):
         except BaseException as error:  # noqa: BLE001 handed to the thread that waits
             self.error = error
 
+    def ended_within(self, timeout_s: float) -> bool:
+        self.join(timeout_s)
+        return not self.is_alive()
+
 
 class _Migration:
     def __init__(
@@ -277,6 +288,7 @@ class _Migration:
         self.on_progress = on_progress
         self.cancelled = cancelled
         self.deadline = time.monotonic() + deadline_s
+        self.abort_asked: float | None = None  # s, monotonic
 
     def run(self, flags: int, params: dict[str, Any], console: _Console) -> MigrationResult:
         try:
@@ -292,6 +304,7 @@ class _Migration:
             guest = own.guest(self.vm_id)
             call = _Call(lambda: guest.migrateToURI3(self.target_uri, params, flags))
             call.start()
+            threading.Thread(target=self._guard, args=(call,), name="migrate-guard", daemon=True).start()
             stopped = self._watch(call, bool(flags & libvirt.VIR_MIGRATE_POSTCOPY))
             self._check(call, stopped)
             if self.on_progress is not None:
@@ -321,6 +334,16 @@ class _Migration:
             raise
         return None
 
+    def _guard(self, call: _Call) -> None:
+        """Beside ``_watch``, which may wait in libvirt for a QEMU that waits for a target which was cut off."""
+        while not call.ended_within(_GUARD_S):
+            asked = self.abort_asked
+            late = asked is not None and time.monotonic() - asked > ABORTED_S
+            try:
+                streams.end_silent(self.host, vm_id=self.vm_id, silent_s=0 if late else streams.SILENT_S)
+            except HdcsError as error:
+                log.warning("connections of a move not looked at", vm=self.vm_id, error=str(error))
+
     def _start_postcopy(self) -> bool:
         try:
             self.guest.migrateStartPostCopy(0)
@@ -330,7 +353,8 @@ class _Migration:
 
     def _abort(self, call: _Call) -> None:
         """Abort until the call ends: an abort before libvirt has begun the job is refused, so once is not enough."""
-        give_up = time.monotonic() + ABORT_TIMEOUT_S
+        self.abort_asked = time.monotonic()
+        give_up = self.abort_asked + ABORT_TIMEOUT_S
         while call.is_alive() and time.monotonic() < give_up:
             with suppress(libvirt.libvirtError):  # not begun, or just ended: the call's own end decides
                 self.guest.abortJob()

@@ -11,7 +11,7 @@ from celery.exceptions import TimeoutError as CeleryTimeoutError
 from hdcs_tasks.clock import now_s
 from hdcs_tasks.errors import HdcsError, Invalid, Unavailable, Unreachable
 from hdcs_tasks.hypervisor import facts as host_facts
-from hdcs_tasks.hypervisor import guests, networks, storage, transfer
+from hdcs_tasks.hypervisor import guests, networks, storage, streams, transfer
 from hdcs_tasks.hypervisor.locks import vm_lock
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.node import NodeContext
@@ -109,6 +109,12 @@ def tidy(ctx: NodeContext) -> None:
         vm_id = ctx.reservations.macs.owner(entry.mac) or ""
         if vm_id not in owned:
             _remove_dhcp_host(ctx, entry.mac, vm_id)
+
+
+def free_cut_off(ctx: NodeContext) -> list[str]:
+    """Let guests go on that wait for the target of a move which was cut off, and nobody watches any more: the worker
+    that would have, died. Their ids."""
+    return streams.end_silent(ctx.host())
 
 
 def _remove_dhcp_host(ctx: NodeContext, mac: str, vm_id: str) -> None:

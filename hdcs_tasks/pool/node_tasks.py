@@ -14,4 +14,6 @@ def report(run_id: str) -> None:
 
 @app.task(name="pool.tidy_on_node")
 def tidy() -> None:
-    node.tidy(node_context())
+    ctx = node_context()
+    node.free_cut_off(ctx)
+    node.tidy(ctx)
