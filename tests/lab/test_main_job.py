@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,9 +11,16 @@ from rich.console import Console
 
 from deploy.lab.center import Center
 from deploy.lab.demo import DESKS, Demo
-from tests.lab.data_center import picture, wait_idle
+from tests.lab.data_center import data_center, picture, wait_idle
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def center(lab_possible: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Center]:
+    """As the demo has it, with Flower: east (node1, node2), west (node3, node4)."""
+    with data_center(tmp_path_factory.mktemp("demo") / "demo", flower=True) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
