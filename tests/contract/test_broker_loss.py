@@ -11,7 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from hdcs_tasks.app import make_app
+from hdcs_tasks.errors import Unreachable
+from hdcs_tasks.hypervisor.facts import HostFacts
+from hdcs_tasks.operations.node import NodeContext
 from hdcs_tasks.operations.sending import send
+from hdcs_tasks.pool import node as pool_node
+from tests.contract.conftest import make_settings
 from tests.contract.test_operations_workers import Center, eventually
 from tests.services import RedisServer
 
@@ -81,6 +87,20 @@ def relay(own_redis: RedisServer) -> Iterator[Relay]:
     made = Relay(own_redis.port)
     yield made
     made.close()
+
+
+def test_a_join_without_redis_is_asked_again(own_redis: RedisServer, tmp_path: Path) -> None:
+    """And says so by an error of ours: any other would end the worker that starts."""
+    token = tmp_path / "token"
+    token.write_text("token")
+    config = make_settings(own_redis.url, "", tmp_path / "state", join_token_file=token, storage_root=tmp_path)
+    facts = HostFacts("node1", 2000, 1, 2, 1, 64, 4096, "qemu", False, "9.0.0", "7.2.0")
+    celery = make_app(config)
+    celery.conf.result_backend_transport_options["retry_policy"] = {"max_retries": 1}  # of 20 s of them
+    ctx = NodeContext.from_settings(config, celery)
+    own_redis.kill()
+    with pytest.raises(Unreachable, match="no control worker answered"):
+        pool_node._ask(ctx, facts, 2.0)
 
 
 def test_a_message_that_could_not_be_acknowledged_ends_no_worker(
