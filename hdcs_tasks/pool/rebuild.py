@@ -51,6 +51,7 @@ def reservation_sweep(control: Control) -> str:
     if token is None:
         return "open"
     reservations.rebuild(snapshot(control, reports), token=token)
+    reservations.notes.drop(f"rebuild:{run_id}")  # another rebuild in this Redis's life asks anew
     for node in nodes:
         # A lease missing after Redis was lost is not a lost node: each gets one term to renew.
         reservations.leases.grant("node", node.name, node.instance, control.settings.lease_ttl_s)
@@ -92,7 +93,8 @@ def snapshot(control: Control, reports: dict[str, dict[str, Any]]) -> Snapshot:
         held = present[row.name].claims if row.name in present else ()
         coming = _coming(control, row.name, vms, live)
         pool = replace(pool, disks=dict(pool.disks) | _promised(row.name, vms, live))
-        pools[row.name] = _with_busy(pool, [*(claim for claim in held if claim.vm in live), *coming])
+        busy = [*(claim for claim in held if claim.vm in live), *coming]
+        pools[row.name] = _one_owner_each(_with_busy(pool, busy))
     subnets = {node.name: node.subnet for node in nodes}
     return Snapshot(macs={vm.id: vm.mac for vm in vms}, subnets=subnets, pools=pools)
 
@@ -140,6 +142,28 @@ def _with_busy(pool: PoolSnapshot, held: list[Claim]) -> PoolSnapshot:
         if claim.port:
             ports.setdefault(claim.vm, claim.port)
         claims.append(claim._replace(port=ports.get(claim.vm, 0)))
+        ips |= {claim.ip} - {""}
+    return replace(pool, claims=tuple(claims), ports=ports)
+
+
+def _one_owner_each(pool: PoolSnapshot) -> PoolSnapshot:
+    """The snapshot with every port and IP owned once. Two VMs can have been given one while a server node was away that
+    could not report (pool/tidy.py tells of it); a rebuild that refused that would keep everything closed for good."""
+    running = {claim.vm for claim in pool.claims}
+    ports: dict[str, int] = {}
+    taken: set[int] = set()
+    for vm, port in sorted(pool.ports.items(), key=lambda owned: owned[0] not in running):
+        if port in taken:
+            log.error("two VMs have one console port; the rebuild gives it to the first", port=port, second=vm)
+        else:
+            ports[vm] = port
+            taken.add(port)
+    claims: list[Claim] = []
+    ips: set[str] = set()
+    for claim in pool.claims:
+        if claim.ip in ips:
+            log.error("two VMs have one address; the rebuild gives it to the first", ip=claim.ip, second=claim.vm)
+        claims.append(claim._replace(port=ports.get(claim.vm, 0), ip="" if claim.ip in ips else claim.ip))
         ips |= {claim.ip} - {""}
     return replace(pool, claims=tuple(claims), ports=ports)
 
