@@ -179,7 +179,7 @@ class Demo:
             after, after_s = self.clock(moving["name"])
             _check(after > ticks and after_s > uptime_s, "the guest's own clock went on")
             moved = desk.show()
-            wait_for("the guest's new address", lambda: moved["ip"] in self._addresses(moving["name"]), 60)
+            wait_for("the guest's new address", lambda: moved["ip"] in self._addresses(moving["name"]), 180)
             step.evidence |= {
                 "vm": moving["name"], "from": result["from"], "to": result["to"], "downtime_ms": result["downtime_ms"],
                 "total_ms": result["total_ms"], "bytes": result["bytes"], "port": moved["port"], "ip": moved["ip"],
