@@ -45,7 +45,8 @@ def reservation_sweep(control: Control) -> str:
     with control.store.read() as session:
         nodes = list(session.scalars(_UP))
     reports, waited_s = _reports(control, run_id, nodes)
-    if len(reports) < len(nodes) and waited_s < WAIT_FOR_REPORTS_S:
+    silent = sum(node.name not in reports for node in nodes)  # a lost one may report, too
+    if silent and waited_s < WAIT_FOR_REPORTS_S:
         return "waiting"
     token = reservations.epoch.take_rebuild(run_id)
     if token is None:
@@ -55,7 +56,7 @@ def reservation_sweep(control: Control) -> str:
     for node in nodes:
         # A lease missing after Redis was lost is not a lost node: each gets one term to renew.
         reservations.leases.grant("node", node.name, node.instance, control.settings.lease_ttl_s)
-    log.warning("reservations rebuilt", run_id=run_id, reports=len(reports), silent=len(nodes) - len(reports))
+    log.warning("reservations rebuilt", run_id=run_id, reports=len(reports), silent=silent)
     return "rebuilt"
 
 
