@@ -107,7 +107,8 @@ def report(ctx: NodeContext, run_id: str) -> None:
     hosts = {entry.mac: entry.ip for entry in networks.dhcp_hosts(host, ctx.settings.network_name)}
     seen = [guest for guest in guests.list_guests(host) if guest.active]
     found = [
-        {"vm_id": g.vm_id, "state": g.state, "console_port": g.console_port, "ip": hosts.get(g.mac, "")} for g in seen
+        {"vm_id": g.vm_id, "state": g.state, "console_port": g.console_port, "ip": hosts.get(g.mac, ""), "step": g.step}
+        for g in seen
     ]
     message = {"run_id": run_id, "node": ctx.server_node, "guests": found}
     send(ctx.celery, "pool.node_report", {"report": message}, CONTROL, expires_s=60)
