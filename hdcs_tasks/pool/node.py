@@ -115,11 +115,15 @@ def report(ctx: NodeContext, run_id: str) -> None:
 
 
 def tidy(ctx: NodeContext) -> None:
-    """Remove every DHCP host entry whose VM neither holds a claim here nor runs here: one that runs gets its lost claim
-    back (pool/tidy.py), and needs its address meanwhile. A VM being worked on is left for the next time."""
+    """Remove every definition of a guest that neither runs nor has a claim here, and every DHCP host entry whose VM
+    does neither: one that runs gets its lost claim back (pool/tidy.py), and needs its address meanwhile. A VM being
+    worked on is left for the next time."""
     if not ctx.reservations.epoch.is_open():
         return
     owned = {c.vm for c in ctx.reservations.pool.claims(ctx.domain_node) if c.node == ctx.server_node}
+    for guest in guests.list_guests(ctx.host(), inactive=True):
+        if guest.vm_id not in owned:
+            _remove_definition(ctx, guest.vm_id)
     owners = {e.mac: ctx.reservations.macs.owner(e.mac) or "" for e in _dhcp_hosts(ctx)}
     left = {mac: vm_id for mac, vm_id in owners.items() if vm_id not in owned}
     running = {guest.mac.lower() for guest in guests.list_guests(ctx.host()) if guest.active} if left else set()
@@ -130,6 +134,16 @@ def tidy(ctx: NodeContext) -> None:
 
 def _dhcp_hosts(ctx: NodeContext) -> list[networks.DhcpHost]:
     return networks.dhcp_hosts(ctx.host(), ctx.settings.network_name)
+
+
+def _remove_definition(ctx: NodeContext, vm_id: str) -> None:
+    """What a start leaves whose libvirtd died between definition and start. Looked at once more under its lock."""
+    with suppress(Unavailable), vm_lock(ctx.settings.state_dir, vm_id):
+        seen = guests.info(ctx.host(), vm_id)
+        held = [c for c in ctx.reservations.pool.claim_of(vm_id) if c.node == ctx.server_node]
+        if seen is not None and not seen.active and not held:
+            guests.stop(ctx.host(), vm_id, force=True)
+            log.warning("removed the definition of a guest that does not run", vm=vm_id)
 
 
 def _remove_dhcp_host(ctx: NodeContext, mac: str, vm_id: str) -> None:
