@@ -199,12 +199,18 @@ def _power_off(host: Host, vm_id: str) -> None:
 
 def test_a_node_that_starts_while_the_reservations_are_closed_tells_what_it_holds(whole: Center, desk: str) -> None:
     """A rebuild waits for reports, a start for the rebuild: neither waits for the other."""
+
+    def rebuilt() -> list[str]:
+        lines = whole.lab.log("control").read_text().splitlines()
+        return [line for line in lines if "reservations rebuilt" in line]
+
+    before = len(rebuilt())
     kill_worker(whole, "node2")
     whole.cloud.control.reservations.epoch.close()
     whole.start_node("node2")
     wait_for("the reservations to open", whole.cloud.control.reservations.epoch.is_open, 90)
-    rebuilt = [line for line in whole.lab.log("control").read_text().splitlines() if "reservations rebuilt" in line]
-    assert f"reports={len(whole.lab.nodes)}" in rebuilt[-1] and "silent=0" in rebuilt[-1], rebuilt
+    told = wait_for("the rebuild to be told", lambda: rebuilt()[before:], 60)  # they open a moment before
+    assert f"reports={len(whole.lab.nodes)}" in told[-1] and "silent=0" in told[-1], told
     whole.wait_for_nodes(whole.lab.nodes)
     assert whole.cloud.vms[desk].show()["state"] == "running"
 
