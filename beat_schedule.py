@@ -12,7 +12,8 @@ def schedule(config: Settings) -> dict[str, dict[str, Any]]:
     """Celery's ``beat_schedule``: sweep name → task, period (s) and expiry, all on the control queue."""
 
     def every(task: str, period_s: float) -> dict[str, Any]:
-        options = {"queue": CONTROL, "expires": max(period_s, 1.0)}
+        # beat knows no task, and would subscribe to the result of each message it sends
+        options = {"queue": CONTROL, "expires": max(period_s, 1.0), "ignore_result": True}
         return {"task": task, "schedule": period_s, "kwargs": {"period_s": period_s}, "options": options}
 
     return {

@@ -20,7 +20,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -50,9 +50,12 @@ class Release:
     reused: bool
 
 
-def publish(storage: Path, env_file: Path | None = None) -> Release:
+def publish(
+    storage: Path, env_file: Path | None = None, *, copy: Callable[[str, str], object] = shutil.copy2
+) -> Release:
     """Put this checkout's node program on ``storage`` and make it the current one.
 
+    ``copy`` puts one file of a library there, of its path to its new path.
     A reader never sees half a release: it is copied aside, renamed, and ``current`` is replaced in one step. Raises
     NotFound when ``storage`` is no folder and Invalid when a library of the lock is not in this environment.
     """
@@ -65,7 +68,7 @@ def publish(storage: Path, env_file: Path | None = None) -> Release:
     target = releases / _digest()
     reused = target.is_dir()
     if not reused:
-        _copy_release(target)
+        _copy_release(target, copy)
     _replace_file(LAUNCHER, agent / "hdcs-node", 0o755)
     if env_file is not None:
         _replace_file(env_file, agent / "node.env", 0o600)
@@ -87,23 +90,24 @@ def _digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def _copy_release(target: Path) -> None:
+def _copy_release(target: Path, copy: Callable[[str, str], object]) -> None:
     aside = target.with_name(f".{target.name}-{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         app, lib = aside / "app", aside / "lib"
         app.mkdir(parents=True)
         lib.mkdir()
+        # compiled files come along, half-written ones do not; what is stale or missing is compiled below
         for folder in CODE:
-            shutil.copytree(CHECKOUT / folder, app / folder, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(CHECKOUT / folder, app / folder, ignore=shutil.ignore_patterns("*.pyc.*"))
         for module in MODULES:
             shutil.copy2(CHECKOUT / module, app / module)
         compileall.compile_dir(app, quiet=2)
         for source in _library_files():
             if source.is_dir():
-                shutil.copytree(source, lib / source.name)
+                shutil.copytree(source, lib / source.name, copy_function=copy)
             else:
-                shutil.copy2(source, lib / source.name)
+                copy(str(source), str(lib / source.name))
         (aside / "python").write_text(f"{sys.version_info.major}.{sys.version_info.minor}\n")
         aside.rename(target)
     finally:

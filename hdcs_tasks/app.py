@@ -11,6 +11,7 @@ from typing import Any
 from celery import Celery, Task
 from celery.signals import setup_logging
 
+from hdcs_tasks import broker
 from hdcs_tasks.config import Settings, settings
 from hdcs_tasks.logs import bound_contextvars, configure_logging, context_of
 
@@ -106,6 +107,7 @@ def celery_config(config: Settings) -> dict[str, Any]:
 
 def make_app(config: Settings) -> Celery:
     """A Celery app for these settings; feature tasks are registered by the worker that imports them."""
+    broker.register()
     app: Celery = Celery("hdcs", task_cls=HdcsTask)
     app.conf.update(celery_config(config))
     from beat_schedule import schedule

@@ -45,7 +45,7 @@ PACKAGES = (
 )  # fmt: skip
 ROOT_MODULES = ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4")
 GUEST_MODULES = ("virtio_console", "virtio_net", "virtio_balloon", "virtio_rng", "button", "evdev", "af_packet")
-GRUB_MODULES = ("biosdisk", "part_msdos", "ext2", "linux", "boot")
+GRUB_MODULES = ("biosdisk", "part_msdos", "ext2", "linux16", "boot")
 ROOT_FILES = {  # where each file of guest/ goes; all executable, which hurts none of them
     "inittab": "etc/inittab", "rcS": "etc/rcS", "udhcpc.script": "etc/udhcpc.script",
     "guest-agent": "bin/guest-agent", "netd": "bin/netd", "burn": "bin/burn", "sit": "bin/sit",

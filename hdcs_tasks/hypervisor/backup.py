@@ -38,6 +38,7 @@ from hdcs_tasks.hypervisor.jobs import (
     OnProgress,
     abort,
     completed_job,
+    completed_stats,
     job_of,
     stop_reason,
 )
@@ -250,6 +251,9 @@ class _Push:
             )
             self._watch(pace)
             stats = wait_stats(_STATS_WAIT_S)
+        if not stats.get("success", False):
+            # The event may be a late one, of the job of an attempt before, or be late itself.
+            stats = completed_stats(self.guest) or stats
         if not stats.get("success", False):
             why = stats.get("errmsg") or "libvirt did not say why"
             raise HypervisorRefused(

@@ -81,13 +81,14 @@ def info(host: Host, vm_id: str) -> GuestInfo | None:
     return GuestInfo(**{**vars(seen), "addresses": addresses})
 
 
-def list_guests(host: Host) -> list[GuestInfo]:
-    """Every guest HDCS started on this host, leftover inactive definitions too; without addresses.
+def list_guests(host: Host, *, inactive: bool = False) -> list[GuestInfo]:
+    """Every guest HDCS started on this host, leftover inactive definitions too (``inactive``: these alone); without
+    addresses.
 
     Asks no QEMU, so a hung one does not block it.
     """
     with libvirt_errors("list guests"):
-        guests = host.conn.listAllDomains(0)
+        guests = host.conn.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_INACTIVE if inactive else 0)
     found = []
     for guest in guests:
         try:

@@ -25,6 +25,7 @@ from hdcs_tasks.pool.rooms import vm_shape
 from hdcs_tasks.pool.rules import need_of
 from hdcs_tasks.pool.waiting import wake_waiting
 from hdcs_tasks.reservations import PlaceRequest
+from hdcs_tasks.routing import quick_queue
 from hdcs_tasks.states import VmState
 from hdcs_tasks.store import metering
 from hdcs_tasks.store.lookups import by_key
@@ -36,6 +37,7 @@ from hdcs_tasks.vm.control_ready import note_ready
 log = logger(__name__)
 
 SAMPLE_TASK = "monitor.sample_on_node"
+END_LEFT_TASK = "vm.end_left_on_node"
 TOLD_AGAIN_S = 3600.0
 SKEW_S = 1.0
 """Less than this may be the round trip by which it was measured."""
@@ -183,7 +185,8 @@ def _settle_drift(control: Control, name: str, drift: Drift, at: datetime) -> No
 
 def _strangers(tx: Tx, node: ServerNode, seen: dict[str, Any], ids: Iterable[str], at: datetime) -> None:
     """Guests the record has not here and that no operation is about to record: one that was started behind our back is
-    taken back into the record if it still has its place; of any other an event tells, once an hour."""
+    taken back into the record if it still has its place; that of a deleted VM is ended: nobody asks for it any more. Of
+    any other an event tells, once an hour."""
     wanted = sorted(ids)
     if not wanted:
         return
@@ -194,9 +197,14 @@ def _strangers(tx: Tx, node: ServerNode, seen: dict[str, Any], ids: Iterable[str
             settled = not has_gone(listed=False, sampled_after_change_s=(at - vm.state_at).total_seconds())
             if vm.server_node == node.name or settled or tx.live_operation(vm) is not None:
                 continue
+            if vm.deleted_at is not None:
+                _end_left(tx, node, vm, at)
+                continue
             if _took_back(tx, node, vm, seen[vm_id], at):
                 continue
-        _tell_unrecorded(tx, node, vm.name if vm is not None else vm_id, at)
+        subject = vm.name if vm is not None else vm_id
+        _tell_once(tx, "guest.unrecorded", subject, at, f"a guest of {subject} runs on {node.name}; the record has it "
+                   "not there. Look at it there (virsh list), then stop it or the VM", node.name)  # fmt: skip
 
 
 def _took_back(tx: Tx, node: ServerNode, vm: Vm, guest: dict[str, Any], at: datetime) -> bool:
@@ -225,13 +233,22 @@ def _took_back(tx: Tx, node: ServerNode, vm: Vm, guest: dict[str, Any], at: date
     return True
 
 
-def _tell_unrecorded(tx: Tx, node: ServerNode, subject: str, at: datetime) -> None:
+def _end_left(tx: Tx, node: ServerNode, vm: Vm, at: datetime) -> None:
+    """A start that Redis lost sight of may end after its VM was deleted."""
+    control, message = tx.control, {"vm_id": vm.id, "mac": vm.mac}
+    queue = quick_queue(node.domain_node, node.name)
+    tx.after(lambda: broadcast(control.celery, END_LEFT_TASK, message, [queue], expires_s=control.settings.sample_s))
+    _tell_once(tx, "guest.left", vm.name, at, f"a guest of the deleted VM {vm.name} runs on {node.name}: it is ended",
+               node.name)  # fmt: skip
+
+
+def _tell_once(tx: Tx, kind: str, subject: str, at: datetime, message: str, node: str) -> None:
+    """An event that is told again after an hour, while it lasts."""
     told = select(Event.id).where(
-        Event.kind == "guest.unrecorded", Event.subject == subject, Event.at > at - timedelta(seconds=TOLD_AGAIN_S)
+        Event.kind == kind, Event.subject == subject, Event.at > at - timedelta(seconds=TOLD_AGAIN_S)
     )  # fmt: skip
     if tx.session.scalar(told.limit(1)) is None:
-        tx.event("guest.unrecorded", subject, f"a guest of {subject} runs on {node.name}; the record has it not "
-                 "there. Look at it there (virsh list), then stop it or the VM", node=node.name)  # fmt: skip
+        tx.event(kind, subject, message, node=node)
 
 
 # --- what a guest tells by itself

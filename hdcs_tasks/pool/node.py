@@ -6,10 +6,10 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-from celery.exceptions import TimeoutError as CeleryTimeoutError
+from kombu.exceptions import KombuError
 
 from hdcs_tasks.clock import now_s
-from hdcs_tasks.errors import HdcsError, Invalid, Unavailable, Unreachable
+from hdcs_tasks.errors import HdcsError, Invalid, RebuildPending, Unavailable, Unreachable
 from hdcs_tasks.hypervisor import facts as host_facts
 from hdcs_tasks.hypervisor import guests, networks, storage, streams, transfer
 from hdcs_tasks.hypervisor.locks import vm_lock
@@ -29,7 +29,7 @@ def join(ctx: NodeContext, *, answer_timeout_s: float = 15.0) -> dict[str, Any]:
     """Join: measure this host, prove the token, take subnet and role, and make network and storage pools real.
 
     Returns control's answer. Raises Rejected or Conflict with the reason when refused, Unreachable when no control
-    worker answers (ask again).
+    worker answers, RebuildPending while the reservations are closed (ask again).
     """
     config = ctx.settings
     check_name("domain node", config.domain_node)
@@ -37,7 +37,11 @@ def join(ctx: NodeContext, *, answer_timeout_s: float = 15.0) -> dict[str, Any]:
     layout = storage.check(config.storage_root, config.domain_node)
     host = ctx.host()
     facts = host_facts.facts(host, config)
-    answer = _ask(ctx, facts, answer_timeout_s)
+    try:
+        answer = _ask(ctx, facts, answer_timeout_s)
+    except RebuildPending:
+        _report_unasked(ctx)
+        raise
     remember(config, virt_type=facts.virt_type, **answer)
     spec = networks.NetworkSpec(
         answer["network_name"], answer["subnet"], answer["network_forward"], answer["dhcp_lease_s"]
@@ -68,11 +72,20 @@ def _ask(ctx: NodeContext, facts: host_facts.HostFacts, timeout_s: float) -> dic
             argsrepr="", kwargsrepr=f"node={config.server_node}",
         )  # fmt: skip
         return unwrap(result.get(timeout=timeout_s, disable_sync_subtasks=False))
-    except (CeleryTimeoutError, ConnectionError, OSError) as error:
+    except HdcsError:
+        raise
+    except Exception as error:  # broker errors come in many classes, and none may end the worker
         raise Unreachable(
             f"no control worker answered the join of {config.server_node}: {error!r}",
             next="Is a control worker running on the same Redis?",
         ) from error
+
+
+def _report_unasked(ctx: NodeContext) -> None:
+    """Tell what runs here for the rebuild that the join waits for: it would wait for this node, which takes no
+    messages before it has joined."""
+    with suppress(HdcsError, KombuError):  # a new server node has no network yet, and nothing to tell
+        report(ctx, ctx.reservations.epoch.run_id())
 
 
 def renew(ctx: NodeContext) -> bool:
@@ -94,21 +107,43 @@ def report(ctx: NodeContext, run_id: str) -> None:
     hosts = {entry.mac: entry.ip for entry in networks.dhcp_hosts(host, ctx.settings.network_name)}
     seen = [guest for guest in guests.list_guests(host) if guest.active]
     found = [
-        {"vm_id": g.vm_id, "state": g.state, "console_port": g.console_port, "ip": hosts.get(g.mac, "")} for g in seen
+        {"vm_id": g.vm_id, "state": g.state, "console_port": g.console_port, "ip": hosts.get(g.mac, ""), "step": g.step}
+        for g in seen
     ]
     message = {"run_id": run_id, "node": ctx.server_node, "guests": found}
     send(ctx.celery, "pool.node_report", {"report": message}, CONTROL, expires_s=60)
 
 
 def tidy(ctx: NodeContext) -> None:
-    """Remove every DHCP host entry whose VM holds no claim here. A VM being worked on is left for the next time."""
+    """Remove every definition of a guest that neither runs nor has a claim here, and every DHCP host entry whose VM
+    does neither: one that runs gets its lost claim back (pool/tidy.py), and needs its address meanwhile. A VM being
+    worked on is left for the next time."""
     if not ctx.reservations.epoch.is_open():
         return
     owned = {c.vm for c in ctx.reservations.pool.claims(ctx.domain_node) if c.node == ctx.server_node}
-    for entry in networks.dhcp_hosts(ctx.host(), ctx.settings.network_name):
-        vm_id = ctx.reservations.macs.owner(entry.mac) or ""
-        if vm_id not in owned:
-            _remove_dhcp_host(ctx, entry.mac, vm_id)
+    for guest in guests.list_guests(ctx.host(), inactive=True):
+        if guest.vm_id not in owned:
+            _remove_definition(ctx, guest.vm_id)
+    owners = {e.mac: ctx.reservations.macs.owner(e.mac) or "" for e in _dhcp_hosts(ctx)}
+    left = {mac: vm_id for mac, vm_id in owners.items() if vm_id not in owned}
+    running = {guest.mac.lower() for guest in guests.list_guests(ctx.host()) if guest.active} if left else set()
+    for mac, vm_id in left.items():
+        if mac.lower() not in running:
+            _remove_dhcp_host(ctx, mac, vm_id)
+
+
+def _dhcp_hosts(ctx: NodeContext) -> list[networks.DhcpHost]:
+    return networks.dhcp_hosts(ctx.host(), ctx.settings.network_name)
+
+
+def _remove_definition(ctx: NodeContext, vm_id: str) -> None:
+    """What a start leaves whose libvirtd died between definition and start. Looked at once more under its lock."""
+    with suppress(Unavailable), vm_lock(ctx.settings.state_dir, vm_id):
+        seen = guests.info(ctx.host(), vm_id)
+        held = [c for c in ctx.reservations.pool.claim_of(vm_id) if c.node == ctx.server_node]
+        if seen is not None and not seen.active and not held:
+            guests.stop(ctx.host(), vm_id, force=True)
+            log.warning("removed the definition of a guest that does not run", vm=vm_id)
 
 
 def free_cut_off(ctx: NodeContext) -> list[str]:

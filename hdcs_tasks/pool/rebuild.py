@@ -22,13 +22,15 @@ from hdcs_tasks.pool.rooms import vm_shape, vm_terms
 from hdcs_tasks.pool.rules import need_of
 from hdcs_tasks.reservations import Claim, PoolSnapshot, Snapshot
 from hdcs_tasks.routing import quick_queue
-from hdcs_tasks.store.models import DomainNode, Operation, ServerNode, Vm
+from hdcs_tasks.states import StepState
+from hdcs_tasks.store.models import DomainNode, Operation, ServerNode, Step, Vm
 
 log = logger(__name__)
 
 WAIT_FOR_REPORTS_S = 20.0
 REPORT_TASK = "pool.report_on_node"
 _DOMAIN_NODES = select(DomainNode.name)
+_UNTOUCHED = select(Step.id).where(Step.state == StepState.PUBLISHED, Step.node.is_(None))
 _UP = select(ServerNode).where(ServerNode.state.in_(IN_POOL))
 
 
@@ -45,16 +47,19 @@ def reservation_sweep(control: Control) -> str:
     with control.store.read() as session:
         nodes = list(session.scalars(_UP))
     reports, waited_s = _reports(control, run_id, nodes)
-    if len(reports) < len(nodes) and waited_s < WAIT_FOR_REPORTS_S:
+    silent = sum(node.name not in reports for node in nodes)  # a lost one may report, too
+    if silent and waited_s < WAIT_FOR_REPORTS_S:
         return "waiting"
     token = reservations.epoch.take_rebuild(run_id)
     if token is None:
         return "open"
+    _note_executors(control, reports)
     reservations.rebuild(snapshot(control, reports), token=token)
+    reservations.notes.drop(f"rebuild:{run_id}")  # another rebuild in this Redis's life asks anew
     for node in nodes:
         # A lease missing after Redis was lost is not a lost node: each gets one term to renew.
         reservations.leases.grant("node", node.name, node.instance, control.settings.lease_ttl_s)
-    log.warning("reservations rebuilt", run_id=run_id, reports=len(reports), silent=len(nodes) - len(reports))
+    log.warning("reservations rebuilt", run_id=run_id, reports=len(reports), silent=silent)
     return "rebuilt"
 
 
@@ -70,8 +75,21 @@ def _reports(control: Control, run_id: str, nodes: list[ServerNode]) -> tuple[di
     return reports, now_s() - float(kept["asked_at"])
 
 
+def _note_executors(control: Control, reports: dict[str, dict[str, Any]]) -> None:
+    """Who does a step out of a domain node's queue stood in Redis alone. Where a guest tells by which step it was
+    started, only that server node tries the step again: it observes first, any other would start a second one."""
+    where = {g["step"]: node for node, report in reports.items() for g in report["guests"] if g.get("step")}
+    with control.store.read() as session:
+        touched = [step for step in session.scalars(_UNTOUCHED) if step in where]
+    for step_id in touched:
+        with control.transaction() as tx:
+            step = tx.lock_step(step_id)
+            if step is not None and step.state is StepState.PUBLISHED and step.node is None:
+                step.node = where[step_id]
+
+
 def take_report(control: Control, report: dict[str, Any]) -> None:
-    """Keep what a server node observed: ``{run_id, node, guests: [{vm_id, state, …}]}``."""
+    """Keep what a server node observed: ``{run_id, node, guests: [{vm_id, state, step, …}]}``."""
     control.reservations.notes.write(f"rebuild:{report['run_id']}", report["node"], json.dumps(report), ttl_s=600)
 
 
@@ -92,7 +110,8 @@ def snapshot(control: Control, reports: dict[str, dict[str, Any]]) -> Snapshot:
         held = present[row.name].claims if row.name in present else ()
         coming = _coming(control, row.name, vms, live)
         pool = replace(pool, disks=dict(pool.disks) | _promised(row.name, vms, live))
-        pools[row.name] = _with_busy(pool, [*(claim for claim in held if claim.vm in live), *coming])
+        busy = [*(claim for claim in held if claim.vm in live), *coming]
+        pools[row.name] = _one_owner_each(_with_busy(pool, busy))
     subnets = {node.name: node.subnet for node in nodes}
     return Snapshot(macs={vm.id: vm.mac for vm in vms}, subnets=subnets, pools=pools)
 
@@ -140,6 +159,28 @@ def _with_busy(pool: PoolSnapshot, held: list[Claim]) -> PoolSnapshot:
         if claim.port:
             ports.setdefault(claim.vm, claim.port)
         claims.append(claim._replace(port=ports.get(claim.vm, 0)))
+        ips |= {claim.ip} - {""}
+    return replace(pool, claims=tuple(claims), ports=ports)
+
+
+def _one_owner_each(pool: PoolSnapshot) -> PoolSnapshot:
+    """The snapshot with every port and IP owned once. Two VMs can have been given one while a server node was away that
+    could not report (pool/tidy.py tells of it); a rebuild that refused that would keep everything closed for good."""
+    running = {claim.vm for claim in pool.claims}
+    ports: dict[str, int] = {}
+    taken: set[int] = set()
+    for vm, port in sorted(pool.ports.items(), key=lambda owned: owned[0] not in running):
+        if port in taken:
+            log.error("two VMs have one console port; the rebuild gives it to the first", port=port, second=vm)
+        else:
+            ports[vm] = port
+            taken.add(port)
+    claims: list[Claim] = []
+    ips: set[str] = set()
+    for claim in pool.claims:
+        if claim.ip in ips:
+            log.error("two VMs have one address; the rebuild gives it to the first", ip=claim.ip, second=claim.vm)
+        claims.append(claim._replace(port=ports.get(claim.vm, 0), ip="" if claim.ip in ips else claim.ip))
         ips |= {claim.ip} - {""}
     return replace(pool, claims=tuple(claims), ports=ports)
 

@@ -1,4 +1,5 @@
-"""Giving back what nobody owns any more: the sweep behind everything that is reserved or given back after a commit.
+"""Giving back what nobody owns any more, and giving back to a running VM the place it lost: the sweep behind everything
+that is reserved or given back after a commit.
 
 Redis is read first and the record after it. An owner the record does not know may be in an open transaction still: it
 has to be missing in two sweeps. What a living VM holds too much is given back under the VM's row lock, while no
@@ -11,10 +12,13 @@ from collections.abc import Iterable
 
 from sqlalchemy import select
 
+from hdcs_tasks.errors import Conflict
 from hdcs_tasks.logs import logger
-from hdcs_tasks.operations.control import Control
+from hdcs_tasks.operations.control import Control, Tx
 from hdcs_tasks.operations.sending import broadcast
 from hdcs_tasks.pool.control import quick_queues
+from hdcs_tasks.pool.rooms import vm_shape, vm_terms
+from hdcs_tasks.pool.rules import need_of
 from hdcs_tasks.reservations import Claim, PoolSnapshot, Snapshot
 from hdcs_tasks.states import VmState
 from hdcs_tasks.store.models import Vm
@@ -24,13 +28,16 @@ log = logger(__name__)
 TIDY_TASK = "pool.tidy_on_node"
 NOTE = "tidy"
 NOTE_TTL_S = 600.0
+CONFLICTS = "conflicts"
+TOLD_AGAIN_S = 3600.0
 _EMPTY = frozenset({VmState.STOPPED, VmState.SAVED})
 _LIVING = select(Vm).where(Vm.deleted_at.is_(None))
 _RUNS = frozenset({VmState.RUNNING, VmState.SUSPENDED})
 
 
 def tidy_sweep(control: Control) -> int:
-    """Give back the reservations of VMs that are gone, and claims and ports of VMs that rest. Returns how many."""
+    """Give back the reservations of VMs that are gone, and claims and ports of VMs that rest. Returns how many. What
+    runs without a claim gets back the one it had."""
     if not control.reservations.epoch.is_open():
         return 0
     held = control.reservations.dump()
@@ -42,6 +49,8 @@ def tidy_sweep(control: Control) -> int:
         count += _trim(control, held, vm_id)
     if count:
         log.warning("reservations without an owner given back", count=count)
+    for vm_id in sorted(_placeless(held, vms)):
+        _restore(control, vm_id)
     return count
 
 
@@ -115,6 +124,36 @@ def _trim_in(control: Control, vm: Vm, name: str, pool: PoolSnapshot) -> int:
     if _no_port(vm, name) and vm.id in pool.ports and vm.id not in ports.cooling(name):
         count += int(ports.cool(name, vm.id, control.settings.port_cooling_s))
     return count
+
+
+def _placeless(held: Snapshot, vms: dict[str, Vm]) -> set[str]:
+    """VMs that run and hold no claim where they do. A start that had not ended when Redis was lost is in no rebuild
+    where its server node could not report: its outcome came after."""
+    placed = {(c.vm, c.node) for pool in held.pools.values() for c in pool.claims}
+    return {vm.id for vm in vms.values() if vm.state in _RUNS and (vm.id, vm.server_node) not in placed}
+
+
+def _restore(control: Control, vm_id: str) -> None:
+    with control.transaction() as tx:
+        vm = tx.session.get(Vm, vm_id, with_for_update=True)
+        if vm is None or vm.state not in _RUNS or vm.server_node is None or tx.live_operation(vm) is not None:
+            return
+        need = need_of(vm_shape(vm), control.settings.capacity)
+        amounts = (need.vcpus, need.memory_mib, vm.port or 0, vm.ip or "")
+        try:
+            control.reservations.pool.restore(Claim(vm.home, vm.id, vm.server_node, *amounts, step=""))
+            control.reservations.marks.add(vm.home, vm.id, vm_terms(vm).marks)
+            log.warning("a running VM holds its place again", vm=vm.name, node=vm.server_node)
+        except Conflict as error:
+            _tell_conflict(tx, vm, error)
+
+
+def _tell_conflict(tx: Tx, vm: Vm, error: Conflict) -> None:
+    """Two guests claim one port or address, which only an operator can settle: told once an hour."""
+    notes = tx.control.reservations.notes
+    if vm.id not in notes.read(CONFLICTS):
+        tx.event("vm.conflict", vm.name, f"VM {vm.name}: {error}", node=vm.server_node)
+        notes.write(CONFLICTS, vm.id, "told", TOLD_AGAIN_S)
 
 
 def _release(control: Control, claims: Iterable[Claim]) -> int:

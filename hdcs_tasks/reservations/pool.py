@@ -279,6 +279,25 @@ class Pool:
             self._link.call("pool_release", keys, vm, node, round(ip_cooling_s * 1000), port_ms, by_step, *held)
         )
 
+    def restore(self, claim: Claim) -> None:
+        """Give a VM back what it is seen to use and holds no claim on: just this server node, port and IP, also where
+        there is no room. Conflict: port or IP is another VM's by now, or the server node is in no pool."""
+        key, at = self._link.key, claim.domain_node
+        keys = [key("epoch", "run_id"), key("pool", at), key("claims", at), key("node", claim.node), key("ports", at),
+                key("ips", claim.node)]  # fmt: skip
+        amounts = (claim.vcpus, claim.memory_mib, claim.port, ip_number(claim.ip))
+        answer = str(self._link.call("claim_restore", keys, claim.vm, claim.node, *amounts))
+        if answer == "no node":
+            raise Conflict(f"server node {claim.node} is in no pool", next="It joins again by itself: hdcs node list")
+        if answer != "ok":
+            what, other = answer.split(" ", 1)
+            shown = f"console port {claim.port}" if what == "port" else f"address {claim.ip}"
+            raise Conflict(
+                f"{shown} of VM {claim.vm}, which runs on {claim.node}, is VM {other}'s by now",
+                next="Stop and start one of the two: it gets another one",
+                details={"vm": claim.vm, "other": other},
+            )
+
     # ---- reading
 
     def claims(self, domain_node: str) -> list[Claim]:

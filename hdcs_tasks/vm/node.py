@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,14 @@ def delete(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
         remove_folder(place.vm_dir(spec["vm_id"]))
         saved_memory(place, spec["vm_id"]).unlink(missing_ok=True)
     return {"node": ctx.server_node}
+
+
+def end_left(ctx: NodeContext, vm_id: str, mac: str) -> None:
+    """End what runs here of a VM that the record has as deleted, and give back what it held. Safe to repeat."""
+    with suppress(Unavailable), lock(ctx, vm_id):
+        if guests.stop(ctx.host(), vm_id, force=True):
+            log.warning("ended what ran of a deleted VM", vm=vm_id)
+        release(ctx, vm_id, mac)
 
 
 def remove_folder(folder: Path) -> None:

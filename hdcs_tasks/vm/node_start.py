@@ -235,6 +235,9 @@ def _undo_start(run: Run, spec: dict[str, Any], error: Exception) -> None:
     try:
         seen = guests.info(ctx.host(), guest["vm_id"])
         if seen is None or not seen.active:
+            if seen is not None:  # libvirtd died between its definition and its start
+                still_ours(run)
+                guests.stop(ctx.host(), guest["vm_id"], force=True)
             release(ctx, guest["vm_id"], guest["mac"])
             return
         if seen.step != run.step:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from hdcs_tasks.operations.node_tasks import step_task
+from hdcs_tasks.app import app
+from hdcs_tasks.operations.node_tasks import node_context, step_task
 from hdcs_tasks.vm import node, node_export, node_migrate, node_move, node_refresh, node_shape, node_start
 
 clone = step_task("vm.clone_on_node", node.clone)
@@ -33,3 +34,8 @@ move_look = step_task("vm.move_look_on_node", node_migrate.look)
 move_undo = step_task("vm.move_undo_on_node", node_move.undo)
 offer = step_task("vm.offer_on_node", node_move.offer)
 fetch = step_task("vm.fetch_on_node", node_move.fetch)
+
+
+@app.task(name="vm.end_left_on_node")
+def end_left(vm_id: str, mac: str) -> None:
+    node.end_left(node_context(), vm_id, mac)

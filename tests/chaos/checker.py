@@ -175,6 +175,15 @@ def processes(center: Center, observer: Observer) -> list[Violation]:
     ]  # fmt: skip
 
 
+def deaths(center: Center) -> list[Violation]:
+    """No worker and no beat ended but by a fault: whatever Redis does, they are there when it is back."""
+    return [
+        violation("ended by itself", path.stem, line[:300])
+        for path in sorted(center.lab.log("any").parent.glob("*.log"))
+        for line in path.read_text(errors="replace").splitlines() if "Unrecoverable error" in line
+    ]  # fmt: skip
+
+
 def ran_twice(center: Center, observer: Observer, until: float) -> list[Violation]:
     """No VM ran twice at any moment that was observed."""
     seen = [
@@ -194,4 +203,4 @@ def migrations(control: Control, until: float) -> dict[str, list[tuple[float, fl
     return found
 
 
-__all__ = ["LOCAL", "check", "open_host", "processes", "ran_twice", "spools", "unsettled"]
+__all__ = ["LOCAL", "check", "deaths", "open_host", "processes", "ran_twice", "spools", "unsettled"]

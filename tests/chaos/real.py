@@ -103,6 +103,7 @@ class Run:
         self.judge("after everything was deleted")
         self.observer.stop()
         self.violations += checker.ran_twice(self.center, self.observer, time.time())
+        self.violations += checker.deaths(self.center)
         for seconds in self.faults.rebuilt_s:
             if seconds > REBUILT_WITHIN_S:
                 self.violations.append(violation("reservations not rebuilt in time", "", f"{seconds:.0f} s"))

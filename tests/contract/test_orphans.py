@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import json
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from hdcs_tasks.errors import OutcomeUnknown, WrongState
 from hdcs_tasks.hypervisor.connection import HostPool
@@ -17,15 +19,15 @@ from hdcs_tasks.monitor.control_doctor import doctor
 from hdcs_tasks.monitor.control_samples import take_sample
 from hdcs_tasks.operations.control import Asked, Control
 from hdcs_tasks.operations.node import HandOver, NodeContext, Run
-from hdcs_tasks.operations.recovery import settle
+from hdcs_tasks.operations.recovery import recovery_sweep, settle
 from hdcs_tasks.operations.spool import Spool
 from hdcs_tasks.operations.views import show
 from hdcs_tasks.pool import rebuild
 from hdcs_tasks.pool.tidy import dhcp_sweep, tidy_sweep
 from hdcs_tasks.reservations import PlaceRequest, PoolNode
-from hdcs_tasks.routing import quick_queue
+from hdcs_tasks.routing import direct_queue, quick_queue
 from hdcs_tasks.states import ServerNodeState, VmState
-from hdcs_tasks.store.models import DomainNode, ServerNode, Step, Vm, new_id
+from hdcs_tasks.store.models import DomainNode, ServerNode, Step, Vm, new_id, now
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm import control as vm_control
 from hdcs_tasks.vm import control_migrate, node_start
@@ -158,7 +160,43 @@ def test_a_guest_without_record_is_told_once(center: Control) -> None:
     assert [(e["subject"], e["data"]["node"]) for e in told] == [("desk", "node2")]
 
 
+def test_what_runs_of_a_deleted_vm_is_ended(center: Control) -> None:
+    vm = add_vm(center, "desk", VmState.STOPPED)
+    with center.transaction() as tx:
+        row = tx.session.get_one(Vm, vm.id)
+        move(row, VmState.DELETING)
+        move(row, VmState.DELETED)
+        row.deleted_at = now()
+    guest = {"vm_id": vm.id, "state": "running", "cpu_percent": 0.0, "console_clients": 0}
+    take_sample(center, {"node": "node1", "at": time.time() + 0.1, "guests": [guest]})
+    assert messages(center, quick_queue("east", "node1")) == [], "its deletion may have ended it since"
+    for seconds in (60, 61):
+        take_sample(center, {"node": "node1", "at": time.time() + seconds, "guests": [guest]})
+    assert messages(center, quick_queue("east", "node1")) == [{"vm_id": vm.id, "mac": vm.mac}] * 2
+    assert [e["subject"] for e in list_events(center, 50) if e["kind"] == "guest.left"] == ["desk"]
+
+
 # --- the rebuild
+
+
+def test_after_a_rebuild_a_start_goes_on_where_its_guest_was_seen(center: Control) -> None:
+    """Redis alone knew that node2 does it: anywhere else a second attempt would find neither guest nor claim."""
+    vm = add_vm(center, "desk", VmState.STOPPED)
+    operation = vm_control.start(center, "desk", Asked())
+    center.reservations.epoch._link.client.flushall()
+    with center.store.session() as session:
+        (step,) = session.scalars(select(Step).where(Step.operation_id == operation.id))
+        step.published_at = now() - timedelta(minutes=1)
+    run_id = center.reservations.epoch.run_id()
+    seen = {"vm_id": vm.id, "state": "running", "console_port": 20000, "ip": "10.9.1.2", "step": step.id}
+    rebuild.take_report(center, {"run_id": run_id, "node": "node1", "guests": []})
+    rebuild.take_report(center, {"run_id": run_id, "node": "node2", "guests": [seen]})
+    assert rebuild.reservation_sweep(center) == "rebuilt"
+    assert recovery_sweep(center)["new_attempt"] == 1
+    with center.store.read() as session:
+        again = session.get_one(Step, step.id)
+        assert (again.attempt, again.node, again.sent_to) == (2, "node2", direct_queue("east", "node2"))
+    assert claims(center) == {(vm.id, "node2", "10.9.1.2")}
 
 
 def test_a_rebuild_keeps_what_a_silent_or_left_node_holds(center: Control) -> None:

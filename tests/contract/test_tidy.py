@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from hdcs_tasks.clock import new_id, now, now_s
 from hdcs_tasks.errors import Conflict
@@ -12,10 +14,12 @@ from hdcs_tasks.operations.control import Asked, Control
 from hdcs_tasks.pool import control as pool_control
 from hdcs_tasks.pool.proof import JoinRequest
 from hdcs_tasks.pool.rebuild import snapshot
+from hdcs_tasks.pool.rooms import vm_shape
+from hdcs_tasks.pool.rules import need_of
 from hdcs_tasks.pool.tidy import tidy_sweep
 from hdcs_tasks.reservations import PlaceRequest
 from hdcs_tasks.states import ServerNodeState, VmState
-from hdcs_tasks.store.models import ServerNode, Vm
+from hdcs_tasks.store.models import Event, ServerNode, Vm
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control_clone import Shape, new_vm
 
@@ -37,9 +41,9 @@ def pool(control: Control) -> Control:
     return control
 
 
-def stopped_vm(control: Control) -> str:
+def stopped_vm(control: Control, name: str = "desk-1") -> str:
     with control.transaction() as tx:
-        vm = new_vm(tx, "desk-1", Shape("tiny", 1, 128, 10**9, "off"), "east", image_id=None)
+        vm = new_vm(tx, name, Shape("tiny", 1, 128, 10**9, "off"), "east", image_id=None)
         move(vm, VmState.STOPPED)
         return vm.id
 
@@ -150,3 +154,74 @@ def test_addresses_held_on_a_lost_server_node_are_not_given_again_when_it_is_bac
     pool.reservations.rebuild(snapshot(pool, {}))
     pool_control.join(pool, join_request())
     assert place(pool, new_id()).ip != placed.ip
+
+
+def running_vm(control: Control, name: str = "desk-1") -> tuple[str, Any]:
+    vm_id = stopped_vm(control, name)
+    with control.transaction() as tx:
+        vm = tx.session.get_one(Vm, vm_id)
+        need = need_of(vm_shape(vm), control.settings.capacity)
+        placed = control.reservations.pool.place(PlaceRequest("east", vm_id, "step", need.vcpus, need.memory_mib))
+        move(vm, VmState.RUNNING)
+        vm.server_node, vm.port, vm.ip = "node1", placed.port, placed.ip
+    return vm_id, placed
+
+
+def lose(control: Control, vm_id: str) -> None:
+    """As a rebuild does that knew of the VM nothing but its record as stopped."""
+    empty = control.reservations.dump()
+    pool = replace(empty.pools["east"], claims=(), ports={})
+    control.reservations.rebuild(replace(empty, pools={"east": pool}))
+    assert control.reservations.pool.claim_of(vm_id) == []
+
+
+def test_a_running_vm_gets_the_place_back_it_lost(pool: Control) -> None:
+    vm_id, placed = running_vm(pool)
+    before = pool.reservations.dump()
+    lose(pool, vm_id)
+    with pool.transaction() as tx:
+        operation = tx.open("backup.verify", asked=Asked(), vm=tx.session.get_one(Vm, vm_id))
+    tidy_sweep(pool)
+    assert pool.reservations.pool.claim_of(vm_id) == [], "an operation is at work on it"
+    with pool.transaction() as tx:
+        tx.finish(tx.session.merge(operation))
+    tidy_sweep(pool)
+    after = pool.reservations.dump()
+    assert after.pools["east"].ports == before.pools["east"].ports
+    assert [claim._replace(step="") for claim in before.pools["east"].claims] == list(after.pools["east"].claims)
+    (after_claim,) = after.pools["east"].claims
+    node = pool.reservations.pool.nodes("east")[0]
+    assert (node.vcpus - node.free_vcpus, node.memory_mib - node.free_memory_mib) == (1, after_claim.memory_mib)
+    other = place(pool, "another")
+    assert other.port != placed.port and other.ip != placed.ip
+
+
+def test_a_place_that_is_anothers_by_now_is_told_once(pool: Control) -> None:
+    vm_id, placed = running_vm(pool)
+    lose(pool, vm_id)
+    _, other = running_vm(pool, "desk-2")
+    assert other.port == placed.port, "nobody knew that it is taken"
+    for _ in range(2):
+        tidy_sweep(pool)
+    assert pool.reservations.pool.claim_of(vm_id) == []
+    with pool.store.read() as session:
+        told = list(session.scalars(select(Event).where(Event.kind == "vm.conflict")))
+    assert [event.subject for event in told] == ["desk-1"]
+    assert f"port {placed.port}" in told[0].message
+
+
+def test_a_rebuild_with_two_on_one_port_leaves_it_to_who_runs(pool: Control) -> None:
+    vm_id, placed = running_vm(pool)
+    second_id, third_id = stopped_vm(pool, "desk-2"), stopped_vm(pool, "desk-0")
+    with pool.transaction() as tx:
+        second = tx.session.get_one(Vm, second_id)
+        move(second, VmState.RUNNING)
+        second.server_node, second.port, second.ip = "node1", placed.port, placed.ip
+        tx.session.get_one(Vm, third_id).port = placed.port
+    pool.reservations.epoch.close()
+    pool.reservations.rebuild(snapshot(pool, {}))
+    assert pool.reservations.epoch.is_open()
+    claims = pool.reservations.pool.claims("east")
+    assert {claim.vm for claim in claims} == {vm_id, second_id}, "capacity counts for both"
+    assert sorted((claim.port, claim.ip) for claim in claims) == [(0, ""), (placed.port, placed.ip)]
+    assert len(pool.reservations.ports.all("east")) == 1

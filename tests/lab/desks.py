@@ -113,7 +113,7 @@ def running_desk(lab: Lab, host: Host, image: BaseImage, port: int, domain_node:
     desk = Desk(vm_id, disk, spec_for(vm_id, str(disk), port), host)
     try:
         guests.start(host, desk.spec)
-        agent.wait_for_agent(host, vm_id, 90)
+        agent.wait_for_agent(host, vm_id, 120)
         assert define_seed(host.guest(vm_id))
         yield desk
     finally:

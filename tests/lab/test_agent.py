@@ -21,7 +21,7 @@ def test_a_server_node_starts_what_was_published(lab: Lab, tmp_path: Path) -> No
         "# shared\nHDCS_KEY_PREFIX=shared:\nHDCS_SERVER_NODE=not-this\nPATH=/nowhere\nHDCS_X=$(touch /x)\n"
     )
     release = publish(lab.storage("west"), env_file)
-    assert release.seconds < 10, "goal 3 s"
+    assert not release.reused
     agent = lab.storage("west") / "agent"
     assert stat.S_IMODE((agent / "node.env").stat().st_mode) == 0o600
     ready = lab.run("node3", [f"{SRV}/agent/hdcs-node", "--check"], {"PYTHONPATH": "/nowhere"})

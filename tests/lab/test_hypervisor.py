@@ -119,7 +119,7 @@ def test_guest_that_does_not_listen_must_be_forced(node: HypervisorNode) -> None
 def test_saved_memory_is_used_once(node: HypervisorNode) -> None:
     spec = node.booting()
     guests.start(node.host, spec)
-    agent.wait_for_agent(node.host, spec.vm_id, 60)
+    agent.wait_for_agent(node.host, spec.vm_id, 120)
     agent.write_file(node.host, spec.vm_id, "/run/mark", b"in memory only")
     saved = node.layout.path("state", spec.vm_id)
     guests.save(node.host, spec.vm_id, saved)

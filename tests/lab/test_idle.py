@@ -37,9 +37,10 @@ LADDER = {"suspend": 4.0, "save": 8.0, "delete": 12.0}
 
 @pytest.fixture(scope="module")
 def center(lab_possible: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Center]:
-    """One server node, logs as under systemd; what each desktop is for is its name."""
+    """One server node, logs as under systemd, Flower's too; what each desktop is for is its name."""
     root = tmp_path_factory.mktemp("idle") / "idle"
-    with data_center(root, {"HDCS_LOG_FORMAT": "json", "HDCS_SAMPLES_KEPT": "1000"}, {"east": ("node1",)}) as made:
+    env = {"HDCS_LOG_FORMAT": "json", "HDCS_SAMPLES_KEPT": "1000"}
+    with data_center(root, env, {"east": ("node1",)}, flower=True) as made:
         add_image(made, "mini")
         made.cloud.vms.clone("mini", name="desk-{}", count=len(DESKS), profile="tiny", start=True).result(
             timeout_s=BOOT_S

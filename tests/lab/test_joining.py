@@ -197,6 +197,24 @@ def _power_off(host: Host, vm_id: str) -> None:
         agent.exec_(host, vm_id, ["/bin/sh", "-c", "poweroff"], timeout_s=5)
 
 
+def test_a_node_that_starts_while_the_reservations_are_closed_tells_what_it_holds(whole: Center, desk: str) -> None:
+    """A rebuild waits for reports, a start for the rebuild: neither waits for the other."""
+
+    def rebuilt() -> list[str]:
+        lines = whole.lab.log("control").read_text().splitlines()
+        return [line for line in lines if "reservations rebuilt" in line]
+
+    before = len(rebuilt())
+    kill_worker(whole, "node2")
+    whole.cloud.control.reservations.epoch.close()
+    whole.start_node("node2")
+    wait_for("the reservations to open", whole.cloud.control.reservations.epoch.is_open, 90)
+    told = wait_for("the rebuild to be told", lambda: rebuilt()[before:], 60)  # they open a moment before
+    assert f"reports={len(whole.lab.nodes)}" in told[-1] and "silent=0" in told[-1], told
+    whole.wait_for_nodes(whole.lab.nodes)
+    assert whole.cloud.vms[desk].show()["state"] == "running"
+
+
 def test_a_guest_that_ends_from_inside_is_settled(whole: Center, desk: str) -> None:
     vm = whole.cloud.vms[desk].show()
     claims = whole.cloud.control.reservations.pool.claims

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -15,10 +16,14 @@ import redis
 from sqlalchemy import select
 
 from deploy.lab.center import Center, wait_for
+from hdcs_tasks.hypervisor import guests, networks
 from hdcs_tasks.routing import quick_queue
+from hdcs_tasks.states import VmState
+from hdcs_tasks.store.models import Vm, now
 from hdcs_tasks.store.models_watch import UsageSpan
+from hdcs_tasks.store.transitions import move
 from tests.contract.test_alarms import web_hook
-from tests.lab.data_center import add_image, at_guest, data_center, kill_worker
+from tests.lab.data_center import add_image, at_guest, data_center, kill_worker, libvirt_of
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(600)]
 SLACK_S = 6.0
@@ -125,6 +130,30 @@ def test_samples_of_real_guests(hooked: tuple[Center, list[Any]], desk: str) -> 
     host = samples.hosts(["node1"])["node1"]
     assert host["memory_total_mib"] > 0 and abs(host["clock_skew_s"]) < 5
     assert set(samples.sweeps()) >= {"sample", "recovery", "alarms", "notices"}
+
+
+def test_what_runs_of_a_deleted_vm_is_ended_where_it_runs(hooked: tuple[Center, list[Any]]) -> None:
+    """As it may be left by a start that Redis lost sight of; here its record is deleted while it runs. Then only its
+    definition is left, as by a libvirtd that died between definition and start."""
+    center, _ = hooked
+    center.cloud.vms.clone("plain", name="left", profile="tiny").result(timeout_s=120)
+    center.cloud.vms["left"].start(node="node2").result(timeout_s=120)
+    shown = center.cloud.vms["left"].show()
+    with center.cloud.control.transaction() as tx:
+        vm = tx.session.get_one(Vm, shown["id"])
+        for state in (VmState.STOPPING, VmState.STOPPED, VmState.DELETING, VmState.DELETED):
+            move(vm, state)
+        vm.server_node, vm.deleted_at = None, now()
+    with libvirt_of(center, "node2") as host:
+        definition = host.guest(shown["id"]).XMLDesc(0)
+        wait_for("its guest to end", lambda: guests.info(host, shown["id"]) is None, 60)
+        wait_for(
+            "its address to go", lambda: shown["mac"] not in {e.mac for e in networks.dhcp_hosts(host, "hdcs")}, 60
+        )
+        host.conn.defineXML(definition)
+        wait_for("its definition to go", lambda: guests.info(host, shown["id"]) is None, 60)
+    wait_for("its claim to go", lambda: not center.cloud.control.reservations.pool.claim_of(shown["id"]), 60)
+    shutil.rmtree(center.lab.storage("east") / "vms" / shown["id"])
 
 
 def test_a_lost_server_node_raises_one_alarm_that_arrives_and_is_cleared(

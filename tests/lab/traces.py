@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.lab import SRV, Lab
-from deploy.lab.space import marked, pids
+from deploy.lab.space import MARK, marked, pids
 
 NOTHING = {"processes": [], "namespaces": set(), "links": [], "mounts": [], "folder": False}
 
@@ -24,7 +24,8 @@ def namespaces(lab: Lab) -> set[str]:
 def left_by(lab: Lab, inside: set[str], timeout_s: float = 30) -> dict[str, object]:
     """What is left of it, once the machine's init has collected the dead (it is not ours to hurry).
 
-    What has been seen gone is gone: its network and the numbers of its namespaces may be another lab's by now.
+    What has been seen gone is gone: its network may be another lab's by now. The numbers of its namespaces may be that
+    even at the first look; who is in another lab is not counted.
     """
     deadline = time.monotonic() + timeout_s
     left = _traces(lab, inside)
@@ -40,7 +41,8 @@ def _common(old: Any, new: Any) -> Any:
 
 
 def _traces(lab: Lab, inside: set[str]) -> dict[str, object]:
-    living = {n for pid in pids() for kind in ("net", "mnt", "pid") if (n := _link(f"/proc/{pid}/ns/{kind}"))}
+    ours = [pid for pid in pids() if _lab_of(pid) in ("", lab.mark)]
+    living = {n for pid in ours for kind in ("net", "mnt", "pid") if (n := _link(f"/proc/{pid}/ns/{kind}"))}
     shown = subprocess.run(["ip", "-o", "address"], capture_output=True, text=True, check=True).stdout
     mounts = Path("/proc/self/mounts").read_text().splitlines()
     return {
@@ -50,6 +52,21 @@ def _traces(lab: Lab, inside: set[str]) -> dict[str, object]:
         "mounts": [line for line in mounts if str(lab.root) in line or str(SRV) in line],
         "folder": lab.root.exists(),
     }
+
+
+def _lab_of(pid: int) -> str:
+    """The mark of the lab that a process is in, by its own environment or that of who started it; "": in none."""
+    while pid > 1:
+        try:
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            status = Path(f"/proc/{pid}/status").read_text()
+        except OSError:
+            return ""
+        for entry in environment:
+            if entry.startswith(f"{MARK}=".encode()):
+                return entry.decode().partition("=")[2]
+        pid = int(status.partition("PPid:")[2].split()[0])
+    return ""
 
 
 def _link(path: str) -> str:

@@ -200,6 +200,8 @@ class Node:
             pool_node.report(ctx, **message)
         elif name == tidy.TIDY_TASK:
             pool_node.tidy(ctx)
+        elif name == monitor_control.END_LEFT_TASK:
+            vm_node.end_left(ctx, **message)
         elif name == monitor_control.SAMPLE_TASK:
             self._sample(ctx)
 

@@ -146,9 +146,9 @@ class World:
         guest = host.guests.get(vm_id)
         return None if guest is None else _info(guest)
 
-    def list_guests(self, host: HostModel) -> list[GuestInfo]:
+    def list_guests(self, host: HostModel, *, inactive: bool = False) -> list[GuestInfo]:
         self._enter(host, "list")
-        return [_info(guest) for guest in host.guests.values()]
+        return [_info(guest) for guest in host.guests.values() if not (inactive and guest.active)]
 
     def start(self, host: HostModel, spec: GuestSpec, *, saved: Path | None = None, paused: bool = False) -> GuestInfo:
         self._change(host, "start", spec.vm_id)
