@@ -17,15 +17,16 @@ _STEP = re.compile(r"[^a-z0-9-]")
 
 
 def require(server_node: str) -> str:
-    """The program's path. Raises Invalid in clear words where it is not installed."""
-    found = shutil.which("virt-v2v")
-    if found is None:
+    """The program's path. Raises Invalid in clear words where it is not installed, or what it copies with (Debian's
+    package does not bring that: it would fail after minutes)."""
+    found = {name: shutil.which(name) for name in ("virt-v2v", "nbdcopy")}
+    if missing := [name for name, path in found.items() if path is None]:
         raise Invalid(
-            f"virt-v2v is not installed on {server_node}: drivers cannot be converted",
-            next="Install it there (apt install virt-v2v nbdkit; for Windows also virtio-win's drivers in "
+            f"{' and '.join(missing)} not installed on {server_node}: drivers cannot be converted",
+            next="Install it there (apt install virt-v2v nbdkit libnbd-bin; for Windows also virtio-win's drivers in "
             "/usr/share/virtio-win), or import without --drivers and install virtio drivers before",
         )
-    return found
+    return str(found["virt-v2v"])
 
 
 def arguments(program: str, disk: Path, folder: Path, name: str) -> list[str]:
