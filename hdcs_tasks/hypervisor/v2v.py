@@ -42,8 +42,10 @@ def convert(server_node: str, disk: Path, folder: Path, name: str, watch: Watch)
     HypervisorRefused (it could not: what virt-v2v says), Invalid (not installed), Cancelled, Unavailable."""
     argv = arguments(require(server_node), disk, folder, name)
     try:
-        # Its appliance as a child of its own: a guest of this libvirt would be one that the record has not.
-        run(["env", "LIBGUESTFS_BACKEND=direct", *argv], timeout_s=watch.timeout_s, cancelled=watch.stop)
+        # Its appliance as a child of its own: a guest of this libvirt would be one that the record has not. In a
+        # process namespace: nothing it starts outlives it, however it ends.
+        alone = ["unshare", "--pid", "--fork", "--kill-child", "env", "LIBGUESTFS_BACKEND=direct"]
+        run([*alone, *argv], timeout_s=watch.timeout_s, cancelled=watch.stop)
     except HypervisorRefused as error:
         raise HypervisorRefused(
             f"virt-v2v could not put in drivers: {error.message}",

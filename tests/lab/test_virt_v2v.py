@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +16,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from deploy.lab.center import wait_for
 from hdcs_tasks.errors import Cancelled
 from hdcs_tasks.hypervisor import v2v
 from hdcs_tasks.hypervisor.conversion import Watch
 from tests.lab.loops import tool
 
+ROOT = Path(__file__).parents[2]
 DISK = os.environ.get("HDCS_TEST_V2V_DISK", "")
 pytestmark = [
     pytest.mark.lab,
@@ -45,6 +49,14 @@ def left(tmp_path: Path) -> list[list[str]]:
     return [argv for argv in seen if any(str(tmp_path) in word for word in argv)]
 
 
+def nobody(tmp_path: Path) -> bool:
+    """Whether they end within ten seconds."""
+    deadline = time.monotonic() + 10
+    while left(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not left(tmp_path)
+
+
 def once(after_s: float) -> Callable[[], bool]:
     at = time.monotonic() + after_s
     return lambda: time.monotonic() > at
@@ -65,7 +77,20 @@ def test_what_is_called_off_leaves_nobody_at_work(disk: Path, tmp_path: Path) ->
     out.mkdir()
     with pytest.raises(Cancelled):
         v2v.convert("node1", disk, out, "desk", Watch(cancelled=once(20.0)))
-    deadline = time.monotonic() + 10
-    while (still := left(tmp_path)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert still == []
+    assert nobody(tmp_path)
+
+
+def test_a_killed_worker_takes_all_of_it_with_it(disk: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    code = (
+        "import sys; from pathlib import Path; from hdcs_tasks.hypervisor import v2v; "
+        "from hdcs_tasks.hypervisor.conversion import Watch; "
+        "v2v.convert('node1', Path(sys.argv[1]), Path(sys.argv[2]), 'desk', Watch())"
+    )
+    worker = subprocess.Popen([sys.executable, "-c", code, str(disk), str(out)], cwd=ROOT)
+    wait_for("its appliance to run", lambda: any("qemu-nbd" in argv[0] for argv in left(tmp_path)), 60)
+    time.sleep(2)
+    worker.kill()
+    worker.wait()
+    assert nobody(tmp_path)
