@@ -8,15 +8,18 @@ for left over.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from hdcs_tasks.errors import Conflict
-from hdcs_tasks.operations.control import Tx
-from hdcs_tasks.states import OperationState
-from hdcs_tasks.store.models import Operation, Vm
+from hdcs_tasks.errors import Cancelled, Conflict, HdcsError
+from hdcs_tasks.operations.control import Asked, Tx
+from hdcs_tasks.operations.handlers import on_done, on_failed, on_start
+from hdcs_tasks.states import OPERATION_LIVE
+from hdcs_tasks.store.models import Operation, Step, Vm
 
+CLEAN = "vm.clean"
 _KNOWN = "moves_left"
 
 
@@ -28,13 +31,46 @@ def let_go(tx: Tx, operation: Operation) -> None:
     tx.session.info.pop(_KNOWN, None)
 
 
+def clean_later(tx: Tx, vm: Vm, home: str) -> Operation:
+    """No server node of ``home`` is up to remove what the VM has there and is not it: an operation of its own waits for
+    one, while the VM is used."""
+    request = {"home": home, "source": None, "domain_node": vm.home, "vm_id": vm.id}
+    asked = Asked(by="hdcs", reason=f"a move left files in {home}, where no server node was up")
+    operation = tx.open(CLEAN, asked=asked, subject=vm.name, request=request)
+    operation.vm_id = vm.id
+    tx.session.flush()
+    tx.session.info.pop(_KNOWN, None)
+    return operation
+
+
+@on_start(CLEAN)
+def _begin(tx: Tx, operation: Operation) -> None:
+    home, name = operation.request["home"], operation.subject
+    shown = {"vm": name, "pool": home}
+    spec = {"shown": shown, "vm_id": operation.request["vm_id"], "name": name, "home": home}
+    tx.step(operation, "vm.discard_on_node", home, spec)
+
+
+@on_done(f"{CLEAN}:vm.discard_on_node")
+def _cleaned(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
+    reservations, home, vm_id = tx.control.reservations, operation.request["home"], operation.request["vm_id"]
+    tx.after(lambda: reservations.disks.release(home, vm_id))
+    tx.after(lambda: reservations.ports.cool(home, vm_id, tx.control.settings.port_cooling_s))
+    tx.finish(operation)
+
+
+@on_failed(f"{CLEAN}:vm.discard_on_node")
+def _not_cleaned(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
+    tx.fail(operation, error, needs_operator=error.code != Cancelled.code)
+
+
 def _left(session: Session, vm_id: str) -> Sequence[Operation]:
-    """The VM's moves that still clean up behind it. Read once per transaction: a storm asks for each of its VMs."""
+    """What still cleans up behind the VM. Read once per transaction: a storm asks for each of its VMs."""
     known: dict[str, list[Operation]] | None = session.info.get(_KNOWN)
     if known is None:
         known = session.info[_KNOWN] = {}
         query = select(Operation).where(
-            Operation.state == OperationState.RUNNING, Operation.kind == "vm.migrate",
+            Operation.state.in_(OPERATION_LIVE), Operation.kind.in_(("vm.migrate", CLEAN)),
             Operation.live_vm.is_(None), Operation.vm_id.is_not(None),
         )  # fmt: skip
         for operation in session.scalars(query):

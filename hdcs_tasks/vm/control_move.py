@@ -22,6 +22,7 @@ from hdcs_tasks.store.models import Image, Operation, ServerNode, Step, Vm
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import placing_fields, vm_of, wake_others
 from hdcs_tasks.vm.control_clone import promise_disk
+from hdcs_tasks.vm.control_left import clean_later
 
 PATIENCE_S = 30.0
 """A VM that cannot move runs on where it is, so a migration does not wait for room as long as a start does."""
@@ -125,7 +126,7 @@ def give_back_claim(tx: Tx, operation: Operation, home: str, node: str) -> None:
 
 def discard(tx: Tx, operation: Operation, home: str) -> Step | None:
     """Let any server node of ``home`` remove the VM's files there: it is not there (any more). None where none is up:
-    an event tells what stays there, with its promise of storage."""
+    an event tells what stays there, and an operation of its own removes it when one is back."""
     vm = vm_of(tx, operation)
     if home == vm.home:
         raise WrongState(f"VM {vm.name} lives in {home}: its files stay there", next="See: hdcs vm show")
@@ -133,6 +134,7 @@ def discard(tx: Tx, operation: Operation, home: str) -> Step | None:
     if tx.session.scalar(up) is None:
         tx.event("vm.disk_left", vm.name, f"no server node of {home} is up to remove the files of VM {vm.name} there",
                  home=home)  # fmt: skip
+        clean_later(tx, vm, home)
         return None
     spec = {
         "shown": {"vm": vm.name, "pool": home}, "vm_id": vm.id, "name": vm.name, "home": home, "binding": True,

@@ -117,6 +117,29 @@ def test_a_source_that_is_lost_for_good(center: Played, to: str) -> None:
     consistent(center)
 
 
+def test_where_no_server_node_is_up_it_is_cleaned_when_one_is_back(center: Played) -> None:
+    operation, vm = moved(center, "west"), center.cloud.vms["a"]
+    for name in ("node1", "node2"):
+        center.lose(name)
+    recovery_sweep(center.control)
+    play_all_but(center, "vm.discard_on_node")
+    assert operation.state == "done" and center.vm("a")["state"] == "running"
+    (waits,) = center.cloud.operations.list(live=True)
+    assert (waits["kind"], waits["state"], waits["subject"]) == ("vm.clean", "running", "a")
+    vm.stop(force=True)
+    play_all_but(center, "vm.discard_on_node")
+    assert center.vm("a")["state"] == "stopped", "it is used meanwhile"
+    center.node("east", "node1", 1024)
+    with pytest.raises(Conflict, match="cannot go back to east"):
+        vm.migrate("east")
+    center.play()
+    consistent(center)
+    vm.migrate("east")
+    center.play()
+    assert center.vm("a")["home"] == "east"
+    consistent(center)
+
+
 @pytest.mark.parametrize("returns", [True, False])
 @pytest.mark.parametrize("to", ["inside", "west"])
 def test_a_lost_source_whose_hand_over_nobody_saw_is_waited_for(center: Played, to: str, returns: bool) -> None:

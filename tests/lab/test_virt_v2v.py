@@ -45,7 +45,7 @@ def disk(tmp_path: Path) -> Path:
 
 def left(tmp_path: Path) -> list[list[str]]:
     """Programs that still have something of the conversion open, or were called for it."""
-    seen = [process.cmdline() for process in psutil.process_iter() if process.status() != psutil.STATUS_ZOMBIE]
+    seen = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
     return [argv for argv in seen if any(str(tmp_path) in word for word in argv)]
 
 
