@@ -21,8 +21,9 @@ def namespaces(lab: Lab) -> set[str]:
     return {_link(f"/proc/{s.pid}/ns/{kind}") for s in spaces for kind in ("net", "mnt", "pid")}
 
 
-def left_by(lab: Lab, inside: set[str], timeout_s: float = 30) -> dict[str, object]:
-    """What is left of it, once the machine's init has collected the dead (it is not ours to hurry).
+def left_by(lab: Lab, inside: set[str], timeout_s: float = 150) -> dict[str, object]:
+    """What is left of it, once the machine's init has collected the dead (it is not ours to hurry), and the kernel the
+    connections whose other end was cut off: until then they hold their network, some 100 s at most.
 
     What has been seen gone is gone: its network may be another lab's by now. The numbers of its namespaces may be that
     even at the first look; who is in another lab is not counted.
