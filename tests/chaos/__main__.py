@@ -1,11 +1,11 @@
-"""``python -m tests.chaos sim|real …``: histories with faults, simulated or in the lab; each half parses its own."""
+"""``python -m tests.chaos sim|real|moves …``: histories with faults, simulated or in the lab; each parses its own."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-HALVES = {"sim": "tests.chaos.sim.run", "real": "tests.chaos.real"}
+HALVES = {"sim": "tests.chaos.sim.run", "real": "tests.chaos.real", "moves": "tests.chaos.moves"}
 
 
 def main(arguments: list[str]) -> int:
