@@ -15,5 +15,7 @@ def report(run_id: str) -> None:
 @app.task(name="pool.tidy_on_node")
 def tidy() -> None:
     ctx = node_context()
-    node.free_cut_off(ctx)
-    node.tidy(ctx)
+    try:
+        node.free_cut_off(ctx)
+    finally:  # neither keeps the other from its work
+        node.tidy(ctx)
