@@ -171,6 +171,7 @@ MACHINES: Mapping[type[StrEnum], Mapping[StrEnum, frozenset[StrEnum]]] = {
 
 OPERATION_LIVE = frozenset({OperationState.QUEUED, OperationState.RUNNING})
 STEP_LIVE = frozenset({StepState.PENDING, StepState.PUBLISHED, StepState.PARKED})
+IN_POOL = (ServerNodeState.UP, ServerNodeState.DRAINING)
 VM_RESTS = frozenset(
     {VmState.STOPPED, VmState.RUNNING, VmState.SUSPENDED, VmState.SAVED, VmState.DELETED, VmState.FAILED}
 )

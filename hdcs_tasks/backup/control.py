@@ -13,8 +13,7 @@ from hdcs_tasks.backup.rules import FullRule, Point, next_point
 from hdcs_tasks.errors import Cancelled, Conflict, HdcsError, Invalid, NotFound, Unreachable, WrongState
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed, on_start
-from hdcs_tasks.pool.control import IN_POOL
-from hdcs_tasks.states import OPERATION_LIVE, STEP_LIVE, BackupState
+from hdcs_tasks.states import IN_POOL, OPERATION_LIVE, STEP_LIVE, BackupState
 from hdcs_tasks.store.locks import decide_alone
 from hdcs_tasks.store.models import Backup, BackupCopy, Image, Operation, ServerNode, Step, Vm, new_id, now
 from hdcs_tasks.store.transitions import move

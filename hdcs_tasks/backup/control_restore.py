@@ -14,9 +14,9 @@ from hdcs_tasks.errors import HdcsError, Invalid, NotFound, Unreachable, WrongSt
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed, plan_steps
 from hdcs_tasks.pool import planning
-from hdcs_tasks.pool.control import IN_POOL, get_domain_node
+from hdcs_tasks.pool.control import get_domain_node
 from hdcs_tasks.routing import check_name
-from hdcs_tasks.states import BackupState, ImageState, VmState
+from hdcs_tasks.states import IN_POOL, BackupState, ImageState, VmState
 from hdcs_tasks.store import metering
 from hdcs_tasks.store.models import Backup, Image, ImageCopy, Operation, ServerNode, Step, Vm, new_id, now
 from hdcs_tasks.store.transitions import move

@@ -6,6 +6,7 @@ VM, a clone. The step is ``image.copy_on_node``, on the queue of the domain node
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from hdcs_tasks.errors import HdcsError, NotFound, WrongState
@@ -40,8 +41,8 @@ def is_ready(image: Image, domain_node: str) -> bool:
     return any(c.domain_node == domain_node and c.state is ImageState.READY for c in image.copies)
 
 
-def bring(tx: Tx, operation: Operation, image: Image, to: str) -> Step | None:
-    """Add the step that brings ``image`` to domain node ``to``; None where it is ready there.
+def bring(tx: Tx, operation: Operation, image: Image, to: str, *, more: Mapping[str, Any] | None = None) -> Step | None:
+    """Add the step that brings ``image`` to domain node ``to`` (``more``: of its spec); None where it is ready there.
 
     The operation goes on by ``on_done("<its kind>:image.copy_on_node")``. Two operations may bring the same image at
     once: the second finds the file and receives nothing. Raises NotFound (no domain node has it), Unreachable.
@@ -60,7 +61,7 @@ def bring(tx: Tx, operation: Operation, image: Image, to: str) -> Step | None:
     file = {"path": path, "size_bytes": source.file_bytes, "sha256": image.sha256}
     shown = {"image": f"{image.name}:{image.version}", "from": source.domain_node, "pool": to}
     spec = fetch_spec(tx.session, source.domain_node, [file], shown=shown) | {"image_id": image.id, "domain_node": to}
-    return tx.step(operation, "image.copy_on_node", to, spec, patience_s=PATIENCE_S)
+    return tx.step(operation, "image.copy_on_node", to, spec | dict(more or {}), patience_s=PATIENCE_S)
 
 
 def _source(tx: Tx, image: Image) -> ImageCopy:

@@ -21,9 +21,9 @@ from hdcs_tasks.image import control_copy, rules
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed, on_no_room, plan_steps
 from hdcs_tasks.pool import profiles
-from hdcs_tasks.pool.control import IN_POOL, get_domain_node, get_server_node
+from hdcs_tasks.pool.control import get_domain_node, get_server_node
 from hdcs_tasks.routing import check_name, direct_queue
-from hdcs_tasks.states import ImageState
+from hdcs_tasks.states import IN_POOL, ImageState
 from hdcs_tasks.store.models import DomainNode, Image, ImageCopy, Operation, Profile, ServerNode, Step, new_id, now
 from hdcs_tasks.store.transitions import move
 

@@ -18,11 +18,10 @@ from hdcs_tasks.monitor.control_signals import known_sweeps
 from hdcs_tasks.monitor.rules import Sighting, settled_state
 from hdcs_tasks.operations.control import Asked, Control
 from hdcs_tasks.operations.recovery import recovery_sweep
-from hdcs_tasks.pool.control import IN_POOL
 from hdcs_tasks.pool.rebuild import reservation_sweep
 from hdcs_tasks.pool.tidy import tidy_sweep
 from hdcs_tasks.pool.waiting import waiting_sweep
-from hdcs_tasks.states import OPERATION_LIVE, VmState
+from hdcs_tasks.states import IN_POOL, OPERATION_LIVE, VmState
 from hdcs_tasks.store.models import Operation, ServerNode, Vm, now
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm import control as vm_control

@@ -33,9 +33,8 @@ from hdcs_tasks.monitor.idle_rules import (
 from hdcs_tasks.operations.control import Asked, Control, Tx, busy
 from hdcs_tasks.operations.handlers import on_done, on_failed
 from hdcs_tasks.operations.sending import send
-from hdcs_tasks.pool.control import IN_POOL
 from hdcs_tasks.routing import quick_queue
-from hdcs_tasks.states import VmState
+from hdcs_tasks.states import IN_POOL, VmState
 from hdcs_tasks.store.models import Operation, ServerNode, Step, Vm, now
 from hdcs_tasks.vm import control as vm_control
 from hdcs_tasks.vm.rules import COMMANDS

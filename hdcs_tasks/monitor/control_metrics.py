@@ -21,8 +21,8 @@ from hdcs_tasks.errors import HdcsError
 from hdcs_tasks.logs import logger
 from hdcs_tasks.monitor.control_signals import queue_names
 from hdcs_tasks.operations.control import Control
-from hdcs_tasks.pool.control import IN_POOL, list_domain_nodes
-from hdcs_tasks.states import OPERATION_LIVE, STEP_LIVE, AlarmState, BackupState, ServerNodeState, VmState
+from hdcs_tasks.pool.control import list_domain_nodes
+from hdcs_tasks.states import IN_POOL, OPERATION_LIVE, STEP_LIVE, AlarmState, BackupState, ServerNodeState, VmState
 from hdcs_tasks.store.models import Backup, DomainNode, Operation, ServerNode, Step, Vm
 from hdcs_tasks.store.models_watch import Alarm, Notice, OperationTally
 

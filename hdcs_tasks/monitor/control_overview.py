@@ -16,9 +16,9 @@ from hdcs_tasks.operations.control import Control
 from hdcs_tasks.operations.pages import check_page
 from hdcs_tasks.pool import capacity as pool_capacity
 from hdcs_tasks.pool import profiles
-from hdcs_tasks.pool.control import IN_POOL, list_domain_nodes, list_server_nodes
+from hdcs_tasks.pool.control import list_domain_nodes, list_server_nodes
 from hdcs_tasks.routing import worker_name
-from hdcs_tasks.states import OPERATION_LIVE, BackupState, OperationState, VmState
+from hdcs_tasks.states import IN_POOL, OPERATION_LIVE, BackupState, OperationState, VmState
 from hdcs_tasks.store.models import Backup, Operation, Vm, now
 
 ORDERS = {

@@ -10,10 +10,9 @@ from sqlalchemy import func, select
 from hdcs_tasks.clock import now_s
 from hdcs_tasks.monitor.alarm_rules import Signal, late_sweeps, n_plus_one_gone, share_percent
 from hdcs_tasks.operations.control import Control
-from hdcs_tasks.pool.control import IN_POOL
 from hdcs_tasks.reservations.ips import guest_span
 from hdcs_tasks.routing import CONTROL, direct_queue, quick_queue
-from hdcs_tasks.states import AlarmState, BackupState, OperationState, ServerNodeState
+from hdcs_tasks.states import IN_POOL, AlarmState, BackupState, OperationState, ServerNodeState
 from hdcs_tasks.store.models import Backup, BackupPolicy, DomainNode, Operation, ServerNode, Vm, now
 from hdcs_tasks.store.models_watch import Alarm
 from hdcs_tasks.when import last_due

@@ -21,6 +21,7 @@ from hdcs_tasks.operations.rules import (
     attempts_spent,
     awaits_its_node,
     backoff_s,
+    bears_loss_s,
     ends_with_its_node,
     is_binding,
     is_retryable,
@@ -31,7 +32,7 @@ from hdcs_tasks.operations.rules import (
 from hdcs_tasks.operations.settling import advance, settle_done, settle_failed
 from hdcs_tasks.reservations import StepStatus
 from hdcs_tasks.routing import direct_queue, quick_queue
-from hdcs_tasks.states import OPERATION_LIVE, STEP_LIVE, OperationState, ServerNodeState, StepState
+from hdcs_tasks.states import IN_POOL, OPERATION_LIVE, STEP_LIVE, OperationState, ServerNodeState, StepState
 from hdcs_tasks.store import metering
 from hdcs_tasks.store.models import Operation, ServerNode, Step, now
 from hdcs_tasks.store.transitions import move
@@ -250,7 +251,8 @@ def _recover(tx: Tx, step: Step, status: StepStatus | None, *, looked_now: bool 
             # The flag was set while Redis was away, or was lost with it or with the last attempt.
             request_cancel(tx.control.reservations, step.id, step.attempt, is_touched(step.attempt, step.node))
     if ends_with_its_node(step.spec) and not (known and status is not None and status.leased) and _is_lost(tx, step):
-        words = f"server node {step.node} was lost before {step.name} had ended"
+        where = f"server node {step.node}" if step.node else f"every server node of domain node {step.queue}"
+        words = f"{where} was lost before {step.name} had ended"
         step_id, attempt = step.id, step.attempt
         # Before what comes instead is published: an executor that comes to again finds its claim gone.
         tx.after(lambda: tx.control.reservations.steps.close(step_id, attempt))
@@ -272,11 +274,17 @@ def _recover(tx: Tx, step: Step, status: StepStatus | None, *, looked_now: bool 
 
 
 def _is_lost(tx: Tx, step: Step) -> bool:
-    """Whether nobody may be waited for on the step's server node: it is lost, or was removed from the record."""
+    """Whether nobody may be waited for any longer: the step's server node is lost, or was removed from the record; or
+    nobody took it in time, and of its domain node no server node is up."""
     if step.node is None:
-        return False
+        up = select(ServerNode.name).where(ServerNode.domain_node == step.queue, ServerNode.state.in_(IN_POOL)).limit(1)
+        return now() >= step.deadline_at and tx.session.scalar(up) is None
     node = tx.session.get(ServerNode, step.node)
-    return node is None or (node.state is ServerNodeState.LOST and not awaits_its_node(step.spec))
+    if node is None:
+        return True
+    borne_s = 0.0 if step.operation.cancel_asked else bears_loss_s(step.spec)
+    lost = node.state is ServerNodeState.LOST and (now() - node.state_at).total_seconds() >= borne_s
+    return lost and not awaits_its_node(step.spec)
 
 
 def _facts(tx: Tx, step: Step, status: StepStatus | None) -> StepFacts:

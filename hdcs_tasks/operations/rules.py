@@ -125,6 +125,12 @@ def ends_with_its_node(spec: Mapping[str, Any]) -> bool:
     return bool(spec.get("ends_with_its_node"))
 
 
+def bears_loss_s(spec: Mapping[str, Any]) -> float:
+    """Of a step that ends with its server node: for how many seconds that may be lost before. The step goes on where it
+    was if its server node is back by then; a cancel does not wait for that."""
+    return float(spec.get("bears_loss_s", 0.0))
+
+
 def awaits_its_node(spec: Mapping[str, Any]) -> bool:
     """Of a step that ends with its server node: whether only its removal from the record is that end. A lost one may
     come back with what the step is for."""

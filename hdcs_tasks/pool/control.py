@@ -19,14 +19,13 @@ from hdcs_tasks.pool import admission, policy, rules, waiting
 from hdcs_tasks.pool.proof import JoinRequest, proof_of, token_key
 from hdcs_tasks.reservations import PoolNode
 from hdcs_tasks.routing import check_name, quick_queue
-from hdcs_tasks.states import VM_HOLDS_GUEST, ServerNodeState
+from hdcs_tasks.states import IN_POOL, VM_HOLDS_GUEST, ServerNodeState
 from hdcs_tasks.store.models import DomainNode, ServerNode, Vm, now
 from hdcs_tasks.store.naming import named
 from hdcs_tasks.store.transitions import move
 
 log = logger(__name__)
 
-IN_POOL = (ServerNodeState.UP, ServerNodeState.DRAINING)
 PROOF_AGE_S = 300
 
 

@@ -9,7 +9,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from hdcs_tasks.errors import Unreachable
-from hdcs_tasks.pool.control import IN_POOL
+from hdcs_tasks.states import IN_POOL
 from hdcs_tasks.store.models import ServerNode
 
 

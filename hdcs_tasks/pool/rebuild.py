@@ -16,13 +16,13 @@ from hdcs_tasks.clock import now_s
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.control import Control
 from hdcs_tasks.operations.sending import broadcast
-from hdcs_tasks.pool.control import IN_POOL, pool_node_of
+from hdcs_tasks.pool.control import pool_node_of
 from hdcs_tasks.pool.policy import PoolPolicy, read
 from hdcs_tasks.pool.rooms import vm_shape, vm_terms
 from hdcs_tasks.pool.rules import need_of
 from hdcs_tasks.reservations import Claim, PoolSnapshot, Snapshot
 from hdcs_tasks.routing import quick_queue
-from hdcs_tasks.states import StepState
+from hdcs_tasks.states import IN_POOL, StepState
 from hdcs_tasks.store.models import DomainNode, Operation, ServerNode, Step, Vm
 
 log = logger(__name__)

@@ -21,12 +21,12 @@ from hdcs_tasks.errors import (
 from hdcs_tasks.operations.control import Asked, Control, Tx, busy
 from hdcs_tasks.operations.handlers import on_done, on_failed, on_start
 from hdcs_tasks.pool import rules as pool_rules
-from hdcs_tasks.pool.control import IN_POOL, get_domain_node, get_server_node
+from hdcs_tasks.pool.control import get_domain_node, get_server_node
 from hdcs_tasks.pool.rooms import expected_mix, order_of, vm_shape, vm_terms
 from hdcs_tasks.pool.waiting import wake_waiting
 from hdcs_tasks.pool.words import wanted_words
 from hdcs_tasks.routing import direct_queue, quick_queue
-from hdcs_tasks.states import VM_RESTS, VmState
+from hdcs_tasks.states import IN_POOL, VM_RESTS, VmState
 from hdcs_tasks.store.lookups import by_key
 from hdcs_tasks.store.models import Operation, Step, Vm, now
 from hdcs_tasks.store.naming import unknown

@@ -25,6 +25,7 @@ from hdcs_tasks.vm.control import add_start_step, command_spec, leave_via, vm_of
 from hdcs_tasks.vm.control_clone import promise_disk
 from hdcs_tasks.vm.control_left import let_go
 from hdcs_tasks.vm.control_move import (
+    ARRIVES,
     PATIENCE_S,
     change_home,
     discard,
@@ -92,7 +93,7 @@ def _carry(tx: Tx, operation: Operation, vm: Vm) -> None:
     operation.request = operation.request | {"carried_as": vm.state.value}
     move(vm, VmState.MIGRATING)
     image = image_of(tx, vm)
-    if image is None or bring(tx, operation, image, target_home(operation)) is None:
+    if image is None or bring(tx, operation, image, target_home(operation), more=ARRIVES) is None:
         offer(tx, operation, vm)
 
 
@@ -100,8 +101,8 @@ def offer(tx: Tx, operation: Operation, vm: Vm) -> None:
     """Any server node of the old domain node hashes the files: its storage is shared, and nobody writes to them."""
     memory = [f"state/{vm.id}.memory"] if operation.request["carried_as"] == VmState.SAVED.value else []
     shown = {"vm": vm.name, "from": vm.home, "to": target_home(operation)}
-    spec = offer_spec([f"vms/{vm.id}/disk0.qcow2", *memory], shown=shown) | {"vm_id": vm.id}
-    tx.step(operation, "vm.offer_on_node", vm.home, spec)
+    spec = offer_spec([f"vms/{vm.id}/disk0.qcow2", *memory], shown=shown) | {"vm_id": vm.id, "ends_with_its_node": True}
+    tx.step(operation, "vm.offer_on_node", vm.home, spec, patience_s=PATIENCE_S)
 
 
 @on_done("vm.offer_on_node")
@@ -114,7 +115,7 @@ def _offered(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -
     spec = fetch_spec(
         tx.session, vm.home, result["files"], first=result["node"], bandwidth_mib_s=limit,
         shown={"vm": vm.name, "from": vm.home, "to": target_home(operation)},
-    ) | {"vm_id": vm.id, "root": result["root"]}  # fmt: skip
+    ) | {"vm_id": vm.id, "root": result["root"]} | ARRIVES  # fmt: skip
     operation.request = operation.request | {"overlay_bytes": result["files"][0]["allocated_bytes"]}
     tx.step(operation, "vm.fetch_on_node", target_home(operation), spec, patience_s=PATIENCE_S)
 

@@ -7,8 +7,8 @@ from sqlalchemy.orm import Session
 
 from hdcs_tasks.errors import Invalid, Unreachable, WrongState
 from hdcs_tasks.operations.control import Tx
-from hdcs_tasks.pool.control import IN_POOL, get_domain_node, get_server_node
-from hdcs_tasks.states import ServerNodeState
+from hdcs_tasks.pool.control import get_domain_node, get_server_node
+from hdcs_tasks.states import IN_POOL, ServerNodeState
 from hdcs_tasks.store.models import DomainNode, ServerNode, Vm
 from hdcs_tasks.vm.control import check_given
 from hdcs_tasks.vm.control_left import check_left

@@ -36,7 +36,7 @@ from hdcs_tasks.vm.control import (
     wake_others,
 )
 from hdcs_tasks.vm.control_destination import check_migrate
-from hdcs_tasks.vm.control_left import let_go
+from hdcs_tasks.vm.control_left import clean_later, let_go
 from hdcs_tasks.vm.control_move import PATIENCE_S as PATIENCE_S
 from hdcs_tasks.vm.control_move import PREPARED_WITHIN_S, is_between, move_spec, state_before, target_home
 from hdcs_tasks.vm.move_rules import MoveOptions, Way
@@ -146,13 +146,10 @@ def _step_name(operation: Operation, what: str) -> str:
 
 
 def _on(tx: Tx, operation: Operation, what: str, end: str, spec: dict[str, Any]) -> Step:
-    """Add the step ``what`` at the operation's "source" or "target". It is done even if a cancel comes, and given up if
-    its server node is lost."""
+    """Add the step ``what`` at the operation's "source" or "target". It is done even if a cancel comes."""
     name = operation.request["source"] if end == "source" else operation.request["target"]["node"]
     home = operation.request["home"] if end == "source" else target_home(operation)
-    spec = {
-        "shown": {"vm": spec["name"], "at": name}, "binding": True, "ends_with_its_node": True
-    } | spec  # fmt: skip
+    spec = {"shown": {"vm": spec["name"], "at": name}, "binding": True} | spec
     return tx.step(operation, _step_name(operation, what), direct_queue(home, name), spec, node=name)
 
 
@@ -165,7 +162,7 @@ def _prepared(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) 
         _undo_target(tx, operation, vm)
         return
     source = operation.request["source"]
-    spec = move_spec(operation, vm) | {"target": operation.request["target"], "ends_with_its_node": True}
+    spec = move_spec(operation, vm) | {"target": operation.request["target"]}
     spec["shown"] = {"vm": vm.name, "from": source, "to": result["node"]}
     tx.step(operation, _step_name(operation, ""), operation.request["home"], spec, node=source)
 
@@ -299,7 +296,13 @@ def _discarded(tx: Tx, operation: Operation, step: Step, result: dict[str, Any])
 
 @on_failed("vm.migrate:vm.discard_on_node")
 def _not_discarded(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
-    """They stay until somebody removes them (control_replan tells of them); the VM is whole elsewhere."""
+    """The VM is whole elsewhere. Whoever was removing them is lost: another server node does, when one is up."""
+    vm, home = vm_of(tx, operation), step.spec["home"]
+    tx.event(
+        "vm.disk_left", vm.name, f"the files of VM {vm.name} in {home} were not removed: {error.message}", home=home
+    )
+    if error.code == Unreachable.code:
+        clean_later(tx, vm, home)
     _go_on(tx, operation)
 
 

@@ -15,9 +15,8 @@ from sqlalchemy import select
 from hdcs_tasks.errors import NotFound, WrongState
 from hdcs_tasks.image.control_copy import bring
 from hdcs_tasks.operations.control import Tx
-from hdcs_tasks.pool.control import IN_POOL
 from hdcs_tasks.pool.rooms import vm_terms
-from hdcs_tasks.states import VmState
+from hdcs_tasks.states import IN_POOL, VmState
 from hdcs_tasks.store.models import Image, Operation, ServerNode, Step, Vm
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import placing_fields, vm_of, wake_others
@@ -29,6 +28,9 @@ PATIENCE_S = 30.0
 
 PREPARED_WITHIN_S = 60.0
 """An attempt to prepare a target takes seconds; one that hangs (on its storage, say) gives its lease up after this."""
+
+ARRIVES = {"ends_with_its_node": True, "bears_loss_s": 60.0}
+"""Of a step by which files arrive: a lost server node may come back for so long and go on. Then the move is off."""
 
 
 def is_between(operation: Operation) -> bool:
@@ -45,12 +47,13 @@ def state_before(operation: Operation) -> VmState:
 
 
 def move_spec(operation: Operation, vm: Vm) -> dict[str, Any]:
-    """What every step of a live move needs to know."""
+    """What every step of a live move needs to know. It is given up if its server node is lost."""
     return {
         "vm_id": vm.id, "name": vm.name, "mac": vm.mac, "home": operation.request["home"],
         "disk_key": vm.disk_key,
         "was": operation.request["was"], "options": operation.request["options"],
         "source": {"name": operation.request["source"], "ip": operation.request["source_ip"]},
+        "ends_with_its_node": True,
     }  # fmt: skip
 
 
@@ -73,7 +76,7 @@ def begin(tx: Tx, operation: Operation) -> None:
     promise_disk(tx, target_home(operation), vm.id, vm.disk_bytes)
     move(vm, VmState.MIGRATING)
     image = image_of(tx, vm)
-    if image is None or bring(tx, operation, image, target_home(operation)) is None:
+    if image is None or bring(tx, operation, image, target_home(operation), more=ARRIVES) is None:
         prepare(tx, operation, vm)
 
 

@@ -69,7 +69,7 @@ def _next_home(tx: Tx, vm: Vm, refused: list[str]) -> tuple[pool_rules.Choice, d
     return choice, planning.home_decision(choice, rooms, shape.wanted, tx.control.settings.capacity)
 
 
-@on_done("vm.discard_on_node")
+@on_done("vm.clone:vm.discard_on_node")
 def _discarded(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
     control, old, vm = tx.control, step.spec["home"], vm_of(tx, operation)
     vm_id = vm.id
@@ -77,7 +77,7 @@ def _discarded(tx: Tx, operation: Operation, step: Step, result: dict[str, Any])
     _go_on(tx, operation, vm)
 
 
-@on_failed("vm.discard_on_node")
+@on_failed("vm.clone:vm.discard_on_node")
 def _not_discarded(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
     """The disk that stays there keeps its promise of storage: an operator removes both."""
     vm, old = vm_of(tx, operation), step.spec["home"]

@@ -9,28 +9,45 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from deploy.lab import SRV
 from deploy.lab.center import Center, wait_for
+from hdcs_tasks.cloud import Operation
 from hdcs_tasks.config import Settings
 from hdcs_tasks.logs import configure_logging
 from tests.chaos import notes
-from tests.lab.data_center import data_center, kill_worker
-from tests.lab.test_drain import LONG_S, PATTERN, SLOW_MIB_S, answers, bring, place, under_way
-from tests.lab.test_moves import comes_to, ended, power_cycle, whole
+from tests.lab.data_center import data_center, kill_worker, libvirt_of, locked
+from tests.lab.test_drain import LONG_S, SLOW_MIB_S, answers, bring, place, under_way
+from tests.lab.test_moves import ended, power_cycle, whole
 
 SOURCE = "node1"
-TARGETS = {"inside": "node2", "between": "node3"}
-PHASES = ("prepare", "perform", "finish", "clean")
-FAULTS = ("cut source", "cut target", "kill source's worker", "kill target's worker", "target dies")
+SOURCES = ("node1", "node2")
+TARGETS = {"live": "node2", "move": "node3", "saved": "node2", "carry": "node3"}
+"""The kinds of docs/moves.md, and where to: inside the domain node, or to another."""
+PERFORM = "perform"
+PHASES = {
+    "live": ("prepare", PERFORM, "finish", "clean"),
+    "move": ("prepare", PERFORM, "finish", "clean"),
+    "saved": ("save", "start"),
+    "carry": ("save", "offer", "fetch", "start", "discard"),
+}
+FAMILY = {"live": "vm.migrate_", "move": "vm.move_", "saved": "vm.", "carry": "vm."}
+FAULTS = ("cut source", "cut target", "kill source's worker", "kill target's worker", "source dies", "target dies")
+FULL = "target's disk full"
+ROOM = {("move", "prepare"): "64k", ("move", "perform"): "400k", ("carry", "fetch"): "400k"}
+"""How much the target's disk takes, for the step to meet its end: no overlay, or an overlay without its content."""
+RESTS = ("stopped", "saved")
+FIRST = ("prepare", "save")
 DESK = "desk"
+NOTES = {slot: 0x5A for slot in range(notes.SLOTS)}
 
 
 class Case(NamedTuple):
-    """A move inside its domain node or between two, and which fault comes in which phase of it."""
+    """A kind of move, and which fault comes in which phase of it."""
 
     kind: str
     phase: str
@@ -40,14 +57,21 @@ class Case(NamedTuple):
         return f"{self.kind}, {self.phase}: {self.fault}"
 
 
+def all_cases() -> list[Case]:
+    """Every phase of every kind with every fault; a full disk where something is written to it."""
+    places = [(kind, phase) for kind, phases in PHASES.items() for phase in phases]
+    return [Case(*at, fault) for at, fault in itertools.product(places, FAULTS)] + [Case(*at, FULL) for at in ROOM]
+
+
 def main(arguments: list[str]) -> int:
     """``python -m tests.chaos moves``: JSON alone on stdout, progress on stderr; 1 where there is a violation."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos moves", description=__doc__)
     parser.add_argument("--seed", type=int, default=1, help="the order of the cases")
     parser.add_argument("--cases", type=int, default=0, metavar="N", help="so many of them (else each once)")
+    parser.add_argument("--only", default="", metavar="WORDS", help="those with these words, such as 'carry, fetch'")
     options = parser.parse_args(arguments)
     configure_logging(Settings(log_format="console"))  # to stderr
-    cases = [Case(*words) for words in itertools.product(TARGETS, PHASES, FAULTS)]
+    cases = [case for case in all_cases() if options.only in str(case)]
     random.Random(options.seed).shuffle(cases)
     found = run(cases[: options.cases or None])
     print(json.dumps(found, indent=1))
@@ -58,7 +82,8 @@ def run(cases: list[Case]) -> dict[str, Any]:
     """``{"runs", "moved", "stayed", "violations": [{"case", "what"}], "seconds"}``."""
     began, ends, violations = time.monotonic(), [], []
     with lab() as center:
-        assert notes.write(center, center.cloud.vms[DESK].show(), 0, PATTERN)
+        for slot, pattern in NOTES.items():
+            assert notes.write(center, center.cloud.vms[DESK].show(), slot, pattern)
         for case in cases:
             try:
                 ends.append(end := one(center, case))
@@ -66,7 +91,7 @@ def run(cases: list[Case]) -> dict[str, Any]:
                 violations.append({"case": str(case), "what": f"{error!r}"[:2000]})
                 end = f"VIOLATION: {error!r}"
             print(f"{time.monotonic() - began:6.1f} s  {case}: {end}", file=sys.stderr, flush=True)
-        violations += content(center, {0: PATTERN})
+        violations += content(center)
     counts = {end: ends.count(end) for end in ("moved", "stayed")}
     return {"runs": len(cases), **counts, "violations": violations, "seconds": round(time.monotonic() - began, 1)}
 
@@ -90,53 +115,130 @@ def one(center: Center, case: Case) -> str:
     """One move with its fault; "moved" or "stayed". Raises where anything is not as it should be then."""
     bring(center, DESK, SOURCE)
     vm, target = center.cloud.vms[DESK], TARGETS[case.kind]
-    operation = vm.migrate(target, bandwidth_mib_s=SLOW_MIB_S if case.phase == "perform" else None)
-    if case.phase == "perform":
-        under_way(center, operation)
-    else:
-        family = "vm.move" if case.kind == "between" else "vm.migrate"
-        comes_to(operation, f"{family}_{case.phase}_on_node")
-    hurt(center, case.fault, target)
-    seen = ended(operation)
-    if case.fault == "target dies":
-        power_cycle(center, target)
-        wait_for("what ran there to be missed", lambda: place(center, DESK)[2] != target, LONG_S)
+    hurt = SOURCE if "source" in case.fault else target
+    with full(center, target, ROOM[case.kind, case.phase]) if case.fault == FULL else nullcontext():
+        with ExitStack() as locks:
+            operation = begin(center, case, locks)
+            strike(center, case.fault, hurt)
+        seen = mend(center, case, hurt, operation)
     center.wait_for_nodes(center.lab.nodes, LONG_S)
     # A target that is lost when the guest has come could not finish, and that is told.
     assert case.phase == "finish" or not seen["needs_operator"], seen
     settled(center)
-    at = place(center, DESK)[2]
-    assert at in (SOURCE, target), place(center, DESK)
-    wait_for("its QEMU to answer", lambda: answers(center, str(at), vm.show()["id"]), LONG_S)
+    at = str(place(center, DESK)[2])
+    assert at == target or at in SOURCES, place(center, DESK)
+    wait_for("its QEMU to answer", lambda: answers(center, at, vm.show()["id"]), LONG_S)
     whole(center)
     return "moved" if at == target else "stayed"
 
 
-def hurt(center: Center, fault: str, target: str) -> None:
-    """Break it, and mend it, but for a target that died: it stays so while the move ends."""
-    node = SOURCE if "source" in fault else target
+def begin(center: Center, case: Case, locks: ExitStack) -> Operation:
+    """A move whose phase is in the hands of its server node, which cannot go on with it until ``locks`` are open; where
+    bytes travel, they do."""
+    target, vm = TARGETS[case.kind], center.cloud.vms[DESK]
+    doers = {"prepare": [target], "finish": [target], "start": [target], "clean": [SOURCE], "save": [SOURCE],
+             "discard": SOURCES}.get(case.phase, [])  # fmt: skip
+    first = case.phase in FIRST or case.kind == "saved"
+    if first:
+        hold(center, doers, vm.show()["id"], locks)
+    slow = SLOW_MIB_S if not first and case.fault != FULL else None
+    operation = vm.migrate(target, live=case.kind in ("live", "move"), bandwidth_mib_s=slow)
+    if case.fault == FULL:
+        return operation  # it meets its end by itself
+    if case.phase == PERFORM:
+        under_way(center, operation)
+        return operation
+    if not first:
+        travels(center, operation, case.kind)
+        hold(center, doers, vm.show()["id"], locks)
+    in_hand(center, operation, f"{FAMILY[case.kind]}{case.phase}_on_node")
+    return operation
+
+
+def hold(center: Center, nodes: Iterable[str], vm_id: str, locks: ExitStack) -> None:
+    for node in nodes:
+        locks.enter_context(locked(center, node, vm_id))
+
+
+def travels(center: Center, operation: Operation, kind: str) -> None:
+    """Wait until the guest, or the files it consists of, are on their way."""
+    if kind == "carry":
+        in_hand(center, operation, "vm.fetch_on_node")
+    else:
+        under_way(center, operation)
+
+
+def in_hand(center: Center, operation: Operation, step: str) -> None:
+    """Wait until a server node has ``step`` in its hands (or, a short one, had)."""
+
+    def look() -> bool:
+        shown = operation.show()
+        assert shown["state"] in ("queued", "running"), shown["error"]
+        names = [found["name"] for found in shown["steps"]]
+        seen = center.cloud.control.reservations.steps.status(shown["steps"][-1]["id"])
+        return step in names[:-1] or (names[-1] == step and seen is not None and seen.holder is not None)
+
+    wait_for(f"{step} to be in hand", look, LONG_S, every_s=0.005)
+
+
+def strike(center: Center, fault: str, node: str) -> None:
     if fault.startswith("cut"):
         center.lab.cut(node)
-        time.sleep(1.5 * center.cloud.control.settings.lease_ttl_s)
-        center.lab.mend(node)
     elif fault.startswith("kill"):
         kill_worker(center, node)
+    elif fault.endswith("dies"):
+        center.lab.power_off(node)
+
+
+def mend(center: Center, case: Case, node: str, operation: Operation) -> dict[str, Any]:
+    """Have the server node back, and the operation's end. One that died comes back after that; but where it was to save
+    or to start the guest, nobody but it can tell what became of that, and it is waited for."""
+    if case.fault.startswith("cut"):
+        time.sleep(1.5 * center.cloud.control.settings.lease_ttl_s)
+        center.lab.mend(node)
+    elif case.fault.startswith("kill"):
         time.sleep(1.0)
         center.start_node(node)
-    else:
-        center.lab.power_off(node)
+    elif case.fault.endswith("dies"):
+        awaited = case.phase in ("save", "start")
+        wait_for(f"{node} to be lost", lambda: center.cloud.server_nodes.show(node)["state"] == "lost", LONG_S)
+        seen = None if awaited else ended(operation)
+        power_cycle(center, node)
+        seen = seen or ended(operation)
+        wait_for("what ran there to be missed", lambda: lives(center, node), LONG_S)
+        return seen
+    return ended(operation)
+
+
+def lives(center: Center, node: str) -> bool:
+    """Whether the desktop, recorded on this server node, runs there; or is not recorded there."""
+    if place(center, DESK)[2] != node:
+        return True
+    with libvirt_of(center, node) as host:
+        guest = host.lookup(center.cloud.vms[DESK].show()["id"])
+        return guest is not None and bool(guest.isActive())
+
+
+@contextmanager
+def full(center: Center, node: str, size: str) -> Iterator[None]:
+    """The storage of VMs there takes no more than ``size``."""
+    center.lab.run(node, ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", f"{SRV}/vms"])
+    try:
+        yield
+    finally:
+        center.lab.run(node, ["umount", f"{SRV}/vms"])
 
 
 def settled(center: Center) -> None:
     """The desktop rests; one that died with its server node was recorded as stopped, and is started again."""
     vm = center.cloud.vms[DESK]
-    wait_for("the desktop to rest", lambda: place(center, DESK)[0] in ("running", "stopped"), LONG_S)
-    if place(center, DESK)[0] == "stopped":
+    wait_for("the desktop to rest", lambda: place(center, DESK)[0] in ("running", *RESTS), LONG_S)
+    if place(center, DESK)[0] in RESTS:
         vm.start(node=SOURCE if place(center, DESK)[1] == "east" else None).result(timeout_s=LONG_S)
 
 
-def content(center: Center, kept: notes.Notes) -> list[dict[str, str]]:
+def content(center: Center) -> list[dict[str, str]]:
     vm = center.cloud.vms[DESK]
     vm.stop(force=True).result(timeout_s=LONG_S)
-    wrong = notes.wrong(center, vm.show()["home"], vm.show()["id"], kept)
+    wrong = notes.wrong(center, vm.show()["home"], vm.show()["id"], NOTES)
     return [{"case": "all of them", "what": f"content of the disk: {wrong}"}] if wrong else []

@@ -239,15 +239,18 @@ def test_a_source_lost_after_the_move_is_cleaned_by_another(center: Played) -> N
     consistent(center)
 
 
-def test_a_cancel_that_comes_too_late_changes_nothing(center: Played) -> None:
-    center.started("a")
+@pytest.mark.parametrize("step", ["vm.move_finish_on_node", "vm.discard_on_node"])
+def test_a_cancel_that_comes_too_late_changes_nothing(center: Played, step: str) -> None:
+    live = step != "vm.discard_on_node"
+    center.started("a") if live else center.clone("a")
     operation = center.cloud.vms["a"].migrate("west")
-    while center.steps("published")[0]["name"] != "vm.move_finish_on_node":
+    while center.steps("published")[0]["name"] != step:
         center.play_one()
     operation.cancel()
     recovery_sweep(center.control)
     center.play()
     assert operation.state == "done" and center.vm("a")["home"] == "west"
+    assert center.vm("a")["state"] == ("running" if live else "stopped")
     consistent(center)
 
 

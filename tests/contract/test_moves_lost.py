@@ -1,0 +1,117 @@
+"""A server node is lost with a step of a move in its hands: the step is given up in its time, and nobody waits on."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import time_machine
+
+from hdcs_tasks.operations.recovery import recovery_sweep
+from hdcs_tasks.operations.rules import REPUBLISH_AFTER_S
+from hdcs_tasks.store.models import now
+from hdcs_tasks.vm.control_move import ARRIVES
+from tests.contract.test_moves import Played, center, consistent
+
+__all__ = ["center"]
+
+pytestmark = pytest.mark.contract
+
+
+def comes_to(center: Played, step: str) -> dict[str, Any]:
+    while (found := center.steps("published")[0])["name"] != step:
+        center.play_one()
+    return found
+
+
+def lost_with(center: Played, step: str, node: str) -> None:
+    """``node`` takes the step, and dies."""
+    found = comes_to(center, step)
+    center.control.settings.attempts_max = 3
+    center.control.reservations.steps.claim(found["id"], found["attempt"], "executor", node, ttl_s=0.001)
+    center.lose(node)
+    recovery_sweep(center.control)
+
+
+def sweep_in(center: Played, seconds: float) -> None:
+    with time_machine.travel(now() + timedelta(seconds=seconds), tick=False):
+        recovery_sweep(center.control)
+
+
+def is_as_before(center: Played, before: dict[str, Any], operation: Any) -> None:
+    shown, after = operation.show(), center.vm("a")
+    assert shown["state"] == "failed" and not shown["needs_operator"] and "lost" in shown["error"]["message"]
+    assert [after[key] for key in ("state", "home")] == [before[key] for key in ("state", "home")]
+    consistent(center)
+
+
+@pytest.mark.parametrize("to", ["west", "inside"])
+def test_a_target_that_is_lost_while_it_prepares(center: Played, to: str) -> None:
+    before = center.started("a")
+    target = "node3" if to == "west" else {"node1": "node2", "node2": "node1"}[before["server_node"]]
+    operation = center.cloud.vms["a"].migrate(target)
+    lost_with(center, f"vm.{'move' if to == 'west' else 'migrate'}_prepare_on_node", target)
+    center.play()
+    is_as_before(center, before, operation)
+    assert center.vm("a")["server_node"] == before["server_node"]
+
+
+@pytest.mark.parametrize("way", ["returns", "stays away", "is called off"])
+def test_a_target_that_is_lost_while_files_arrive(center: Played, way: str) -> None:
+    """It may come back and go on where it was; not for ever, and not where somebody asks to cancel."""
+    before = center.started("a")
+    operation = center.cloud.vms["a"].migrate("node3", live=False)
+    lost_with(center, "vm.fetch_on_node", "node3")
+    sweep_in(center, ARRIVES["bears_loss_s"] - 5)
+    assert [step["name"] for step in center.steps("published")] == ["vm.fetch_on_node"]
+    if way == "returns":
+        center.node("west", "node3", 1024)
+        center.play()
+        assert operation.state == "done" and center.vm("a")["server_node"] == "node3"
+        consistent(center)
+        return
+    if way == "is called off":
+        operation.cancel()
+        recovery_sweep(center.control)
+    else:
+        sweep_in(center, ARRIVES["bears_loss_s"] + 1)
+    assert comes_to(center, "vm.discard_on_node")["queue"] == "west", "another server node removes what has arrived"
+    center.play()
+    is_as_before(center, before, operation)
+
+
+def test_a_source_that_is_lost_while_it_hashes(center: Played) -> None:
+    before = center.started("a")
+    operation = center.cloud.vms["a"].migrate("west", live=False)
+    lost_with(center, "vm.offer_on_node", before["server_node"])
+    center.play()
+    is_as_before(center, before, operation)
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_nobody_is_there_to_take_the_step(center: Played, live: bool) -> None:
+    before = center.started("a")
+    operation = center.cloud.vms["a"].migrate("west", live=live)
+    comes_to(center, "vm.move_prepare_on_node" if live else "vm.fetch_on_node")
+    for node in ("node3", "node4"):
+        center.lose(node)
+    sweep_in(center, REPUBLISH_AFTER_S - 5)
+    assert operation.state == "running"
+    sweep_in(center, REPUBLISH_AFTER_S + 1)
+    while "vm.start_on_node" in [step["name"] for step in center.steps("published")]:
+        center.play_one()
+    center.node("west", "node3", 1024)
+    center.play()  # what may have arrived there is removed when one is back
+    is_as_before(center, before, operation)
+
+
+def test_whoever_removes_what_was_left_is_lost(center: Played) -> None:
+    center.clone("a")
+    operation = center.cloud.vms["a"].migrate("west")
+    lost_with(center, "vm.discard_on_node", "node1")
+    assert operation.state == "done" and center.vm("a")["home"] == "west"
+    (waits,) = center.cloud.operations.list(live=True)
+    assert waits["kind"] == "vm.clean"
+    center.play()
+    consistent(center)
