@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import Update, bindparam, select, update
@@ -29,7 +29,7 @@ from hdcs_tasks.routing import quick_queue
 from hdcs_tasks.states import VmState
 from hdcs_tasks.store import metering
 from hdcs_tasks.store.lookups import by_key
-from hdcs_tasks.store.models import DomainNode, Event, Operation, ServerNode, Vm
+from hdcs_tasks.store.models import DomainNode, Operation, ServerNode, Vm
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm import control as vm_control
 from hdcs_tasks.vm.control_ready import note_ready
@@ -38,7 +38,6 @@ log = logger(__name__)
 
 SAMPLE_TASK = "monitor.sample_on_node"
 END_LEFT_TASK = "vm.end_left_on_node"
-TOLD_AGAIN_S = 3600.0
 SKEW_S = 1.0
 """Less than this may be the round trip by which it was measured."""
 
@@ -203,8 +202,9 @@ def _strangers(tx: Tx, node: ServerNode, seen: dict[str, Any], ids: Iterable[str
             if _took_back(tx, node, vm, seen[vm_id], at):
                 continue
         subject = vm.name if vm is not None else vm_id
-        _tell_once(tx, "guest.unrecorded", subject, at, f"a guest of {subject} runs on {node.name}; the record has it "
-                   "not there. Look at it there (virsh list), then stop it or the VM", node.name)  # fmt: skip
+        told = f"a guest of {subject} runs on {node.name}; the record has it not there"
+        next_step = "Look at it there (virsh list), then stop it or the VM"
+        tx.event_hourly("guest.unrecorded", subject, f"{told}. {next_step}", node=node.name)
 
 
 def _took_back(tx: Tx, node: ServerNode, vm: Vm, guest: dict[str, Any], at: datetime) -> bool:
@@ -238,17 +238,8 @@ def _end_left(tx: Tx, node: ServerNode, vm: Vm, at: datetime) -> None:
     control, message = tx.control, {"vm_id": vm.id, "mac": vm.mac}
     queue = quick_queue(node.domain_node, node.name)
     tx.after(lambda: broadcast(control.celery, END_LEFT_TASK, message, [queue], expires_s=control.settings.sample_s))
-    _tell_once(tx, "guest.left", vm.name, at, f"a guest of the deleted VM {vm.name} runs on {node.name}: it is ended",
-               node.name)  # fmt: skip
-
-
-def _tell_once(tx: Tx, kind: str, subject: str, at: datetime, message: str, node: str) -> None:
-    """An event that is told again after an hour, while it lasts."""
-    told = select(Event.id).where(
-        Event.kind == kind, Event.subject == subject, Event.at > at - timedelta(seconds=TOLD_AGAIN_S)
-    )  # fmt: skip
-    if tx.session.scalar(told.limit(1)) is None:
-        tx.event(kind, subject, message, node=node)
+    told = f"a guest of the deleted VM {vm.name} runs on {node.name}: it is ended"
+    tx.event_hourly("guest.left", vm.name, told, node=node.name)
 
 
 # --- what a guest tells by itself

@@ -13,6 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 from celery import Celery
+from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -362,6 +363,14 @@ class Tx:
         self.session.add(Event(kind=kind, subject=subject, message=message, data=data))
         about = {"vm": subject} if kind.startswith("vm.") else {}
         log.info("event", kind=kind, subject=subject, message=message, **about)
+
+    def event_hourly(self, kind: str, subject: str, message: str, **data: Any) -> None:
+        """An event of something that lasts, and is seen by every sweep: told again after an hour."""
+        told = select(Event.id).where(
+            Event.kind == kind, Event.subject == subject, Event.at > now() - timedelta(hours=1)
+        )
+        if self.session.scalar(told.limit(1)) is None:
+            self.event(kind, subject, message, **data)
 
     def committed(self) -> None:
         for action in self._after:

@@ -140,8 +140,7 @@ def _remove_definition(ctx: NodeContext, vm_id: str) -> None:
     """What a start leaves whose libvirtd died between definition and start. Looked at once more under its lock."""
     with suppress(Unavailable), vm_lock(ctx.settings.state_dir, vm_id):
         seen = guests.info(ctx.host(), vm_id)
-        held = [c for c in ctx.reservations.pool.claim_of(vm_id) if c.node == ctx.server_node]
-        if seen is not None and not seen.active and not held:
+        if seen is not None and not seen.active and not _holds_here(ctx, vm_id):
             guests.stop(ctx.host(), vm_id, force=True)
             log.warning("removed the definition of a guest that does not run", vm=vm_id)
 
@@ -158,9 +157,12 @@ def _remove_dhcp_host(ctx: NodeContext, mac: str, vm_id: str) -> None:
         networks.remove_dhcp_host(ctx.host(), ctx.settings.network_name, mac)
         return
     with suppress(Unavailable), vm_lock(ctx.settings.state_dir, vm_id):
-        held = [c for c in ctx.reservations.pool.claim_of(vm_id) if c.node == ctx.server_node]
-        if not held and ctx.reservations.epoch.is_open():
+        if not _holds_here(ctx, vm_id) and ctx.reservations.epoch.is_open():
             networks.remove_dhcp_host(ctx.host(), ctx.settings.network_name, mac)
+
+
+def _holds_here(ctx: NodeContext, vm_id: str) -> bool:
+    return any(claim.node == ctx.server_node for claim in ctx.reservations.pool.claim_of(vm_id))
 
 
 def storage_facts(ctx: NodeContext) -> dict[str, int]:

@@ -14,7 +14,7 @@ from sqlalchemy import select
 
 from hdcs_tasks.errors import Conflict
 from hdcs_tasks.logs import logger
-from hdcs_tasks.operations.control import Control, Tx
+from hdcs_tasks.operations.control import Control
 from hdcs_tasks.operations.sending import broadcast
 from hdcs_tasks.pool.control import quick_queues
 from hdcs_tasks.pool.rooms import vm_shape, vm_terms
@@ -28,8 +28,6 @@ log = logger(__name__)
 TIDY_TASK = "pool.tidy_on_node"
 NOTE = "tidy"
 NOTE_TTL_S = 600.0
-CONFLICTS = "conflicts"
-TOLD_AGAIN_S = 3600.0
 _EMPTY = frozenset({VmState.STOPPED, VmState.SAVED})
 _LIVING = select(Vm).where(Vm.deleted_at.is_(None))
 _RUNS = frozenset({VmState.RUNNING, VmState.SUSPENDED})
@@ -145,15 +143,8 @@ def _restore(control: Control, vm_id: str) -> None:
             control.reservations.marks.add(vm.home, vm.id, vm_terms(vm).marks)
             log.warning("a running VM holds its place again", vm=vm.name, node=vm.server_node)
         except Conflict as error:
-            _tell_conflict(tx, vm, error)
-
-
-def _tell_conflict(tx: Tx, vm: Vm, error: Conflict) -> None:
-    """Two guests claim one port or address, which only an operator can settle: told once an hour."""
-    notes = tx.control.reservations.notes
-    if vm.id not in notes.read(CONFLICTS):
-        tx.event("vm.conflict", vm.name, f"VM {vm.name}: {error}", node=vm.server_node)
-        notes.write(CONFLICTS, vm.id, "told", TOLD_AGAIN_S)
+            # Two guests claim one port or address, which only an operator can settle.
+            tx.event_hourly("vm.conflict", vm.name, f"VM {vm.name}: {error}", node=vm.server_node)
 
 
 def _release(control: Control, claims: Iterable[Claim]) -> int:
