@@ -168,6 +168,7 @@ def _open_in_place(tx: Tx, backup: Backup, asked: Asked, start: bool) -> Operati
     image, added = _image(tx, backup, vm.home)
     request = {
         "backup": backup.id, "at": vm.home, "start": start, "added_image": image.id if image and added else None,
+        "image": image.id if image else None,
     }  # fmt: skip
     operation = tx.open("backup.restore", asked=asked, vm=vm, request=request)
     spec = spec_of(backup) | {"vm_id": vm.id, "name": vm.name, "image": _shown(image), "disk_key": vm.disk_key}
@@ -287,7 +288,8 @@ def _not_restored(tx: Tx, operation: Operation, step: Step, error: HdcsError) ->
 def _set_back(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
     _settle_image(tx, operation, result)
     vm = vm_of(tx, operation)
-    vm.disk_bytes = result["disk_bytes"]
+    # It stands on what it stood on when the point was taken: the VM may have been refreshed since.
+    vm.image_id, vm.disk_bytes = operation.request["image"], result["disk_bytes"]
     metering.changed(tx.session, vm)
     # The disk has none of the bitmaps these points left behind: the next backup begins a new chain.
     ready = select(Backup).where(Backup.vm_id == vm.id, Backup.state == BackupState.READY)

@@ -16,6 +16,7 @@ from hdcs_tasks.backup import control_adopt, control_drill, control_policy, cont
 from hdcs_tasks.backup.rules import Keep
 from hdcs_tasks.errors import BackupBroken, Conflict, HypervisorRefused, Invalid, NoCapacity, NotFound, WrongState
 from hdcs_tasks.hypervisor import disks
+from hdcs_tasks.image import control as images
 from hdcs_tasks.operations.control import Asked
 from hdcs_tasks.operations.views import show
 from hdcs_tasks.reservations import PoolNode
@@ -246,6 +247,24 @@ def test_in_place_asks_for_a_stopped_vm_of_that_home(place: Place) -> None:
     assert show(place.control, operation.id)["state"] == "done"
     assert place.row(backup.id).checkpoint is None
     assert place.take("desk-01").kind == "full", "the disk that was set back has no bitmap of the old chain"
+
+
+def test_in_place_a_refreshed_vm_stands_on_its_old_image_again(place: Place) -> None:
+    """Were the newer one recorded, the old one could be deleted under it, and a move would bring the wrong one."""
+    vm = place.vm()
+    backup = place.take("desk-01")
+    with place.control.store.session() as session:
+        session.add(Image(id="image-2", name="mini", version=2, sha256="2" * 64, virtual_size_bytes=32 << 20))
+        session.flush()
+        session.add(ImageCopy(image_id="image-2", domain_node="east", state=ImageState.READY))
+        session.get_one(Vm, vm).image_id = "image-2"  # as a refresh leaves it
+    operation = control_restore.restore(place.control, backup.id, Asked(), in_place=True, start=False)
+    with pytest.raises(WrongState, match=f"operation {operation.id[:8]}"):
+        images.delete(place.control, "mini:1", Asked(), force=True)
+    place.desk.run(lambda run, spec: {"disk_bytes": 32 << 20, "image": None})
+    assert place.show(vm).image_id == place.image_id
+    with pytest.raises(WrongState, match="used by VM desk-01"):
+        images.delete(place.control, "mini:1", Asked(), force=True)
 
 
 # --- adopt
