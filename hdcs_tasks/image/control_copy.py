@@ -45,11 +45,16 @@ def bring(tx: Tx, operation: Operation, image: Image, to: str, *, more: Mapping[
     """Add the step that brings ``image`` to domain node ``to`` (``more``: of its spec); None where it is ready there.
 
     The operation goes on by ``on_done("<its kind>:image.copy_on_node")``. Two operations may bring the same image at
-    once: the second finds the file and receives nothing. Raises NotFound (no domain node has it), Unreachable.
+    once: the second finds the file and receives nothing. Raises NotFound (no domain node has it), Unreachable,
+    WrongState (it is being deleted there), and has changed nothing then: who settles a step goes another way.
     """
     if is_ready(image, to):
         return None
     source = _source(tx, image)
+    path = f"images/{image.name}/{image.version}.qcow2"
+    file = {"path": path, "size_bytes": source.file_bytes, "sha256": image.sha256}
+    shown = {"image": f"{image.name}:{image.version}", "from": source.domain_node, "pool": to}
+    spec = fetch_spec(tx.session, source.domain_node, [file], shown=shown) | {"image_id": image.id, "domain_node": to}
     row = tx.session.get(ImageCopy, (image.id, to))
     if row is None:
         tx.session.add(ImageCopy(image_id=image.id, domain_node=to, state=ImageState.ADDING))
@@ -57,10 +62,6 @@ def bring(tx: Tx, operation: Operation, image: Image, to: str, *, more: Mapping[
         raise WrongState(f"image {image.name}:{image.version} is being deleted on {to}", next="Ask again in a moment")
     elif row.state is not ImageState.ADDING:
         move(row, ImageState.ADDING)
-    path = f"images/{image.name}/{image.version}.qcow2"
-    file = {"path": path, "size_bytes": source.file_bytes, "sha256": image.sha256}
-    shown = {"image": f"{image.name}:{image.version}", "from": source.domain_node, "pool": to}
-    spec = fetch_spec(tx.session, source.domain_node, [file], shown=shown) | {"image_id": image.id, "domain_node": to}
     return tx.step(operation, "image.copy_on_node", to, spec | dict(more or {}), patience_s=PATIENCE_S)
 
 

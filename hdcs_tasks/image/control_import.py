@@ -211,7 +211,11 @@ def _copy_on(tx: Tx, operation: Operation, image: Image) -> None:
     while waiting and not operation.cancel_asked:
         to = waiting.pop(0)
         operation.request = operation.request | {"copies_to": waiting}
-        if control_copy.bring(tx, operation, image, to) is not None:
+        try:
+            if control_copy.bring(tx, operation, image, to) is not None:
+                return
+        except HdcsError as error:
+            tx.fail(operation, error)
             return
     tx.finish(operation, operation.request["imported"])
 

@@ -91,5 +91,10 @@ def _go_on(tx: Tx, operation: Operation, vm: Vm) -> None:
         tx.fail(operation, Cancelled("cancelled before it was cloned elsewhere"))
         return
     image = tx.session.get(Image, vm.image_id)
-    if vm.state is VmState.CREATING and image is not None:
+    if vm.state is not VmState.CREATING or image is None:
+        return
+    try:
         add_clone_step(tx, operation, vm, image)
+    except HdcsError as error:  # the image cannot be read any more where it is
+        forget(tx, vm)
+        tx.fail(operation, error)
