@@ -11,7 +11,7 @@ from sqlalchemy import bindparam, select
 from hdcs_tasks.clock import monotonic_s, now_s, random_hex
 from hdcs_tasks.errors import Cancelled, HdcsError, NoCapacity, OutcomeUnknown, Unreachable, from_dict
 from hdcs_tasks.logs import bound_contextvars, logger
-from hdcs_tasks.operations.cancelling import request_cancel
+from hdcs_tasks.operations.cancelling import gives_way, request_cancel
 from hdcs_tasks.operations.control import Control, Tx
 from hdcs_tasks.operations.handlers import ON_NO_ROOM
 from hdcs_tasks.operations.rules import (
@@ -121,6 +121,9 @@ def _wait_for_room(tx: Tx, step: Step, error: dict[str, Any]) -> None:
     if other_way is not None and other_way(tx, operation, step, from_dict(error)):
         step.ended_at = now()
         move(step, StepState.FAILED)
+        return
+    if operation.cancel_asked and gives_way(tx, step):
+        settle_failed(tx, step, Cancelled("cancelled: another operation waits for the VM"))
         return
     placed = "need" in step.spec
     delay_s = (step.deadline_at - now()).total_seconds() if placed else 10.0

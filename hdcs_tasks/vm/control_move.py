@@ -143,7 +143,7 @@ def discard(tx: Tx, operation: Operation, home: str) -> Step | None:
         "shown": {"vm": vm.name, "pool": home}, "vm_id": vm.id, "name": vm.name, "home": home, "binding": True,
         "ends_with_its_node": True,
     }  # fmt: skip
-    return tx.step(operation, "vm.discard_on_node", home, spec)
+    return tx.step(operation, "vm.discard_on_node", home, spec, patience_s=PATIENCE_S)
 
 
 def ends_of(operation: Operation, vm: Vm) -> dict[str, Any]:
