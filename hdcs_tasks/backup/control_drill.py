@@ -68,7 +68,7 @@ def _proven(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) ->
     if backup is not None:
         backup.proven_at = now()
     operation.request = operation.request | {"proof": result}
-    begin_delete(tx, operation)
+    begin_delete(tx, operation, binding=True)
 
 
 @on_failed("backup.drill:vm.start_on_node", "backup.prove_on_node")
@@ -78,10 +78,10 @@ def _give_up_after(tx: Tx, operation: Operation, step: Step, error: HdcsError) -
 
 
 def _give_up(tx: Tx, operation: Operation, error: HdcsError | None) -> None:
-    """Remove the throwaway; then the operation fails with what stopped the drill."""
+    """Remove the throwaway, though it was a cancel that stopped the drill; then the operation fails with what did."""
     told = error.to_dict() if error else {"code": "cancelled", "message": "cancelled by request"}
     operation.request = operation.request | {"gave_up": told}
-    begin_delete(tx, operation)
+    begin_delete(tx, operation, binding=True)
 
 
 on_done("backup.drill:vm.stop_on_node")(then_delete)

@@ -11,6 +11,7 @@ from hdcs_tasks.backup.control import found_broken, spec_of, usable
 from hdcs_tasks.backup.control_copy import add_fetch_step, places_of
 from hdcs_tasks.backup.rules import RESTORE_IN_PLACE_IN, lies_in, restore_in
 from hdcs_tasks.errors import HdcsError, Invalid, NotFound, Unreachable, WrongState
+from hdcs_tasks.image.control import missed, ready
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed, plan_steps
 from hdcs_tasks.pool import planning
@@ -18,7 +19,7 @@ from hdcs_tasks.pool.control import get_domain_node
 from hdcs_tasks.routing import check_name
 from hdcs_tasks.states import IN_POOL, BackupState, ImageState, VmState
 from hdcs_tasks.store import metering
-from hdcs_tasks.store.models import Backup, Image, ImageCopy, Operation, ServerNode, Step, Vm, new_id, now
+from hdcs_tasks.store.models import Backup, Image, ImageCopy, Operation, ServerNode, Step, Vm, new_id
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import add_start_step, get_vm, names_taken, vm_of
 from hdcs_tasks.vm.control_clone import Shape, choose, choose_homes, new_vm, rooms_of
@@ -168,6 +169,7 @@ def _open_in_place(tx: Tx, backup: Backup, asked: Asked, start: bool) -> Operati
     image, added = _image(tx, backup, vm.home)
     request = {
         "backup": backup.id, "at": vm.home, "start": start, "added_image": image.id if image and added else None,
+        "image": image.id if image else None,
     }  # fmt: skip
     operation = tx.open("backup.restore", asked=asked, vm=vm, request=request)
     spec = spec_of(backup) | {"vm_id": vm.id, "name": vm.name, "image": _shown(image), "disk_key": vm.disk_key}
@@ -245,20 +247,15 @@ def _added_copy(tx: Tx, operation: Operation) -> ImageCopy | None:
 
 def _settle_image(tx: Tx, operation: Operation, result: dict[str, Any]) -> None:
     copy = _added_copy(tx, operation)
-    if copy is None or copy.state is not ImageState.ADDING:
+    if copy is None:
         return
     copy.image.virtual_size_bytes = result["image"]["virtual_size_bytes"]
-    copy.file_bytes = result["image"]["file_bytes"]
-    move(copy, ImageState.READY)
+    ready(copy, result["image"]["file_bytes"])
 
 
 def _unsettle_image(tx: Tx, operation: Operation) -> None:
-    copy = _added_copy(tx, operation)
-    if copy is None or copy.state is not ImageState.ADDING:
-        return
-    move(copy, ImageState.FAILED)
-    if all(c.state is ImageState.FAILED for c in copy.image.copies):
-        copy.image.deleted_at = now()
+    if (copy := _added_copy(tx, operation)) is not None:
+        missed(copy)
 
 
 # --- how it ends
@@ -287,7 +284,8 @@ def _not_restored(tx: Tx, operation: Operation, step: Step, error: HdcsError) ->
 def _set_back(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
     _settle_image(tx, operation, result)
     vm = vm_of(tx, operation)
-    vm.disk_bytes = result["disk_bytes"]
+    # It stands on what it stood on when the point was taken: the VM may have been refreshed since.
+    vm.image_id, vm.disk_bytes = operation.request["image"], result["disk_bytes"]
     metering.changed(tx.session, vm)
     # The disk has none of the bitmaps these points left behind: the next backup begins a new chain.
     ready = select(Backup).where(Backup.vm_id == vm.id, Backup.state == BackupState.READY)

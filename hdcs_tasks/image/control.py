@@ -10,7 +10,7 @@ from sqlalchemy import delete as sql_delete
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from hdcs_tasks.errors import Conflict, HdcsError, Invalid, NotFound, WrongState
+from hdcs_tasks.errors import Cancelled, Conflict, HdcsError, Invalid, NotFound, WrongState
 from hdcs_tasks.image.control_use import uses
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed
@@ -105,30 +105,48 @@ def _copy_of(tx: Tx, operation: Operation) -> ImageCopy:
     return copy
 
 
-@on_done("image.add_on_node")
-def _added(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
-    copy = _copy_of(tx, operation)
+def came(tx: Tx, operation: Operation, copy: ImageCopy, result: dict[str, Any]) -> bool:
+    """A file was taken in as this copy: record it. False, and the operation has failed, where the image's other copies
+    are another file."""
     image = copy.image
-    if image.sha256 is not None and image.sha256 != result["sha256"]:
-        move(copy, ImageState.FAILED)
+    if image.sha256 not in (None, result["sha256"]):
+        missed(copy)
         tx.fail(operation, Conflict(
             f"the file read on {copy.domain_node} differs from the copies of {image.name}:{image.version} elsewhere",
             next="The same path must lead to the same file on every server node",
         ))  # fmt: skip
-        return
+        return False
     image.sha256, image.virtual_size_bytes = result["sha256"], result["virtual_size_bytes"]
-    copy.file_bytes = result["file_bytes"]
-    move(copy, ImageState.READY)
+    ready(copy, result["file_bytes"])
+    return True
+
+
+def ready(copy: ImageCopy, file_bytes: int) -> None:
+    """The image is there. Several may have brought it at once (an add, a copy, a restore): who comes second finds it
+    recorded, or recorded as failed by one that did."""
+    copy.file_bytes = file_bytes
+    if copy.state is ImageState.FAILED:
+        move(copy, ImageState.ADDING)
+    if copy.state is ImageState.ADDING:
+        move(copy, ImageState.READY)
+
+
+def missed(copy: ImageCopy) -> None:
+    """It did not come by this way; with no copy anywhere the name is free again, and nothing half-made is left."""
+    if copy.state is ImageState.ADDING:
+        move(copy, ImageState.FAILED)
+    if all(c.state is ImageState.FAILED for c in copy.image.copies):
+        copy.image.deleted_at = copy.image.deleted_at or now()
+
+
+@on_done("image.add_on_node")
+def _added(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
+    came(tx, operation, _copy_of(tx, operation), result)
 
 
 @on_failed("image.add_on_node")
 def _not_added(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
-    copy = _copy_of(tx, operation)
-    move(copy, ImageState.FAILED)
-    image = copy.image
-    if all(c.state is ImageState.FAILED for c in image.copies):
-        # No copy anywhere: the name is free again, nothing half-made is left.
-        image.deleted_at = now()
+    missed(_copy_of(tx, operation))
 
 
 def delete(control: Control, name: str, asked: Asked, *, force: bool = False) -> Operation:
@@ -144,14 +162,17 @@ def delete(control: Control, name: str, asked: Asked, *, force: bool = False) ->
         parent = tx.open("image.delete", asked=asked, subject=f"{image.name}:{image.version}")
         image.deleted_at = now()
         tx.session.execute(sql_delete(ImagePublished).where(ImagePublished.image_id == image.id))
-        ready = [copy for copy in image.copies if copy.state is ImageState.READY]
-        for copy in ready:
+        # Also what an earlier deletion could not remove.
+        here = [
+            c for c in image.copies if c.state is ImageState.READY or (c.state is ImageState.FAILED and c.file_bytes)
+        ]
+        for copy in here:
             move(copy, ImageState.DELETING)
             request = {"image": image.id, "domain_node": copy.domain_node}
             child = tx.open("image.delete_copy", asked=asked, subject=image.name, request=request, parent=parent)
             spec = {"shown": {"image": image.name}, "image": image.name, "version": image.version}
             tx.step(child, "image.delete_on_node", copy.domain_node, spec)
-        if not ready:
+        if not here:
             tx.finish(parent)
         return parent
 
@@ -177,7 +198,10 @@ def _deleted(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -
 
 @on_failed("image.delete_on_node")
 def _not_deleted(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
-    move(_copy_of(tx, operation), ImageState.FAILED)
+    """The file may be there still: the image is shown again, so that it can be deleted once more."""
+    copy = _copy_of(tx, operation)
+    move(copy, ImageState.READY if error.code == Cancelled.code else ImageState.FAILED)
+    copy.image.deleted_at = None
 
 
 def list_images(control: Control) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hdcs_tasks.errors import HdcsError, NotFound, WrongState
-from hdcs_tasks.image.control import get_image
+from hdcs_tasks.image.control import get_image, missed, ready
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed
 from hdcs_tasks.pool.control import get_domain_node
@@ -82,21 +82,14 @@ def _source(tx: Tx, image: Image) -> ImageCopy:
 
 @on_done("image.copy_on_node")
 def _copied(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
-    row = _row(tx, step)
-    if row is None:
-        return
-    if row.state is ImageState.FAILED:
-        move(row, ImageState.ADDING)  # another operation's copy failed; this one came through
-    row.file_bytes = step.spec["files"][0]["size_bytes"]
-    if row.state is ImageState.ADDING:
-        move(row, ImageState.READY)
+    if (row := _row(tx, step)) is not None:
+        ready(row, step.spec["files"][0]["size_bytes"])
 
 
 @on_failed("image.copy_on_node")
 def _not_copied(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
-    row = _row(tx, step)
-    if row is not None and row.state is ImageState.ADDING:
-        move(row, ImageState.FAILED)
+    if (row := _row(tx, step)) is not None:
+        missed(row)
 
 
 def _row(tx: Tx, step: Step) -> ImageCopy | None:

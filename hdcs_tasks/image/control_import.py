@@ -18,14 +18,14 @@ from sqlalchemy.orm import Session
 
 from hdcs_tasks.errors import Conflict, HdcsError, Invalid, NotFound, Unreachable
 from hdcs_tasks.image import control_copy, rules
+from hdcs_tasks.image.control import came, missed
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed, on_no_room, plan_steps
 from hdcs_tasks.pool import profiles
 from hdcs_tasks.pool.control import get_domain_node, get_server_node
 from hdcs_tasks.routing import check_name, direct_queue
 from hdcs_tasks.states import IN_POOL, ImageState
-from hdcs_tasks.store.models import DomainNode, Image, ImageCopy, Operation, Profile, ServerNode, Step, new_id, now
-from hdcs_tasks.store.transitions import move
+from hdcs_tasks.store.models import DomainNode, Image, ImageCopy, Operation, Profile, ServerNode, Step, new_id
 
 plan_steps("image.import", {"image.import_on_node": 80, "image.copy_on_node": 20})
 PATIENCE_S = 60.0
@@ -179,12 +179,13 @@ def _row(tx: Tx, step: Step) -> ImageCopy | None:
 @on_done("image.import_on_node")
 def _imported(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
     row = _row(tx, step)
-    if row is None or row.state is not ImageState.ADDING:
-        raise NotFound(f"operation {operation.id} has no image copy")
+    if row is None:
+        tx.fail(operation, NotFound(f"operation {operation.id} has no image copy"))
+        return
+    if not came(tx, operation, row, result):
+        return
     image = row.image
-    image.sha256, image.virtual_size_bytes = result["sha256"], result["virtual_size_bytes"]
-    image.shape, row.file_bytes = result["shape"], result["file_bytes"]
-    move(row, ImageState.READY)
+    image.shape = result["shape"]
     result["profile"] = _profile(tx, operation, image)
     operation.request = operation.request | {"imported": result}
     _copy_on(tx, operation, image)
@@ -247,10 +248,7 @@ def _give_up(tx: Tx, step: Step) -> Image | None:
     row = _row(tx, step)
     if row is None or row.state is not ImageState.ADDING:
         return None
-    move(row, ImageState.FAILED)
-    if all(copy.state is ImageState.FAILED for copy in row.image.copies):
-        # No copy anywhere: the name is free again, nothing half-made is left.
-        row.image.deleted_at = now()
+    missed(row)
     return row.image
 
 

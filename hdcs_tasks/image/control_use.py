@@ -11,7 +11,10 @@ from hdcs_tasks.states import OPERATION_LIVE, BackupState
 from hdcs_tasks.store.models import Backup, Image, ImagePublished, Operation, Vm, WarmPool
 
 _SHOWN = 5
-_READERS = ("image.export", "image.copy", "image.publish", "image.publish_on", "vm.refresh", "image.import")
+_READERS = (
+    "image.export", "image.copy", "image.publish", "image.publish_on", "vm.refresh", "image.import", "image.add",
+    "image.add_copy", "backup.restore",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 from hdcs_tasks.errors import HdcsError
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed, on_start, plan_steps
+from hdcs_tasks.operations.rules import is_binding
 from hdcs_tasks.pool.control import get_server_node
 from hdcs_tasks.routing import quick_queue
 from hdcs_tasks.states import VmState
@@ -35,7 +36,12 @@ plan_steps("vm.delete", {"vm.stop_on_node": 80, "vm.delete_on_node": 20})
 
 
 @on_start("vm.delete")
-def begin_delete(tx: Tx, operation: Operation) -> None:
+def _begin(tx: Tx, operation: Operation) -> None:
+    begin_delete(tx, operation)
+
+
+def begin_delete(tx: Tx, operation: Operation, *, binding: bool = False) -> None:
+    """``binding``: whatever is asked meanwhile; what it removes is nobody's."""
     vm = vm_of(tx, operation)
     if vm.state is VmState.DELETED:
         tx.finish(operation)
@@ -43,22 +49,22 @@ def begin_delete(tx: Tx, operation: Operation) -> None:
     if vm.state is not VmState.DELETING:
         move(vm, VmState.DELETING)
     if vm.server_node is None:
-        add_delete_step(tx, operation, vm)
+        add_delete_step(tx, operation, vm, binding=binding)
         return
     node = get_server_node(tx.session, vm.server_node)
-    spec = command_spec(vm, operation)
+    spec = command_spec(vm, operation) | {"binding": binding}
     tx.step(operation, "vm.stop_on_node", quick_queue(node.domain_node, node.name), spec, node=node.name)
 
 
-def add_delete_step(tx: Tx, operation: Operation, vm: Vm) -> Step:
-    spec = {"shown": {"vm": vm.name, "pool": vm.home}, "vm_id": vm.id, "name": vm.name}
+def add_delete_step(tx: Tx, operation: Operation, vm: Vm, *, binding: bool = False) -> Step:
+    spec = {"shown": {"vm": vm.name, "pool": vm.home}, "vm_id": vm.id, "name": vm.name, "binding": binding}
     return tx.step(operation, "vm.delete_on_node", vm.home, spec)
 
 
 @on_done("vm.delete:vm.stop_on_node")
 def then_delete(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
     """Its guest has ended: the disk goes."""
-    add_delete_step(tx, operation, vm_of(tx, operation))
+    add_delete_step(tx, operation, vm_of(tx, operation), binding=is_binding(step.spec))
 
 
 @on_failed("vm.delete:vm.stop_on_node", "vm.delete_on_node")

@@ -12,10 +12,11 @@ import pytest
 from sqlalchemy import delete, select
 
 from hdcs_tasks.backup import control as backups
-from hdcs_tasks.backup import control_adopt, control_drill, control_policy, control_prune, control_restore
+from hdcs_tasks.backup import control_adopt, control_policy, control_prune, control_restore
 from hdcs_tasks.backup.rules import Keep
 from hdcs_tasks.errors import BackupBroken, Conflict, HypervisorRefused, Invalid, NoCapacity, NotFound, WrongState
 from hdcs_tasks.hypervisor import disks
+from hdcs_tasks.image import control as images
 from hdcs_tasks.operations.control import Asked
 from hdcs_tasks.operations.views import show
 from hdcs_tasks.reservations import PoolNode
@@ -35,7 +36,6 @@ from hdcs_tasks.store.models import (
 )  # fmt: skip
 from hdcs_tasks.vm import control as vms
 from hdcs_tasks.vm import control_delete
-from hdcs_tasks.vm.control_list import list_vms
 from tests.contract.backup_place import Place
 from tests.contract.desk import Desk, desk  # noqa: F401 - desk is a fixture
 
@@ -248,6 +248,24 @@ def test_in_place_asks_for_a_stopped_vm_of_that_home(place: Place) -> None:
     assert place.take("desk-01").kind == "full", "the disk that was set back has no bitmap of the old chain"
 
 
+def test_in_place_a_refreshed_vm_stands_on_its_old_image_again(place: Place) -> None:
+    """Were the newer one recorded, the old one could be deleted under it, and a move would bring the wrong one."""
+    vm = place.vm()
+    backup = place.take("desk-01")
+    with place.control.store.session() as session:
+        session.add(Image(id="image-2", name="mini", version=2, sha256="2" * 64, virtual_size_bytes=32 << 20))
+        session.flush()
+        session.add(ImageCopy(image_id="image-2", domain_node="east", state=ImageState.READY))
+        session.get_one(Vm, vm).image_id = "image-2"  # as a refresh leaves it
+    operation = control_restore.restore(place.control, backup.id, Asked(), in_place=True, start=False)
+    with pytest.raises(WrongState, match=f"operation {operation.id[:8]}"):
+        images.delete(place.control, "mini:1", Asked(), force=True)
+    place.desk.run(lambda run, spec: {"disk_bytes": 32 << 20, "image": None})
+    assert place.show(vm).image_id == place.image_id
+    with pytest.raises(WrongState, match="used by VM desk-01"):
+        images.delete(place.control, "mini:1", Asked(), force=True)
+
+
 # --- adopt
 
 
@@ -418,54 +436,3 @@ def test_policies_are_checked(place: Place) -> None:
     control_policy.delete(place.control, "p")
     with pytest.raises(NotFound):
         control_policy.show(place.control, "p")
-
-
-# --- drills
-
-DRILL = ["backup.restore_on_node", "vm.start_on_node", "backup.prove_on_node", "vm.stop_on_node", "vm.delete_on_node"]
-
-
-def test_a_drill_proves_a_point_and_leaves_nothing(place: Place) -> None:
-    place.vm()
-    backup = place.take("desk-01")
-    assert [b["id"] for b in backups.list_backups(place.control, unproven=True)] == [backup.id]
-    operation = control_drill.drill(place.control, backup.id, Asked())
-    assert place.work() == DRILL
-    assert show(place.control, operation.id)["state"] == "done"
-    assert place.row(backup.id).proven_at is not None
-    assert backups.list_backups(place.control, unproven=True) == []
-    assert [v["name"] for v in list_vms(place.control)] == ["desk-01"]
-    assert not place.layout.vm_dir(str(operation.vm_id)).exists()
-    with place.control.store.read() as session:
-        steps = {s.name: s for s in session.get_one(Operation, operation.id).steps}
-    assert steps["vm.start_on_node"].spec["isolated"] is True
-    assert steps["backup.restore_on_node"].spec["compare"] is True
-
-
-@pytest.mark.parametrize("step", DRILL[:3])
-def test_a_drill_that_fails_proves_nothing_and_leaves_nothing(place: Place, step: str) -> None:
-    place.vm()
-    backup = place.take("desk-01")
-    place.fails[step] = HypervisorRefused("not today")
-    operation = control_drill.drill(place.control, backup.id, Asked())
-    place.work()
-    found = show(place.control, operation.id)
-    assert (found["state"], found["error"]["message"]) == ("failed", "not today")
-    assert place.row(backup.id).proven_at is None
-    assert [v["name"] for v in list_vms(place.control)] == ["desk-01"]
-
-
-def test_scheduled_drills_go_round(place: Place) -> None:
-    for name in ("desk-01", "desk-02"):
-        place.vm(name)
-        place.take(name)
-    control_policy.create(
-        place.control, "p", schedule="monthly 1 00:00", selector={}, keep=Keep(), drill_schedule="weekly sun 04:00"
-    )
-    for _ in range(2):
-        with place.control.store.session() as session:
-            session.get_one(BackupPolicy, "p").drill_slot_at = datetime.now(UTC) - timedelta(days=8)
-        control_policy.policy_sweep(place.control)
-        control_policy.policy_sweep(place.control)
-        place.work()
-    assert backups.list_backups(place.control, unproven=True) == []

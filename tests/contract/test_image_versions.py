@@ -11,6 +11,7 @@ import pytest
 from hdcs_tasks.errors import Conflict, HypervisorRefused, Invalid, NotFound, WrongState
 from hdcs_tasks.handles.vms import Vm, Vms
 from hdcs_tasks.operations.control import Asked
+from hdcs_tasks.operations.recovery import recovery_sweep
 from hdcs_tasks.states import BackupState, VmState
 from hdcs_tasks.store.models import Backup, ImagePublished, WarmPool
 from hdcs_tasks.store.models import Vm as VmRow
@@ -179,6 +180,42 @@ def test_an_image_in_use_is_not_deleted_and_says_by_whom(place: ImagePlace) -> N
     with place.control.store.read() as session:
         assert session.query(ImagePublished).count() == 0
     assert version_of(place, clone(place, "desk-2")) == 1
+
+
+def test_a_deletion_that_does_not_come_through_can_be_asked_for_again(place: ImagePlace) -> None:
+    """Else the file would lie there for ever, and nobody could name it."""
+    place.add(domain_nodes=("east", "west"))
+    operation = place.images.delete("mini")
+    operation.cancel()
+    recovery_sweep(place.control)
+    place.work()
+    assert operation.state == "cancelled" and place.row()["copies"] == {"east": "ready", "west": "ready"}
+    place.fails["image.delete_on_node"] = HypervisorRefused("read-only file system")
+    assert ended(place, place.images.delete("mini"))["state"] == "failed"
+    assert place.row()["copies"] == {"east": "failed", "west": "failed"}
+    place.fails.clear()
+    assert ended(place, place.images.delete("mini"))["state"] == "done"
+    assert place.images.list() == [] and place.everything() == []
+
+
+@pytest.mark.parametrize("first", ["add", "copy"])
+@pytest.mark.parametrize("fails", ["", "image.copy_on_node", "image.add_on_node"])
+def test_an_image_that_comes_by_two_ways_at_once(
+    place: ImagePlace, fails: str, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both operations end, and it is ready if one of them brought it."""
+    place.add()
+    if first == "copy":
+        taken = place.desk.messages
+        monkeypatch.setattr(place.desk, "messages", lambda queue: taken(queue)[:: -1 if queue == "control" else 1])
+    added = place.images.add("mini", str(place.image()), domain_nodes=["west"])
+    copied = place.images.copy("mini", "west")
+    if fails:
+        place.fails[fails] = HypervisorRefused("no")
+    place.work()
+    assert added.state == ("failed" if fails == "image.add_on_node" else "done")
+    assert copied.state == ("failed" if fails == "image.copy_on_node" else "done")
+    assert place.row()["copies"] == {"east": "ready", "west": "ready"}
 
 
 # -- a worker that dies
