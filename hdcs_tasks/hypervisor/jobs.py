@@ -42,7 +42,11 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class JobInfo:
-    """A job as libvirt shows it. ``kind``: migration_out, migration_in, backup, save, …; bytes and seconds."""
+    """A job as libvirt shows it. ``kind``: migration_out, migration_in, backup, save, …; bytes and seconds.
+
+    ``over``: it has succeeded or failed, and libvirt tidies up after it, which a cut network makes long. Until then no
+    other job may begin.
+    """
 
     kind: str
     elapsed_s: float
@@ -52,6 +56,7 @@ class JobInfo:
     memory_left: int
     bytes_per_s: int
     iteration: int = 0
+    over: bool = False
 
     @property
     def phase(self) -> str:
@@ -88,19 +93,18 @@ def _info(stats: dict[str, Any]) -> JobInfo:
         memory_left=stats.get("memory_remaining", 0),
         bytes_per_s=stats.get("memory_bps", 0) or stats.get("disk_bps", 0),
         iteration=stats.get("memory_iteration", 0),
+        over=stats.get("type") not in (libvirt.VIR_DOMAIN_JOB_BOUNDED, libvirt.VIR_DOMAIN_JOB_UNBOUNDED),
     )
 
 
 def job_of(guest: Any) -> JobInfo | None:
-    """The job running on ``guest`` (a virDomain), or None. A guest that vanished has none."""
+    """The job of ``guest`` (a virDomain), or None. A guest that vanished has none."""
     try:
         with libvirt_errors("ask for the guest's job"):
             stats = _stats_of(guest)
     except (NotFound, WrongState):
         return None
-    if stats.get("type", 0) not in (libvirt.VIR_DOMAIN_JOB_BOUNDED, libvirt.VIR_DOMAIN_JOB_UNBOUNDED):
-        return None
-    return _info(stats)
+    return None if stats.get("type", 0) == libvirt.VIR_DOMAIN_JOB_NONE else _info(stats)
 
 
 def _stats_of(guest: Any) -> dict[str, Any]:

@@ -70,6 +70,7 @@ class Pace:
             with libvirt_errors(f"limit the backup to {self.target.name}"):
                 self.guest.blockJobSetSpeed(self.disk_target, bytes_s, flags)
         except HdcsError:
-            if job_of(self.guest) is not None:  # else it has ended already
+            job = job_of(self.guest)
+            if job is not None and not job.over:
                 raise
         self._set_to = bytes_s

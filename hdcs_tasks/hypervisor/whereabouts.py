@@ -86,7 +86,7 @@ def observe(source: Host | None, target: Host | None, vm_id: str) -> Whereabouts
         job = None if source is None else current_job(source, vm_id)
     except HdcsError:
         here, job = Presence.UNKNOWN, None
-    return Whereabouts(here, there, job is not None and job.kind == "migration_out")
+    return Whereabouts(here, there, job is not None and job.kind == "migration_out" and not job.over)
 
 
 def _presence(host: Host | None, vm_id: str) -> Presence:
@@ -114,5 +114,6 @@ def finish_at_target(host: Host, vm_id: str) -> None:
     with libvirt_errors(f"resume guest {vm_id}"):
         if guest.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
             guest.resume()
-    if job_of(guest) is not None:
+    job = job_of(guest)
+    if job is not None and not job.over:
         raise HypervisorRefused(f"guest {vm_id} still has a job", next="Look again when it has ended")

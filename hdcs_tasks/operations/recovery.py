@@ -253,7 +253,8 @@ def _recover(tx: Tx, step: Step, status: StepStatus | None, *, looked_now: bool 
         if _is_cancelled(step) and not status.cancel:
             # The flag was set while Redis was away, or was lost with it or with the last attempt.
             request_cancel(tx.control.reservations, step.id, step.attempt, is_touched(step.attempt, step.node))
-    if ends_with_its_node(step.spec) and not (known and status is not None and status.leased) and _is_lost(tx, step):
+    leased = known and status is not None and status.leased
+    if ends_with_its_node(step.spec) and not leased and _is_lost(tx, step):
         where = f"server node {step.node}" if step.node else f"every server node of domain node {step.queue}"
         words = f"{where} was lost before {step.name} had ended"
         step_id, attempt = step.id, step.attempt
@@ -261,6 +262,8 @@ def _recover(tx: Tx, step: Step, status: StepStatus | None, *, looked_now: bool 
         tx.after(lambda: tx.control.reservations.steps.close(step_id, attempt))
         settle_failed(tx, step, Unreachable(words, next="Bring it back: hdcs node list"))
         return Verdict.LEAVE
+    if not leased:
+        _tell_whom_it_waits_for(tx, step)
     verdict = judge(_facts(tx, step, status if known else None))
     if verdict is Verdict.SEND_AGAIN:
         tx.send_again(step)
@@ -288,6 +291,13 @@ def _is_lost(tx: Tx, step: Step) -> bool:
     borne_s = 0.0 if step.operation.cancel_asked else bears_loss_s(step.spec)
     lost = node.state is ServerNodeState.LOST and (now() - node.state_at).total_seconds() >= borne_s
     return lost and not awaits_its_node(step.spec)
+
+
+def _tell_whom_it_waits_for(tx: Tx, step: Step) -> None:
+    """An operation whose server node is away says so, instead of how far it had come."""
+    node = tx.session.get(ServerNode, step.node) if step.node else None
+    if node is not None and node.state not in IN_POOL and not step.operation.phase.startswith("cancelling"):
+        step.operation.phase = f"waits for server node {node.name} ({node.state.value})"
 
 
 def _facts(tx: Tx, step: Step, status: StepStatus | None) -> StepFacts:

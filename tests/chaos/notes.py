@@ -55,15 +55,19 @@ def write(center: Center, vm: Mapping[str, str], slot: int, pattern: int) -> boo
 
 
 def _write_running(center: Center, vm: Mapping[str, str], slot: int, pattern: int) -> bool:
+    _ask_qemu(center, vm, _command(slot, pattern), "flush")
+    return True
+
+
+def _ask_qemu(center: Center, vm: Mapping[str, str], *commands: str) -> None:
     with open_host(center, vm["server_node"]) as host:
         guest = host.guest(vm["id"])
         shown = json.loads(libvirt_qemu.qemuMonitorCommand(guest, '{"execute":"query-block"}', 0))
         device = next(d["qdev"] for d in shown["return"] if d.get("inserted") and "virtio-disk0" in d["qdev"])
-        for command in (_command(slot, pattern), "flush"):
+        for command in commands:
             said = libvirt_qemu.qemuMonitorCommand(guest, f'qemu-io -d {device} "{command}"', 1)
             if said.strip():
                 raise HdcsError(f"the note was not written: {said}")
-    return True
 
 
 def _write_stopped(center: Center, vm: Mapping[str, str], slot: int, pattern: int) -> bool:
@@ -72,10 +76,16 @@ def _write_stopped(center: Center, vm: Mapping[str, str], slot: int, pattern: in
     return center.lab.run(node, argv, timeout_s=30, check=False).returncode == 0
 
 
-def wrong(center: Center, home: str, vm_id: str, notes: Notes) -> str:
+def wrong_running(center: Center, vm: Mapping[str, str], notes: Notes) -> str:
+    """What is not as it should be in the disk of a VM that runs; '' if all is there."""
+    _ask_qemu(center, vm, "flush")
+    return wrong(center, vm["home"], vm["id"], notes, "--force-share")
+
+
+def wrong(center: Center, home: str, vm_id: str, notes: Notes, *options: str) -> str:
     """What is not as it should be in the disk of a VM that does not run; '' if all is there."""
     node = center.lab.domain_nodes[home][0]
-    argv = ["qemu-io", "-r", "-f", "qcow2", "-c", f"read -q -P {IMAGE_PATTERN} 0 {IMAGE_BYTES}"]
+    argv = ["qemu-io", *options, "-r", "-f", "qcow2", "-c", f"read -q -P {IMAGE_PATTERN} 0 {IMAGE_BYTES}"]
     for slot in range(SLOTS):
         argv += ["-c", f"read -q -P {notes.get(slot, 0)} {FIRST_BYTE + slot * SLOT_BYTES} {SLOT_BYTES}"]
     done = center.lab.run(node, [*argv, disk(vm_id)], timeout_s=60, check=False)

@@ -66,6 +66,7 @@ def test_a_target_that_is_lost_while_files_arrive(center: Played, way: str) -> N
     lost_with(center, "vm.fetch_on_node", "node3")
     sweep_in(center, ARRIVES["bears_loss_s"] - 5)
     assert [step["name"] for step in center.steps("published")] == ["vm.fetch_on_node"]
+    assert operation.show()["phase"] == "waits for server node node3 (lost)"
     if way == "returns":
         center.node("west", "node3", 1024)
         center.play()

@@ -84,6 +84,7 @@ def kill_worker(center: Center, node: str) -> None:
 def locked(center: Center, node: str, vm_id: str) -> Iterator[None]:
     """What is to be done to the VM on this server node waits inside the block (up to 10 s), as for an older attempt."""
     file = f"{LOCAL}/locks/{vm_id}"
+    center.lab.run(node, ["mkdir", "-p", f"{LOCAL}/locks"])  # nothing was locked there yet
     pid = center.lab.spawn(node, ["flock", "--close", file, "sleep", "60"])
 
     def held() -> bool:
