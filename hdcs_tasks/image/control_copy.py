@@ -6,7 +6,6 @@ VM, a clone. The step is ``image.copy_on_node``, on the queue of the domain node
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from hdcs_tasks.errors import HdcsError, NotFound, WrongState
@@ -41,8 +40,8 @@ def is_ready(image: Image, domain_node: str) -> bool:
     return any(c.domain_node == domain_node and c.state is ImageState.READY for c in image.copies)
 
 
-def bring(tx: Tx, operation: Operation, image: Image, to: str, *, more: Mapping[str, Any] | None = None) -> Step | None:
-    """Add the step that brings ``image`` to domain node ``to`` (``more``: of its spec); None where it is ready there.
+def bring(tx: Tx, operation: Operation, image: Image, to: str) -> Step | None:
+    """Add the step that brings ``image`` to domain node ``to``; None where it is ready there.
 
     The operation goes on by ``on_done("<its kind>:image.copy_on_node")``. Two operations may bring the same image at
     once: the second finds the file and receives nothing. Raises NotFound (no domain node has it), Unreachable,
@@ -62,7 +61,7 @@ def bring(tx: Tx, operation: Operation, image: Image, to: str, *, more: Mapping[
         raise WrongState(f"image {image.name}:{image.version} is being deleted on {to}", next="Ask again in a moment")
     elif row.state is not ImageState.ADDING:
         move(row, ImageState.ADDING)
-    return tx.step(operation, "image.copy_on_node", to, spec | dict(more or {}), patience_s=PATIENCE_S)
+    return tx.step(operation, "image.copy_on_node", to, spec, patience_s=PATIENCE_S)
 
 
 def _source(tx: Tx, image: Image) -> ImageCopy:

@@ -31,7 +31,7 @@ from hdcs_tasks.operations.rules import (
 )
 from hdcs_tasks.operations.settling import advance, settle_done, settle_failed
 from hdcs_tasks.reservations import StepStatus
-from hdcs_tasks.routing import direct_queue, quick_queue
+from hdcs_tasks.routing import direct_queue, quick_queue, server_node_of
 from hdcs_tasks.states import IN_POOL, OPERATION_LIVE, STEP_LIVE, OperationState, ServerNodeState, StepState
 from hdcs_tasks.store import metering
 from hdcs_tasks.store.models import Operation, ServerNode, Step, now
@@ -282,10 +282,11 @@ def _recover(tx: Tx, step: Step, status: StepStatus | None, *, looked_now: bool 
 def _is_lost(tx: Tx, step: Step) -> bool:
     """Whether nobody may be waited for any longer: the step's server node is lost, or was removed from the record; or
     nobody took it in time, and of its domain node no server node is up."""
-    if step.node is None:
+    name = step.node or server_node_of(step.queue)
+    if name is None:
         up = select(ServerNode.name).where(ServerNode.domain_node == step.queue, ServerNode.state.in_(IN_POOL)).limit(1)
         return now() >= step.deadline_at and tx.session.scalar(up) is None
-    node = tx.session.get(ServerNode, step.node)
+    node = tx.session.get(ServerNode, name)
     if node is None:
         return True
     borne_s = 0.0 if step.operation.cancel_asked else bears_loss_s(step.spec)

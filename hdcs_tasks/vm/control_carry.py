@@ -25,7 +25,6 @@ from hdcs_tasks.vm.control import add_start_step, command_spec, leave_via, vm_of
 from hdcs_tasks.vm.control_clone import promise_disk
 from hdcs_tasks.vm.control_left import let_go
 from hdcs_tasks.vm.control_move import (
-    ARRIVES,
     PATIENCE_S,
     change_home,
     discard,
@@ -95,7 +94,7 @@ def _not_saved(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> No
 def _carry(tx: Tx, operation: Operation, vm: Vm) -> None:
     """Raises as ``bring``, before anything has changed."""
     image = image_of(tx, vm)
-    first = None if image is None else bring(tx, operation, image, target_home(operation), more=ARRIVES)
+    first = None if image is None else bring(tx, operation, image, target_home(operation))
     operation.request = operation.request | {"carried_as": vm.state.value}
     move(vm, VmState.MIGRATING)
     if first is None:
@@ -121,7 +120,7 @@ def _offered(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -
         spec = fetch_spec(
             tx.session, vm.home, result["files"], first=result["node"], bandwidth_mib_s=limit,
             shown={"vm": vm.name, "from": vm.home, "to": target_home(operation)},
-        ) | {"vm_id": vm.id, "root": result["root"]} | ARRIVES  # fmt: skip
+        ) | {"vm_id": vm.id, "root": result["root"]}  # fmt: skip
     except Unreachable as error:  # whoever hashed them has left
         not_begun(tx, operation, vm, error)
         return

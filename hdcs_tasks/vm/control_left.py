@@ -32,10 +32,10 @@ def let_go(tx: Tx, operation: Operation) -> None:
 
 
 def clean_later(tx: Tx, vm: Vm, home: str) -> Operation:
-    """No server node of ``home`` is up to remove what the VM has there and is not it: an operation of its own waits for
-    one, while the VM is used."""
+    """No server node of ``home`` is up to remove what the VM has there and is not it (or whoever did is lost): an
+    operation of its own waits for one, while the VM is used."""
     request = {"home": home, "source": None, "domain_node": vm.home, "vm_id": vm.id}
-    asked = Asked(by="hdcs", reason=f"a move left files in {home}, where no server node was up")
+    asked = Asked(by="hdcs", reason=f"files of it may lie in {home}, and no server node was up to see")
     operation = tx.open(CLEAN, asked=asked, subject=vm.name, request=request)
     operation.vm_id = vm.id
     tx.session.flush()

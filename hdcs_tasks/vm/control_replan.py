@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import select
 
-from hdcs_tasks.errors import Cancelled, HdcsError, NoCapacity, Unreachable
+from hdcs_tasks.errors import Cancelled, HdcsError, NoCapacity
 from hdcs_tasks.operations.control import Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed, on_no_room
 from hdcs_tasks.pool import planning
@@ -86,11 +86,10 @@ def _discarded(tx: Tx, operation: Operation, step: Step, result: dict[str, Any])
 
 @on_failed("vm.clone:vm.discard_on_node")
 def _not_discarded(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
-    """The disk that stays there keeps its promise of storage, until another server node removes it where this one was
-    lost; else an operator removes both."""
+    """The disk that stays there keeps its promise of storage until another server node has removed it; an operator sees
+    if none can."""
     vm, old = vm_of(tx, operation), step.spec["home"]
-    if error.code == Unreachable.code:
-        clean_later(tx, vm, old)
+    clean_later(tx, vm, old)
     tx.event("vm.disk_left", vm.name, f"the disk VM {vm.name} had in {old} was not removed: {error.message}", home=old)
     _go_on(tx, operation, vm)
 

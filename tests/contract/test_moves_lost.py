@@ -9,10 +9,9 @@ import pytest
 import time_machine
 
 from hdcs_tasks.operations.recovery import recovery_sweep
-from hdcs_tasks.operations.rules import REPUBLISH_AFTER_S
+from hdcs_tasks.operations.rules import CAN_BE_ASKED_AGAIN, REPUBLISH_AFTER_S
 from hdcs_tasks.reservations import PlaceRequest
 from hdcs_tasks.store.models import now
-from hdcs_tasks.vm.control_move import ARRIVES
 from tests.contract.test_moves import Played, center, consistent
 
 __all__ = ["center"]
@@ -64,7 +63,7 @@ def test_a_target_that_is_lost_while_files_arrive(center: Played, way: str) -> N
     before = center.started("a")
     operation = center.cloud.vms["a"].migrate("node3", live=False)
     lost_with(center, "vm.fetch_on_node", "node3")
-    sweep_in(center, ARRIVES["bears_loss_s"] - 5)
+    sweep_in(center, CAN_BE_ASKED_AGAIN["bears_loss_s"] - 5)
     assert [step["name"] for step in center.steps("published")] == ["vm.fetch_on_node"]
     assert operation.show()["phase"] == "waits for server node node3 (lost)"
     if way == "returns":
@@ -77,7 +76,7 @@ def test_a_target_that_is_lost_while_files_arrive(center: Played, way: str) -> N
         operation.cancel()
         recovery_sweep(center.control)
     else:
-        sweep_in(center, ARRIVES["bears_loss_s"] + 1)
+        sweep_in(center, CAN_BE_ASKED_AGAIN["bears_loss_s"] + 1)
     assert comes_to(center, "vm.discard_on_node")["queue"] == "west", "another server node removes what has arrived"
     center.play()
     is_as_before(center, before, operation)
