@@ -164,7 +164,7 @@ def test_live_inside_a_domain_node(moves: Center, desk: Desk) -> None:
 def test_by_post_copy_and_back_suspended(moves: Center, desk: Desk) -> None:
     done = desk.vm.migrate(postcopy=True).result(timeout_s=LONG_S)
     assert done["to"] == desk.vm.show()["server_node"]
-    desk.check()
+    desk.address()
     desk.vm.suspend().result(timeout_s=LONG_S)
     count = desk.count
     back = desk.vm.migrate(to=done["from"]).result(timeout_s=LONG_S)
@@ -185,7 +185,6 @@ def test_saved_inside_a_domain_node(moves: Center, desk: Desk) -> None:
     assert after["port"] == before["port"]
     assert done["way"] == "saved" and done["downtime_ms"] > 0 and done["memory_bytes"] > MIB
     assert desk.address() == after["ip"] != before["ip"]
-    desk.check()
     desk.vm.suspend().result(timeout_s=LONG_S)
     back = desk.vm.migrate(live=False).result(timeout_s=LONG_S)
     assert (desk.vm.show()["state"], back["network"]) == ("suspended", "renewed at its resume")
