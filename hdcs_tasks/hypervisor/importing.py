@@ -16,6 +16,7 @@ from hdcs_tasks.errors import Invalid, NotFound
 from hdcs_tasks.hypervisor import conversion, disks, ova, probing, v2v
 from hdcs_tasks.hypervisor.conversion import Watch
 from hdcs_tasks.hypervisor.probing import Probed
+from hdcs_tasks.hypervisor.processes import Cancel
 
 STALE_S = 24 * 3600.0
 _SLACK_BYTES = 64 << 20
@@ -47,9 +48,10 @@ class Found:
         }  # fmt: skip
 
 
-def find(path: Path, root: Path, *, fmt: str | None, disk: int | None, max_bytes: int) -> Found:
-    """Look at what is to be imported; nothing is changed. ``fmt``: as ``probing.probe``, or "ova". Raises Invalid,
-    NotFound."""
+def find(
+    path: Path, root: Path, *, fmt: str | None, disk: int | None, max_bytes: int, cancelled: Cancel | None = None
+) -> Found:
+    """Look at what is to be imported; nothing is changed. ``fmt``: as ``probing.probe``, or "ova". Raises as that."""
     if fmt == "ova" or (fmt is None and path.suffix.lower() == ".ova"):
         probing.check_inside(path, path, root)
         if not path.is_file():
@@ -57,13 +59,13 @@ def find(path: Path, root: Path, *, fmt: str | None, disk: int | None, max_bytes
         archive = ova.read(path)
         named, member = archive.disk(disk)
         probed = probing.probe(
-            path, root, max_bytes=max_bytes, offset=member.offset, length_bytes=member.size_bytes,
+            path, root, max_bytes=max_bytes, offset=member.offset, length_bytes=member.size_bytes, cancelled=cancelled,
             fmt="vmdk" if (named.file or "").lower().endswith(".vmdk") else None,
         )  # fmt: skip
         return Found(probed, archive)
     if disk not in (None, 1):
         raise Invalid(f"{path.name} is one disk, not {disk} of them", next="--disk is for an OVA of several disks")
-    return Found(probing.probe(path, root, fmt=fmt, max_bytes=max_bytes))
+    return Found(probing.probe(path, root, fmt=fmt, max_bytes=max_bytes, cancelled=cancelled))
 
 
 def bring_in(found: Found, target: Path, watch: Watch, *, attempt: int, drivers_on: str | None = None) -> str:

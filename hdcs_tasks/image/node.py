@@ -21,7 +21,8 @@ def add(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     source = Path(spec["path"])
     if target.exists():
         return _result(run, target)
-    found = probing.probe(source, source.parent, max_bytes=run.ctx.settings.image_max_gib << 30)
+    max_bytes = run.ctx.settings.image_max_gib << 30
+    found = probing.probe(source, source.parent, max_bytes=max_bytes, cancelled=run.cancelled)
     if len(found.chain) > 1:
         raise Invalid(f"{source} is an overlay on {found.chain[1]}", next="Flatten it: hdcs image import does so")
     run.check()

@@ -59,7 +59,9 @@ def _made(run: Run, place: StorageLayout, spec: dict[str, Any], found: importing
 def _find(run: Run, place: StorageLayout, spec: dict[str, Any]) -> importing.Found:
     path, root = source_of(run, place, spec["path"])
     max_bytes = run.ctx.settings.image_max_gib << 30
-    return importing.find(path, root, fmt=spec["format"], disk=spec["disk"], max_bytes=max_bytes)
+    return importing.find(
+        path, root, fmt=spec["format"], disk=spec["disk"], max_bytes=max_bytes, cancelled=run.cancelled
+    )
 
 
 def _remove_if_empty(target: Path) -> None:
