@@ -147,13 +147,20 @@ def _look(path: Path, root: Path, offset: int, length_bytes: int | None) -> tupl
     return header, is_device
 
 
+def _said(fmt: str) -> str:
+    """What people call a format: vpc is qemu-img's word."""
+    return "vhd" if fmt == "vpc" else fmt
+
+
 def _agreed(path: Path, header: Header, fmt: str | None, is_device: bool) -> str:
     """The format that header, caller and name agree on."""
     if fmt is not None and fmt not in FORMATS:
         raise Invalid(f"disk format {fmt!r} is not known", next=f"Use {', '.join(FORMATS)}")
     if fmt is not None and fmt != header.format:
         raise _refuse(
-            path, f"its content is {header.format}, not {fmt}", "Say what it is, or leave the format to its header"
+            path,
+            f"its content is {_said(header.format)}, not {_said(fmt)}",
+            "Say what it is, or leave the format to its header",
         )
     plain = is_device or path.suffix.lower() in (".raw", ".img", ".dd", ".bin")
     if header.format == "raw" and fmt is None and not plain:
