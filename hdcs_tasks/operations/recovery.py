@@ -72,6 +72,8 @@ def _settle_known(tx: Tx, step: Step, report: dict[str, Any]) -> None:
         settle_done(tx, step, report.get("result") or {})
         return
     step.error = error
+    if step.operation.state is OperationState.RUNNING:
+        advance(step.operation, report.get("percent", 0.0))  # was told, and the next attempt begins below it
     # A cancelled operation may end before its next attempt, but never with an outcome nobody knows.
     wanted = not _is_cancelled(step) or error["code"] == OutcomeUnknown.code
     if not wanted or not is_retryable(error):
