@@ -180,8 +180,8 @@ def see_it_here(run: Run, spec: dict[str, Any]) -> GuestInfo:
 
 
 def take_over(run: Run, spec: dict[str, Any]) -> None:
-    """Have QEMU take over the disks of a VM that arrived suspended: the guest goes on for a moment. It takes them over only
-    then, and would end itself at the next move or save (QEMU 7.2: an assertion of ``bdrv_inactivate_recurse``)."""
+    """Have QEMU take over the disks of a VM that arrived suspended: the guest goes on for a moment. QEMU does it only
+    then, and would end itself at the next move or save (7.2: an assertion of ``bdrv_inactivate_recurse``)."""
     if spec["was"] != "suspended":
         return
     host, vm_id = run.ctx.host(), spec["vm_id"]

@@ -251,7 +251,8 @@ def test_every_line_about_an_operation_tells_it_and_its_vm_and_server_node(cente
 
     def events(role: str, name: str) -> set[str]:
         said = (center.folder / f"{role}.log").read_text().splitlines()
-        lines = [line for line in map(json.loads, filter(lambda text: text.startswith("{") and text.endswith("}"), said))
+        whole = [text for text in said if text.startswith("{") and text.endswith("}")]
+        lines = [line for line in map(json.loads, whole)
                  if name in line["event"] or line.get("task") == name or step_id in json.dumps(line)]  # fmt: skip
         for line in lines:
             about = {key: line.get(key) for key in ("operation", "vm", "server_node")}
