@@ -52,6 +52,11 @@ def quick_queue(domain_node: str, server_node: str) -> str:
     return f"{quick_worker_name(domain_node, server_node)}.dq2"
 
 
+def server_node_of(queue: str) -> str | None:
+    """The server node a direct or quick queue is of; None for a domain node's."""
+    return queue.partition("@")[2].removesuffix(".dq2") or None
+
+
 def queue_for(name: str) -> Any:
     """What to hand to ``apply_async(queue=…)``: a direct queue needs its exchange and routing key said."""
     if name.endswith(".dq2"):

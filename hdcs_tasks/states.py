@@ -100,7 +100,8 @@ _VM: Mapping[StrEnum, frozenset[StrEnum]] = {
     _V.SAVING: frozenset({_V.SAVED, _V.RUNNING, _V.SUSPENDED, _V.STOPPED, _V.FAILED, _V.STOPPING, _V.DELETING}),
     _V.SAVED: frozenset({_V.STARTING, _V.STOPPING, _V.DELETING, _V.MIGRATING}),
     _V.MIGRATING: frozenset({_V.RUNNING, _V.SUSPENDED, _V.STOPPED, _V.SAVED, _V.FAILED, _V.STOPPING, _V.DELETING}),
-    _V.DELETING: frozenset({_V.DELETED, _V.FAILED}),
+    # What it was, where the deletion was cancelled before it had touched anything.
+    _V.DELETING: frozenset({_V.DELETED, _V.FAILED, _V.RUNNING, _V.SUSPENDED, _V.STOPPED, _V.SAVED}),
     _V.DELETED: frozenset(),
     _V.FAILED: frozenset({_V.DELETING, _V.STOPPED, _V.RUNNING, _V.STOPPING, _V.SUSPENDED}),
 }

@@ -13,6 +13,7 @@ from hdcs_tasks.backup.rules import FullRule, Point, next_point
 from hdcs_tasks.errors import Cancelled, Conflict, HdcsError, Invalid, NotFound, Unreachable, WrongState
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed, on_start
+from hdcs_tasks.operations.rules import CAN_BE_ASKED_AGAIN
 from hdcs_tasks.states import IN_POOL, OPERATION_LIVE, STEP_LIVE, BackupState
 from hdcs_tasks.store.locks import decide_alone
 from hdcs_tasks.store.models import Backup, BackupCopy, Image, Operation, ServerNode, Step, Vm, new_id, now
@@ -85,6 +86,8 @@ def _plan_step(tx: Tx, operation: Operation, vm: Vm, *, full: bool) -> None:
             "profile": vm.profile, "disk_bytes": vm.disk_bytes, "owner": vm.owner, "tags": vm.tags,
         },
     }  # fmt: skip
+    if vm.server_node is None:
+        spec |= CAN_BE_ASKED_AGAIN  # a job of a guest that runs is seen to its end where that is
     tx.step(operation, "backup.create_on_node", vm.home, spec)
 
 
@@ -184,7 +187,7 @@ def verify(control: Control, backup_id: str, asked: Asked, *, domain_node: str |
             )
         request = {"backup": backup.id, "at": at}
         operation = tx.open("backup.verify", asked=asked, subject=backup.id, request=request)
-        tx.step(operation, "backup.verify_on_node", at, spec_of(backup))
+        tx.step(operation, "backup.verify_on_node", at, spec_of(backup) | CAN_BE_ASKED_AGAIN)
         return operation
 
 
@@ -252,8 +255,12 @@ def delete(control: Control, backup_ids: str | Sequence[str], asked: Asked) -> O
         for backup in going:
             move(backup, BackupState.DELETING)
         operation = tx.open("backup.delete", asked=asked, subject=going[0].id, request=request)
-        tx.step(operation, "backup.delete_on_node", going[0].domain_node, spec_of(going[0]))
+        _add_delete_step(tx, operation, going[0])
         return operation
+
+
+def _add_delete_step(tx: Tx, operation: Operation, backup: Backup) -> None:
+    tx.step(operation, "backup.delete_on_node", backup.domain_node, spec_of(backup) | CAN_BE_ASKED_AGAIN)
 
 
 def _check_nothing_stays_on(tx: Tx, backup: Backup, going: Collection[str]) -> None:
@@ -271,7 +278,7 @@ def _deleted(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -
     move(backup, BackupState.DELETED)
     left = _still_going(tx, operation)
     if left and not operation.cancel_asked:
-        tx.step(operation, "backup.delete_on_node", left[0].domain_node, spec_of(left[0]))
+        _add_delete_step(tx, operation, left[0])
         return
     _keep(operation, left)
     drop_copies(tx, backup.vm_id, backup.vm_name)

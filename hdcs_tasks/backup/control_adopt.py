@@ -11,6 +11,7 @@ from hdcs_tasks.backup.control_copy import record_copy
 from hdcs_tasks.errors import Conflict
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_done
+from hdcs_tasks.operations.rules import CAN_BE_ASKED_AGAIN
 from hdcs_tasks.pool.control import get_domain_node
 from hdcs_tasks.states import OPERATION_LIVE, BackupState
 from hdcs_tasks.store.models import Backup, Operation, Step
@@ -41,7 +42,7 @@ def adopt(control: Control, domain_node: str, asked: Asked) -> Operation:
 
 
 def _scan(tx: Tx, operation: Operation, after: str) -> None:
-    spec = {"shown": {"pool": operation.subject, "after": after[:8]}, "after": after}
+    spec = {"shown": {"pool": operation.subject, "after": after[:8]}, "after": after} | CAN_BE_ASKED_AGAIN
     tx.step(operation, "backup.scan_on_node", operation.subject, spec)
 
 

@@ -14,6 +14,7 @@ from sqlalchemy import select
 from hdcs_tasks.errors import HdcsError
 from hdcs_tasks.operations.control import Asked, Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed
+from hdcs_tasks.operations.rules import CAN_BE_ASKED_AGAIN
 from hdcs_tasks.states import OPERATION_LIVE, BackupState
 from hdcs_tasks.store.models import Backup, BackupCopy, Operation, Step
 
@@ -42,7 +43,7 @@ def _open(tx: Tx, vm_id: str, vm_name: str, place: str) -> None:
     operation = tx.open(KIND, asked=asked, subject=subject, request={"vm_id": vm_id, "vm_name": vm_name})
     gone = gone_at(tx, vm_id, place)
     spec = {"shown": {"vm": vm_name, "pool": place, "drop": len(gone)}, "source_vm_id": vm_id, "drop": gone}
-    tx.step(operation, DROP, place, spec)
+    tx.step(operation, DROP, place, spec | CAN_BE_ASKED_AGAIN)
 
 
 def gone_at(tx: Tx, vm_id: str, domain_node: str) -> list[str]:

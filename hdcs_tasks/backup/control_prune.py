@@ -10,9 +10,10 @@ from sqlalchemy import select
 from hdcs_tasks.backup.control import is_being_read, lock_backups, of_vm, points_of
 from hdcs_tasks.backup.control_drop import drop_copies
 from hdcs_tasks.backup.rules import Keep, Prune, plan_prune
-from hdcs_tasks.errors import Conflict, HdcsError, NotFound, OutcomeUnknown, from_dict
+from hdcs_tasks.errors import Conflict, HdcsError, NotFound, OutcomeUnknown, Unreachable, from_dict
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed
+from hdcs_tasks.operations.rules import CAN_BE_ASKED_AGAIN
 from hdcs_tasks.operations.settling import has_live_step
 from hdcs_tasks.states import BackupState, StepState
 from hdcs_tasks.store.models import Backup, Operation, Step, Vm
@@ -79,7 +80,7 @@ def add_prune_steps(tx: Tx, operation: Operation, vm_id: str, keep: Keep, *, mer
             "drop": [
                 {"point": p.id, "chain": p.chain, "seq": p.seq, "was": was[p.id]}
                 for p in found.drop if p.domain_node == home
-            ],
+            ], **CAN_BE_ASKED_AGAIN,
         }  # fmt: skip
         tx.step(operation, "backup.prune_on_node", home, spec)
     return True
@@ -105,11 +106,15 @@ def _pruned(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) ->
     drop_copies(tx, step.spec["vm_id"], operation.subject, without=filter(None, [policy.get("copy_to")]))
 
 
+_UNSURE = frozenset({OutcomeUnknown.code, Unreachable.code})
+"""Errors of a prune that may have removed something: its executor, or its server node, was lost with it."""
+
+
 @on_failed("backup.prune_on_node")
 def _not_pruned(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
     """A merge failed before anything was dropped; or nobody knows, and then none of them is counted on."""
     points = [point["point"] for point in step.spec["drop"]]
-    _keep_on(tx, step, points, BackupState.BROKEN if error.code == OutcomeUnknown.code else None)
+    _keep_on(tx, step, points, BackupState.BROKEN if error.code in _UNSURE else None)
 
 
 def _keep_on(tx: Tx, step: Step, points: Collection[str], state: BackupState | None = None) -> None:

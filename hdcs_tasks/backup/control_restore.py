@@ -14,6 +14,7 @@ from hdcs_tasks.errors import HdcsError, Invalid, NotFound, Unreachable, WrongSt
 from hdcs_tasks.image.control import missed, ready
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed, plan_steps
+from hdcs_tasks.operations.rules import CAN_BE_ASKED_AGAIN
 from hdcs_tasks.pool import planning
 from hdcs_tasks.pool.control import get_domain_node
 from hdcs_tasks.routing import check_name
@@ -23,7 +24,7 @@ from hdcs_tasks.store.models import Backup, Image, ImageCopy, Operation, ServerN
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import add_start_step, get_vm, names_taken, vm_of
 from hdcs_tasks.vm.control_clone import Shape, choose, choose_homes, new_vm, rooms_of
-from hdcs_tasks.vm.control_delete import forget
+from hdcs_tasks.vm.control_delete import forget, forget_new
 from hdcs_tasks.vm.control_quota import check_quota
 from hdcs_tasks.vm.rules import expand_names
 
@@ -108,6 +109,7 @@ def open_as_new(
     operation = tx.open(kind, asked=asked, vm=vm, request=wanted)
     spec = spec_of(backup) | {"shown": {"vm": name, "point": backup.id[:8]}, "vm_id": vm.id, "name": name}
     spec |= {"image": _shown(image), "compare": bool(request.get("compare")), "disk_key": vm.disk_key}
+    spec |= CAN_BE_ASKED_AGAIN
     if fetch:
         operation.request = wanted | {"then": spec}
         add_fetch_step(tx, operation, backup, at)
@@ -143,7 +145,7 @@ def extract(control: Control, backup_id: str, name: str, asked: Asked, *, domain
             )
         request = {"backup": backup.id, "at": at, "name": name}
         operation = tx.open("backup.extract", asked=asked, subject=backup.id, request=request)
-        tx.step(operation, "backup.extract_on_node", at, spec_of(backup) | {"name": name})
+        tx.step(operation, "backup.extract_on_node", at, spec_of(backup) | {"name": name} | CAN_BE_ASKED_AGAIN)
         return operation
 
 
@@ -277,7 +279,7 @@ def _start_restored(tx: Tx, operation: Operation, step: Step, result: dict[str, 
 def _not_restored(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
     _unsettle_image(tx, operation)
     found_broken(tx, operation, error)
-    forget(tx, vm_of(tx, operation))
+    forget_new(tx, vm_of(tx, operation), error)
 
 
 @on_done("backup.restore_in_place_on_node")

@@ -14,6 +14,7 @@ from hdcs_tasks.errors import Cancelled, Conflict, HdcsError, Invalid, NotFound,
 from hdcs_tasks.image.control_use import uses
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed
+from hdcs_tasks.operations.rules import CAN_BE_ASKED_AGAIN
 from hdcs_tasks.pool.control import get_domain_node
 from hdcs_tasks.routing import check_name
 from hdcs_tasks.states import ImageState
@@ -95,7 +96,7 @@ def _add_copy(tx: Tx, image: Image, domain_node: str, path: str, asked: Asked, p
         "shown": {"image": f"{image.name}:{image.version}", "pool": domain_node}, "image": image.name,
         "version": image.version, "path": path, "sha256": image.sha256,
     }  # fmt: skip
-    tx.step(child, "image.add_on_node", domain_node, spec)
+    tx.step(child, "image.add_on_node", domain_node, spec | CAN_BE_ASKED_AGAIN)
 
 
 def _copy_of(tx: Tx, operation: Operation) -> ImageCopy:
@@ -171,7 +172,7 @@ def delete(control: Control, name: str, asked: Asked, *, force: bool = False) ->
             request = {"image": image.id, "domain_node": copy.domain_node}
             child = tx.open("image.delete_copy", asked=asked, subject=image.name, request=request, parent=parent)
             spec = {"shown": {"image": image.name}, "image": image.name, "version": image.version}
-            tx.step(child, "image.delete_on_node", copy.domain_node, spec)
+            tx.step(child, "image.delete_on_node", copy.domain_node, spec | CAN_BE_ASKED_AGAIN)
         if not here:
             tx.finish(parent)
         return parent

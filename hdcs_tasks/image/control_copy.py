@@ -6,7 +6,6 @@ VM, a clone. The step is ``image.copy_on_node``, on the queue of the domain node
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from hdcs_tasks.errors import HdcsError, NotFound, WrongState
@@ -41,15 +40,20 @@ def is_ready(image: Image, domain_node: str) -> bool:
     return any(c.domain_node == domain_node and c.state is ImageState.READY for c in image.copies)
 
 
-def bring(tx: Tx, operation: Operation, image: Image, to: str, *, more: Mapping[str, Any] | None = None) -> Step | None:
-    """Add the step that brings ``image`` to domain node ``to`` (``more``: of its spec); None where it is ready there.
+def bring(tx: Tx, operation: Operation, image: Image, to: str) -> Step | None:
+    """Add the step that brings ``image`` to domain node ``to``; None where it is ready there.
 
     The operation goes on by ``on_done("<its kind>:image.copy_on_node")``. Two operations may bring the same image at
-    once: the second finds the file and receives nothing. Raises NotFound (no domain node has it), Unreachable.
+    once: the second finds the file and receives nothing. Raises NotFound (no domain node has it), Unreachable,
+    WrongState (it is being deleted there), and has changed nothing then: who settles a step goes another way.
     """
     if is_ready(image, to):
         return None
     source = _source(tx, image)
+    path = f"images/{image.name}/{image.version}.qcow2"
+    file = {"path": path, "size_bytes": source.file_bytes, "sha256": image.sha256}
+    shown = {"image": f"{image.name}:{image.version}", "from": source.domain_node, "pool": to}
+    spec = fetch_spec(tx.session, source.domain_node, [file], shown=shown) | {"image_id": image.id, "domain_node": to}
     row = tx.session.get(ImageCopy, (image.id, to))
     if row is None:
         tx.session.add(ImageCopy(image_id=image.id, domain_node=to, state=ImageState.ADDING))
@@ -57,11 +61,7 @@ def bring(tx: Tx, operation: Operation, image: Image, to: str, *, more: Mapping[
         raise WrongState(f"image {image.name}:{image.version} is being deleted on {to}", next="Ask again in a moment")
     elif row.state is not ImageState.ADDING:
         move(row, ImageState.ADDING)
-    path = f"images/{image.name}/{image.version}.qcow2"
-    file = {"path": path, "size_bytes": source.file_bytes, "sha256": image.sha256}
-    shown = {"image": f"{image.name}:{image.version}", "from": source.domain_node, "pool": to}
-    spec = fetch_spec(tx.session, source.domain_node, [file], shown=shown) | {"image_id": image.id, "domain_node": to}
-    return tx.step(operation, "image.copy_on_node", to, spec | dict(more or {}), patience_s=PATIENCE_S)
+    return tx.step(operation, "image.copy_on_node", to, spec, patience_s=PATIENCE_S)
 
 
 def _source(tx: Tx, image: Image) -> ImageCopy:

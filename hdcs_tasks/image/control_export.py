@@ -12,6 +12,7 @@ from hdcs_tasks.image import rules
 from hdcs_tasks.image.control import get_image
 from hdcs_tasks.image.control_import import living_node
 from hdcs_tasks.operations.control import Asked, Control
+from hdcs_tasks.operations.rules import CAN_BE_ASKED_AGAIN
 from hdcs_tasks.pool.control import get_domain_node
 from hdcs_tasks.pool.files import sources_of
 from hdcs_tasks.routing import direct_queue
@@ -62,7 +63,7 @@ def export(control: Control, name: str, request: ExportRequest, asked: Asked, *,
         home = _home(tx.session, image, request)
         spec = request.spec() | {
             "shown": {"image": shown, "to": request.path, "pool": home}, "image": image.name,
-            "version": image.version, "dry_run": dry_run,
+            "version": image.version, "dry_run": dry_run, **CAN_BE_ASKED_AGAIN,
             "shape": _shape(image), "origin": {"image": shown, "sha256": image.sha256, "domain_node": home},
         }  # fmt: skip
         wanted = {"image": image.id, "path": request.path, "domain_node": home, "node": request.node}

@@ -21,6 +21,7 @@ from hdcs_tasks.image import control_copy, rules
 from hdcs_tasks.image.control import came, missed
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed, on_no_room, plan_steps
+from hdcs_tasks.operations.rules import CAN_BE_ASKED_AGAIN
 from hdcs_tasks.pool import profiles
 from hdcs_tasks.pool.control import get_domain_node, get_server_node
 from hdcs_tasks.routing import check_name, direct_queue
@@ -162,6 +163,7 @@ def _spec(request: dict[str, Any], home: str) -> dict[str, Any]:
     return {
         "shown": {"from": request["path"], "pool": home}, "path": request["path"], "disk": request["disk"],
         "format": rules.format_of(request["format"]), "drivers": request["drivers"], "domain_node": home,
+        **CAN_BE_ASKED_AGAIN,
     }  # fmt: skip
 
 
@@ -211,7 +213,11 @@ def _copy_on(tx: Tx, operation: Operation, image: Image) -> None:
     while waiting and not operation.cancel_asked:
         to = waiting.pop(0)
         operation.request = operation.request | {"copies_to": waiting}
-        if control_copy.bring(tx, operation, image, to) is not None:
+        try:
+            if control_copy.bring(tx, operation, image, to) is not None:
+                return
+        except HdcsError as error:
+            tx.fail(operation, error)
             return
     tx.finish(operation, operation.request["imported"])
 

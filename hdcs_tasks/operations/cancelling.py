@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import select
 
-from hdcs_tasks.errors import Cancelled, OutcomeUnknown
+from hdcs_tasks.errors import Cancelled, NoCapacity, OutcomeUnknown
+from hdcs_tasks.operations.lookups import WAITING_FOR
 from hdcs_tasks.operations.rules import is_binding, is_touched
 from hdcs_tasks.operations.settling import settle_failed
 from hdcs_tasks.reservations import Reservations
@@ -35,7 +36,7 @@ def ask_cancel(tx: Tx, operation: Operation) -> None:
 
 
 def _cancel_step(tx: Tx, step: Step) -> None:
-    if is_binding(step.spec):
+    if is_binding(step.spec) and not (step.state is StepState.PARKED and gives_way(tx, step)):
         return
     if step.state is StepState.PUBLISHED:
         step.operation.phase = f"cancelling {step.name}"
@@ -46,6 +47,13 @@ def _cancel_step(tx: Tx, step: Step) -> None:
         step.not_before = now()
     else:
         settle_failed(tx, step, Cancelled("cancelled before it began"))
+
+
+def gives_way(tx: Tx, step: Step) -> bool:
+    """Whether a binding step only waits for room (a VM that is started again after its move failed), while another
+    operation waits for the end of its own: what supersedes is not to wait as long as that."""
+    waits = step.error is not None and step.error.get("code") == NoCapacity.code
+    return waits and tx.session.scalar(WAITING_FOR, {"ended": step.operation_id}) is not None
 
 
 def request_cancel(reservations: Reservations, step_id: str, attempt: int, touched: bool) -> None:

@@ -11,7 +11,7 @@ from sqlalchemy import bindparam, func, select
 from hdcs_tasks.clock import monotonic_s, now_s, random_hex
 from hdcs_tasks.errors import Cancelled, HdcsError, NoCapacity, OutcomeUnknown, Unreachable, from_dict
 from hdcs_tasks.logs import bound_contextvars, logger
-from hdcs_tasks.operations.cancelling import request_cancel
+from hdcs_tasks.operations.cancelling import gives_way, request_cancel
 from hdcs_tasks.operations.control import Control, Tx
 from hdcs_tasks.operations.handlers import ON_NO_ROOM
 from hdcs_tasks.operations.rules import (
@@ -31,7 +31,7 @@ from hdcs_tasks.operations.rules import (
 )
 from hdcs_tasks.operations.settling import advance, settle_done, settle_failed
 from hdcs_tasks.reservations import StepStatus
-from hdcs_tasks.routing import direct_queue, quick_queue
+from hdcs_tasks.routing import direct_queue, quick_queue, server_node_of
 from hdcs_tasks.states import IN_POOL, OPERATION_LIVE, STEP_LIVE, OperationState, ServerNodeState, StepState
 from hdcs_tasks.store import metering
 from hdcs_tasks.store.models import Operation, ServerNode, Step, now
@@ -72,6 +72,8 @@ def _settle_known(tx: Tx, step: Step, report: dict[str, Any]) -> None:
         settle_done(tx, step, report.get("result") or {})
         return
     step.error = error
+    if step.operation.state is OperationState.RUNNING:
+        advance(step.operation, report.get("percent", 0.0))  # was told, and the next attempt begins below it
     # A cancelled operation may end before its next attempt, but never with an outcome nobody knows.
     wanted = not _is_cancelled(step) or error["code"] == OutcomeUnknown.code
     if not wanted or not is_retryable(error):
@@ -121,6 +123,9 @@ def _wait_for_room(tx: Tx, step: Step, error: dict[str, Any]) -> None:
     if other_way is not None and other_way(tx, operation, step, from_dict(error)):
         step.ended_at = now()
         move(step, StepState.FAILED)
+        return
+    if operation.cancel_asked and gives_way(tx, step):
+        settle_failed(tx, step, Cancelled("cancelled: another operation waits for the VM"))
         return
     placed = "need" in step.spec
     delay_s = (step.deadline_at - now()).total_seconds() if placed else 10.0
@@ -296,10 +301,11 @@ def _recover(tx: Tx, step: Step, status: StepStatus | None, *, looked_now: bool 
 def _is_lost(tx: Tx, step: Step) -> bool:
     """Whether nobody may be waited for any longer: the step's server node is lost, or was removed from the record; or
     nobody took it in time, and of its domain node no server node is up."""
-    if step.node is None:
+    name = step.node or server_node_of(step.queue)
+    if name is None:
         up = select(ServerNode.name).where(ServerNode.domain_node == step.queue, ServerNode.state.in_(IN_POOL)).limit(1)
         return now() >= step.deadline_at and tx.session.scalar(up) is None
-    node = tx.session.get(ServerNode, step.node)
+    node = tx.session.get(ServerNode, name)
     if node is None:
         return True
     borne_s = 0.0 if step.operation.cancel_asked else bears_loss_s(step.spec)

@@ -131,6 +131,12 @@ def bears_loss_s(spec: Mapping[str, Any]) -> float:
     return float(spec.get("bears_loss_s", 0.0))
 
 
+CAN_BE_ASKED_AGAIN: dict[str, Any] = {"ends_with_its_node": True, "bears_loss_s": 60.0}
+"""In the spec of a step that may be asked for anew, since it reads, removes, or makes something of its own: it goes on
+when its server node is back within a minute, and is off after that. Nobody is locked out by a server that burned down.
+An executor that is at it still finds its claim gone."""
+
+
 def awaits_its_node(spec: Mapping[str, Any]) -> bool:
     """Of a step that ends with its server node: whether only its removal from the record is that end. A lost one may
     come back with what the step is for."""
@@ -141,6 +147,12 @@ def line_eta_s(place: int, through: int, window_s: float) -> float | None:
     """Seconds until the one at this place in a line is through, when ``through`` were in the last ``window_s``; None:
     nothing to go by."""
     return None if through < 1 else round(place * window_s / through, 1)
+
+
+def first_few(told: Sequence[str], operation_id: str, few: int = 3) -> str:
+    """The first of what is told of an operation, and where the rest can be read."""
+    more = [f"and {len(told) - few} more: hdcs op show {operation_id}"] if len(told) > few else []
+    return "; ".join([*told[:few], *more])
 
 
 def request_digest(kind: str, subject: str, words: Mapping[str, Any]) -> str:

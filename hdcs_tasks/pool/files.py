@@ -9,6 +9,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from hdcs_tasks.errors import Unreachable
+from hdcs_tasks.operations.rules import CAN_BE_ASKED_AGAIN
 from hdcs_tasks.states import IN_POOL
 from hdcs_tasks.store.models import ServerNode
 
@@ -37,7 +38,7 @@ def fetch_spec(
     """
     return {
         "shown": shown or {"from": source}, "sources": sources_of(session, source, first), "files": list(files),
-        "bandwidth_mib_s": bandwidth_mib_s,
+        "bandwidth_mib_s": bandwidth_mib_s, **CAN_BE_ASKED_AGAIN,
     }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hdcs_tasks.errors import Cancelled, HdcsError, OutcomeUnknown, from_dict
+from hdcs_tasks.errors import Cancelled, HdcsError, OutcomeUnknown, Unreachable, from_dict
 from hdcs_tasks.image.control_copy import bring
 from hdcs_tasks.operations.control import Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed
@@ -25,7 +25,6 @@ from hdcs_tasks.vm.control import add_start_step, command_spec, leave_via, vm_of
 from hdcs_tasks.vm.control_clone import promise_disk
 from hdcs_tasks.vm.control_left import let_go
 from hdcs_tasks.vm.control_move import (
-    ARRIVES,
     PATIENCE_S,
     change_home,
     discard,
@@ -75,7 +74,10 @@ def _saved(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> 
             give_back_target(tx, operation, vm)
         back(tx, operation, vm, Cancelled("cancelled; the VM goes on where it was"))
     elif is_between(operation):
-        _carry(tx, operation, vm)
+        try:
+            _carry(tx, operation, vm)
+        except HdcsError as error:  # since it was asked for, its image cannot be read any more
+            not_begun(tx, operation, vm, error)
     else:
         _start(tx, operation, vm)
 
@@ -90,10 +92,12 @@ def _not_saved(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> No
 
 
 def _carry(tx: Tx, operation: Operation, vm: Vm) -> None:
+    """Raises as ``bring``, before anything has changed."""
+    image = image_of(tx, vm)
+    first = None if image is None else bring(tx, operation, image, target_home(operation))
     operation.request = operation.request | {"carried_as": vm.state.value}
     move(vm, VmState.MIGRATING)
-    image = image_of(tx, vm)
-    if image is None or bring(tx, operation, image, target_home(operation), more=ARRIVES) is None:
+    if first is None:
         offer(tx, operation, vm)
 
 
@@ -112,10 +116,14 @@ def _offered(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -
         not_begun(tx, operation, vm, Cancelled("cancelled; the VM is as it was"))
         return
     limit = operation.request["options"]["bandwidth_mib_s"]
-    spec = fetch_spec(
-        tx.session, vm.home, result["files"], first=result["node"], bandwidth_mib_s=limit,
-        shown={"vm": vm.name, "from": vm.home, "to": target_home(operation)},
-    ) | {"vm_id": vm.id, "root": result["root"]} | ARRIVES  # fmt: skip
+    try:
+        spec = fetch_spec(
+            tx.session, vm.home, result["files"], first=result["node"], bandwidth_mib_s=limit,
+            shown={"vm": vm.name, "from": vm.home, "to": target_home(operation)},
+        ) | {"vm_id": vm.id, "root": result["root"]}  # fmt: skip
+    except Unreachable as error:  # whoever hashed them has left
+        not_begun(tx, operation, vm, error)
+        return
     operation.request = operation.request | {"overlay_bytes": result["files"][0]["allocated_bytes"]}
     tx.step(operation, "vm.fetch_on_node", target_home(operation), spec, patience_s=PATIENCE_S)
 

@@ -13,6 +13,7 @@ from hdcs_tasks.image.control_copy import bring, is_ready
 from hdcs_tasks.image.control_publish import versions
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed, plan_steps
+from hdcs_tasks.operations.rules import CAN_BE_ASKED_AGAIN
 from hdcs_tasks.pool import planning, weighing
 from hdcs_tasks.pool import rules as pool_rules
 from hdcs_tasks.pool.control import get_domain_node, get_server_node
@@ -24,7 +25,7 @@ from hdcs_tasks.states import ImageState, VmState
 from hdcs_tasks.store.models import DomainNode, Image, Operation, Step, Vm, new_id
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import add_start_step, names_taken, vm_of
-from hdcs_tasks.vm.control_delete import forget
+from hdcs_tasks.vm.control_delete import forget, forget_new
 from hdcs_tasks.vm.control_quota import check_quota
 from hdcs_tasks.vm.control_select import check_company, check_node_tags
 from hdcs_tasks.vm.control_take import Wish, take
@@ -289,7 +290,7 @@ def _add_clone_step(tx: Tx, operation: Operation, vm: Vm, image: Image) -> Step:
     spec = {
         "shown": {"vm": vm.name, "image": f"{image.name}:{image.version}", "pool": vm.home}, "vm_id": vm.id,
         "name": vm.name, "image": image.name, "version": image.version, "image_id": image.id,
-        "disk_bytes": vm.disk_bytes, "disk_key": vm.disk_key,
+        "disk_bytes": vm.disk_bytes, "disk_key": vm.disk_key, **CAN_BE_ASKED_AGAIN,
     }  # fmt: skip
     return tx.step(operation, "vm.clone_on_node", vm.home, spec)
 
@@ -331,6 +332,11 @@ def _cloned(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) ->
             add_start_step(tx, operation, vm)
 
 
-@on_failed("vm.clone_on_node", "vm.clone:image.copy_on_node")
+@on_failed("vm.clone_on_node")
 def _not_cloned(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
+    forget_new(tx, vm_of(tx, operation), error)
+
+
+@on_failed("vm.clone:image.copy_on_node")
+def _not_brought(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
     forget(tx, vm_of(tx, operation))

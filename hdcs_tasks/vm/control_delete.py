@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from hdcs_tasks.errors import HdcsError
+from hdcs_tasks.errors import Cancelled, HdcsError, OutcomeUnknown, Unreachable
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed, on_start, plan_steps
-from hdcs_tasks.operations.rules import is_binding
+from hdcs_tasks.operations.rules import CAN_BE_ASKED_AGAIN, is_binding
 from hdcs_tasks.pool.control import get_server_node
 from hdcs_tasks.routing import quick_queue
-from hdcs_tasks.states import VmState
+from hdcs_tasks.states import VM_RESTS, VmState
 from hdcs_tasks.store.models import Operation, Step, Vm, now
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import check_reachable, command_spec, cool_port, get_vm, is_same, leave_via, vm_of
+from hdcs_tasks.vm.control_left import clean_later
 
 
 def delete(control: Control, name: str, asked: Asked) -> Operation:
@@ -47,6 +48,7 @@ def begin_delete(tx: Tx, operation: Operation, *, binding: bool = False) -> None
         tx.finish(operation)
         return
     if vm.state is not VmState.DELETING:
+        operation.request = operation.request | {"was": vm.state.value}
         move(vm, VmState.DELETING)
     if vm.server_node is None:
         add_delete_step(tx, operation, vm, binding=binding)
@@ -58,6 +60,7 @@ def begin_delete(tx: Tx, operation: Operation, *, binding: bool = False) -> None
 
 def add_delete_step(tx: Tx, operation: Operation, vm: Vm, *, binding: bool = False) -> Step:
     spec = {"shown": {"vm": vm.name, "pool": vm.home}, "vm_id": vm.id, "name": vm.name, "binding": binding}
+    spec |= CAN_BE_ASKED_AGAIN
     return tx.step(operation, "vm.delete_on_node", vm.home, spec)
 
 
@@ -69,12 +72,30 @@ def then_delete(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]
 
 @on_failed("vm.delete:vm.stop_on_node", "vm.delete_on_node")
 def not_deleted(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
-    leave_via(vm_of(tx, operation), VmState.DELETING, VmState.FAILED)
+    vm = vm_of(tx, operation)
+    untouched = error.code == Cancelled.code and step.attempt == 1
+    leave_via(vm, VmState.DELETING, _as_before(operation, vm) if untouched else VmState.FAILED)
+
+
+def _as_before(operation: Operation, vm: Vm) -> VmState:
+    """Nothing was touched; but for its guest, where that was stopped before."""
+    was = VmState(operation.request["was"])
+    if was in (VmState.RUNNING, VmState.SUSPENDED) and vm.server_node is None:
+        return VmState.STOPPED
+    return was if was in VM_RESTS else VmState.FAILED
 
 
 @on_done("vm.delete_on_node")
 def _deleted(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> None:
     forget(tx, vm_of(tx, operation))
+
+
+def forget_new(tx: Tx, vm: Vm, error: HdcsError) -> None:
+    """The VM was never there: the step that was to make its disk failed. Where nobody knows how far that came, what may
+    lie there is removed."""
+    if error.code in (Unreachable.code, OutcomeUnknown.code):
+        clean_later(tx, vm, vm.home)
+    forget(tx, vm)
 
 
 def forget(tx: Tx, vm: Vm) -> None:

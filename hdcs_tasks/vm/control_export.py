@@ -8,6 +8,7 @@ from hdcs_tasks.errors import Invalid
 from hdcs_tasks.image.control_export import PATIENCE_S, ExportRequest
 from hdcs_tasks.image.control_import import living_node
 from hdcs_tasks.operations.control import Asked, Control
+from hdcs_tasks.operations.rules import CAN_BE_ASKED_AGAIN
 from hdcs_tasks.routing import direct_queue
 from hdcs_tasks.states import VmState
 from hdcs_tasks.store.models import Image, Operation, Vm
@@ -30,7 +31,7 @@ def export(control: Control, name: str, request: ExportRequest, asked: Asked, *,
         image = tx.session.get(Image, vm.image_id) if vm.image_id else None
         spec = request.spec() | {
             "shown": {"vm": vm.name, "to": request.path}, "vm_id": vm.id, "name": vm.name, "running": running,
-            "disk_key": vm.disk_key,
+            "disk_key": vm.disk_key, **CAN_BE_ASKED_AGAIN,
             "shape": {"name": vm.name, "vcpus": vm.vcpus, "memory_mib": vm.memory_mib, "mac": vm.mac, "known": True},
             "origin": {
                 "vm": vm.name, "vm_id": vm.id, "domain_node": vm.home, "profile": vm.profile,

@@ -13,11 +13,11 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from hdcs_tasks.errors import Cancelled, Conflict, HdcsError
+from hdcs_tasks.errors import Cancelled, Conflict, HdcsError, Unreachable
 from hdcs_tasks.operations.control import Asked, Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed, on_start
-from hdcs_tasks.states import OPERATION_LIVE
-from hdcs_tasks.store.models import Operation, Step, Vm
+from hdcs_tasks.states import OPERATION_LIVE, ServerNodeState
+from hdcs_tasks.store.models import Operation, ServerNode, Step, Vm
 
 CLEAN = "vm.clean"
 _KNOWN = "moves_left"
@@ -32,10 +32,10 @@ def let_go(tx: Tx, operation: Operation) -> None:
 
 
 def clean_later(tx: Tx, vm: Vm, home: str) -> Operation:
-    """No server node of ``home`` is up to remove what the VM has there and is not it: an operation of its own waits for
-    one, while the VM is used."""
+    """No server node of ``home`` is up to remove what the VM has there and is not it (or whoever did is lost): an
+    operation of its own waits for one, while the VM is used."""
     request = {"home": home, "source": None, "domain_node": vm.home, "vm_id": vm.id}
-    asked = Asked(by="hdcs", reason=f"a move left files in {home}, where no server node was up")
+    asked = Asked(by="hdcs", reason=f"files of it may lie in {home}, and no server node was up to see")
     operation = tx.open(CLEAN, asked=asked, subject=vm.name, request=request)
     operation.vm_id = vm.id
     tx.session.flush()
@@ -48,7 +48,7 @@ def _begin(tx: Tx, operation: Operation) -> None:
     home, name = operation.request["home"], operation.subject
     shown = {"vm": name, "pool": home}
     spec = {"shown": shown, "vm_id": operation.request["vm_id"], "name": name, "home": home}
-    tx.step(operation, "vm.discard_on_node", home, spec)
+    tx.step(operation, "vm.discard_on_node", home, spec | {"ends_with_its_node": True})
 
 
 @on_done(f"{CLEAN}:vm.discard_on_node")
@@ -61,6 +61,10 @@ def _cleaned(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -
 
 @on_failed(f"{CLEAN}:vm.discard_on_node")
 def _not_cleaned(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
+    node = tx.session.get(ServerNode, step.node) if step.node else None
+    if error.code == Unreachable.code and (node is None or node.state is ServerNodeState.LOST):
+        _begin(tx, operation)  # whoever was at it is lost, or nobody came: the next
+        return
     tx.fail(operation, error, needs_operator=error.code != Cancelled.code)
 
 

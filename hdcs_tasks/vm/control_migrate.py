@@ -296,12 +296,11 @@ def _discarded(tx: Tx, operation: Operation, step: Step, result: dict[str, Any])
 
 @on_failed("vm.migrate:vm.discard_on_node")
 def _not_discarded(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
-    """The VM is whole elsewhere. Whoever was removing them is lost: another server node does, when one is up."""
+    """The VM is whole elsewhere. Another server node removes them, when one is up; an operator sees if it cannot."""
     vm, home = vm_of(tx, operation), step.spec["home"]
     message = f"the files of VM {vm.name} in {home} were not removed: {error.message}"
     tx.event("vm.disk_left", vm.name, message, home=home)
-    if error.code == Unreachable.code:
-        clean_later(tx, vm, home)
+    clean_later(tx, vm, home)
     _go_on(tx, operation)
 
 

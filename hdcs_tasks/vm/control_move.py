@@ -29,9 +29,6 @@ PATIENCE_S = 30.0
 PREPARED_WITHIN_S = 60.0
 """An attempt to prepare a target takes seconds; one that hangs (on its storage, say) gives its lease up after this."""
 
-ARRIVES = {"ends_with_its_node": True, "bears_loss_s": 60.0}
-"""Of a step by which files arrive: a lost server node may come back for so long and go on. Then the move is off."""
-
 
 def is_between(operation: Operation) -> bool:
     """Whether the move leads to another domain node."""
@@ -76,7 +73,7 @@ def begin(tx: Tx, operation: Operation) -> None:
     promise_disk(tx, target_home(operation), vm.id, vm.disk_bytes)
     move(vm, VmState.MIGRATING)
     image = image_of(tx, vm)
-    if image is None or bring(tx, operation, image, target_home(operation), more=ARRIVES) is None:
+    if image is None or bring(tx, operation, image, target_home(operation)) is None:
         prepare(tx, operation, vm)
 
 
@@ -143,7 +140,7 @@ def discard(tx: Tx, operation: Operation, home: str) -> Step | None:
         "shown": {"vm": vm.name, "pool": home}, "vm_id": vm.id, "name": vm.name, "home": home, "binding": True,
         "ends_with_its_node": True,
     }  # fmt: skip
-    return tx.step(operation, "vm.discard_on_node", home, spec)
+    return tx.step(operation, "vm.discard_on_node", home, spec, patience_s=PATIENCE_S)
 
 
 def ends_of(operation: Operation, vm: Vm) -> dict[str, Any]:

@@ -20,9 +20,13 @@ from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import vm_of
 from hdcs_tasks.vm.control_clone import Shape, add_clone_step, choose_homes, promise_disk, rooms_of
 from hdcs_tasks.vm.control_delete import forget
+from hdcs_tasks.vm.control_left import clean_later
 
 REPLANS = 3
 """Domain nodes a clone tries beside its first home before it waits."""
+
+PATIENCE_S = 30.0
+"""How long it waits for a domain node of which no server node is up."""
 
 
 @on_no_room("vm.start_on_node", "vm.clone_on_node")
@@ -49,8 +53,11 @@ def _elsewhere(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> bo
     operation.decision = found[1]
     tx.event("vm.replanned", vm.name, f"VM {vm.name} goes to {vm.home}: {error.message}", was=old)
     # Also when a cancel comes: nobody would remove that disk later.
-    spec = {"shown": {"vm": vm.name, "pool": old}, "vm_id": vm.id, "name": vm.name, "home": old, "binding": True}
-    tx.step(operation, "vm.discard_on_node", old, spec)
+    spec = {
+        "shown": {"vm": vm.name, "pool": old}, "vm_id": vm.id, "name": vm.name, "home": old, "binding": True,
+        "ends_with_its_node": True,
+    }  # fmt: skip
+    tx.step(operation, "vm.discard_on_node", old, spec, patience_s=PATIENCE_S)
     return True
 
 
@@ -79,8 +86,10 @@ def _discarded(tx: Tx, operation: Operation, step: Step, result: dict[str, Any])
 
 @on_failed("vm.clone:vm.discard_on_node")
 def _not_discarded(tx: Tx, operation: Operation, step: Step, error: HdcsError) -> None:
-    """The disk that stays there keeps its promise of storage: an operator removes both."""
+    """The disk that stays there keeps its promise of storage until another server node has removed it; an operator sees
+    if none can."""
     vm, old = vm_of(tx, operation), step.spec["home"]
+    clean_later(tx, vm, old)
     tx.event("vm.disk_left", vm.name, f"the disk VM {vm.name} had in {old} was not removed: {error.message}", home=old)
     _go_on(tx, operation, vm)
 
@@ -91,5 +100,10 @@ def _go_on(tx: Tx, operation: Operation, vm: Vm) -> None:
         tx.fail(operation, Cancelled("cancelled before it was cloned elsewhere"))
         return
     image = tx.session.get(Image, vm.image_id)
-    if vm.state is VmState.CREATING and image is not None:
+    if vm.state is not VmState.CREATING or image is None:
+        return
+    try:
         add_clone_step(tx, operation, vm, image)
+    except HdcsError as error:  # the image cannot be read any more where it is
+        forget(tx, vm)
+        tx.fail(operation, error)

@@ -9,9 +9,9 @@ import pytest
 import time_machine
 
 from hdcs_tasks.operations.recovery import recovery_sweep
-from hdcs_tasks.operations.rules import REPUBLISH_AFTER_S
+from hdcs_tasks.operations.rules import CAN_BE_ASKED_AGAIN, REPUBLISH_AFTER_S
+from hdcs_tasks.reservations import PlaceRequest
 from hdcs_tasks.store.models import now
-from hdcs_tasks.vm.control_move import ARRIVES
 from tests.contract.test_moves import Played, center, consistent
 
 __all__ = ["center"]
@@ -63,7 +63,7 @@ def test_a_target_that_is_lost_while_files_arrive(center: Played, way: str) -> N
     before = center.started("a")
     operation = center.cloud.vms["a"].migrate("node3", live=False)
     lost_with(center, "vm.fetch_on_node", "node3")
-    sweep_in(center, ARRIVES["bears_loss_s"] - 5)
+    sweep_in(center, CAN_BE_ASKED_AGAIN["bears_loss_s"] - 5)
     assert [step["name"] for step in center.steps("published")] == ["vm.fetch_on_node"]
     assert operation.show()["phase"] == "waits for server node node3 (lost)"
     if way == "returns":
@@ -76,7 +76,7 @@ def test_a_target_that_is_lost_while_files_arrive(center: Played, way: str) -> N
         operation.cancel()
         recovery_sweep(center.control)
     else:
-        sweep_in(center, ARRIVES["bears_loss_s"] + 1)
+        sweep_in(center, CAN_BE_ASKED_AGAIN["bears_loss_s"] + 1)
     assert comes_to(center, "vm.discard_on_node")["queue"] == "west", "another server node removes what has arrived"
     center.play()
     is_as_before(center, before, operation)
@@ -114,5 +114,41 @@ def test_whoever_removes_what_was_left_is_lost(center: Played) -> None:
     assert operation.state == "done" and center.vm("a")["home"] == "west"
     (waits,) = center.cloud.operations.list(live=True)
     assert waits["kind"] == "vm.clean"
+    lost_with(center, "vm.discard_on_node", "node2")
+    (step,) = center.steps("published")
+    assert (step["operation"], step["queue"], step["node"]) == (waits["id"], "east", None), "for the next that is up"
     center.play()
     consistent(center)
+
+
+def test_a_clone_goes_on_elsewhere_though_its_first_disk_cannot_be_removed(center: Played) -> None:
+    operation = center.cloud.vms.clone("mini", name="a", profile="tiny", start=True)
+    for node in ("node1", "node2"):
+        center.pool.place(PlaceRequest("east", f"other-{node}", "s", 16, 1024, pin=node))
+    lost_with(center, "vm.discard_on_node", "node1")
+    assert "vm.clean" in [op["kind"] for op in center.cloud.operations.list(live=True)]
+    center.play()
+    assert operation.state == "done" and center.vm("a")["home"] == "west"
+    assert set(center.control.reservations.dump().pools["east"].disks) == set()
+
+
+@pytest.mark.parametrize("when", ["while it waits", "before it waits"])
+@pytest.mark.parametrize("verb", ["delete", "stop"])
+def test_a_vm_that_waits_to_be_started_again_can_be_deleted(center: Played, verb: str, when: str) -> None:
+    """Its move has failed, and where it was is no room any more: nobody waits an hour for that."""
+    center.started("a")
+    operation = center.cloud.vms["a"].migrate("west", live=False)
+    comes_to(center, "vm.offer_on_node")
+    operation.cancel()
+    recovery_sweep(center.control)
+    comes_to(center, "vm.start_on_node")
+    for node in ("node1", "node2"):
+        center.pool.place(PlaceRequest("east", f"other-{node}", "s", 15, 900, pin=node))
+    if when == "while it waits":
+        center.play_one()
+        operation.cancel()
+        assert operation.state == "running", "a cancel alone leaves the VM its place in the line"
+    asked = center.cloud.vms["a"].delete() if verb == "delete" else center.cloud.vms["a"].stop(force=True)
+    center.play()
+    assert operation.state == "cancelled" and asked.state == "done"
+    assert [vm["state"] for vm in center.cloud.vms.list()] == ([] if verb == "delete" else ["saved"])

@@ -9,7 +9,8 @@ import pytest
 from hdcs_tasks.errors import HypervisorRefused, Invalid, NotFound, OutcomeUnknown, Unreachable
 from hdcs_tasks.operations.control import Asked
 from hdcs_tasks.operations.node import Run
-from hdcs_tasks.operations.views import show
+from hdcs_tasks.operations.recovery import recovery_sweep
+from hdcs_tasks.operations.views import cancel, show
 from hdcs_tasks.routing import quick_queue
 from hdcs_tasks.states import ServerNodeState, VmState
 from hdcs_tasks.store.models import ServerNode, Vm
@@ -114,6 +115,25 @@ def test_a_delete_whose_stop_failed_ends(desk: Desk) -> None:  # noqa: F811
     desk.run(lambda run, spec: {})
     assert desk.state(again.id) == "done"
     assert vm_of(desk, vm).deleted_at is not None
+
+
+@pytest.mark.parametrize("state", [VmState.RUNNING, VmState.STOPPED, VmState.SAVED])
+def test_a_delete_cancelled_before_it_began_leaves_the_vm_as_it_was(desk: Desk, state: VmState) -> None:  # noqa: F811
+    """Not failed: nothing can be done with one, and saved memory would be lost."""
+    held = "node1" if state is VmState.RUNNING else None
+    vm = add(desk, "desk-01", 1, state=state, server_node=held)
+    operation = control_delete.delete(desk.control, "desk-01", Asked())
+    cancel(desk.control, operation.id)
+    recovery_sweep(desk.control)
+    assert desk.state(operation.id) == "cancelled"
+    assert (vm_of(desk, vm).state, vm_of(desk, vm).server_node) == (state, held)
+    if held is None:
+        return
+    operation = control_delete.delete(desk.control, "desk-01", Asked())
+    desk.run(lambda run, spec: {}, queue=quick_queue("east", "node1"))
+    cancel(desk.control, operation.id)
+    recovery_sweep(desk.control)
+    assert vm_of(desk, vm).state is VmState.STOPPED, "its guest was stopped, its disk is there"
 
 
 def test_a_suspended_vm_can_be_saved(desk: Desk) -> None:  # noqa: F811
