@@ -215,7 +215,12 @@ def mend(center: Center, case: Case, node: str, operation: Operation) -> dict[st
         center.lab.mend(node)
     if "kill" in case.fault:
         time.sleep(1.0)
+        joined_at = center.cloud.server_nodes.show(node)["joined_at"]
         center.start_node(node)
+        seen = ended(operation)
+        # Its predecessor's lease may have to run out first, and the server node be lost until it has joined.
+        wait_for(f"{node} to join", lambda: center.cloud.server_nodes.show(node)["joined_at"] != joined_at, LONG_S)
+        return seen
     if case.fault.endswith("dies"):
         awaited = case.phase in ("save", "start")
         wait_for(f"{node} to be lost", lambda: center.cloud.server_nodes.show(node)["state"] == "lost", LONG_S)
