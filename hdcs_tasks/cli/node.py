@@ -99,19 +99,19 @@ def drain(
     """Empty server nodes: no new VM starts there, running ones move live to others of the domain node.
 
     Stopped VMs need nothing. What cannot be moved stays and is named with its reason. The node stays closed until
-    `hdcs node resume`, also over restarts of its worker.
+    `hdcs node resume`, also over restarts of its worker. Several are all closed before the first VM moves.
 
     \b
     Examples:
+      hdcs node drain node1 node2 --dry-run
       hdcs node drain node2 --dry-run
       hdcs node drain node2 --concurrency 4 --reason 'new memory'
       hdcs node drain node2 --no-move
     """
     if dry_run:
-        for name in names:
-            plans.conclude(face.cloud.server_nodes.drain(name, dry_run=True).explain(), form)
+        plans.conclude(face.cloud.server_nodes.drain(names[0], dry_run=True, also=names[1:]).explain(), form)
         return
-    opened, refused = waiting.each(names, lambda name: face.cloud.server_nodes.drain(name, **options))
+    opened, refused = waiting.each(names, lambda name: face.cloud.server_nodes.drain(name, also=names, **options))
     waiting.conclude(opened, form=form, wait=wait, timeout_s=timeout_s, one=len(names) == 1, refused=refused)
 
 

@@ -25,6 +25,7 @@ ATTEMPT_COLUMNS = (
     output.Column("error"),
 )  # fmt: skip
 CHILD_COLUMNS = output.columns("id", "kind", "subject", "state", "percent", "phase", "eta_s", "seconds")
+LEFT_COLUMNS = (output.Column("name", "not moved"), output.Column("why"))
 
 
 @click.group()
@@ -71,6 +72,9 @@ def show(face: Face, operation_id: str, form: str) -> None:
     output.print_one(view, form, hide=("steps", "children", "error", "decision"))
     if view["error"]:
         click.echo(output.printable(f"\nerror: {_told(view['error'])}"))
+    if left := (view["error"] or {}).get("details", {}).get("left"):
+        click.echo("")
+        output.print_table([{"name": name, "why": why} for name, why in sorted(left.items())], LEFT_COLUMNS)
     if view["decision"]:
         click.echo("")
         plans.print_decision(view["decision"])
@@ -80,7 +84,9 @@ def show(face: Face, operation_id: str, form: str) -> None:
         _print_attempts(view["steps"])
     if view["children"]:
         click.echo("")
-        output.print_table(view["children"], CHILD_COLUMNS)
+        told = (output.Column("error"),) if any(child["error"] for child in view["children"]) else ()
+        children = [child | {"error": _told(child["error"])} for child in view["children"]]
+        output.print_table(children, (*CHILD_COLUMNS, *told))
 
 
 def _told(error: dict[str, Any] | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from hdcs_tasks.handles.operation import Part, Plan, View
@@ -73,14 +74,16 @@ class ServerNodes(Part):
     def drain(
         self, name: str, *, move: bool = True, concurrency: int = control_drain.CONCURRENCY,
         bandwidth_mib_s: int | None = None, dry_run: bool = False, idempotency_key: str | None = None, reason: str = "",
+        also: Collection[str] = (),
     ) -> Any:  # fmt: skip
         """Let no new VM start on it and move its running ones to others of its domain node, ``concurrency`` at once;
-        an Operation, or with ``dry_run`` a Plan. ``move`` False: only close it."""
+        an Operation, or with ``dry_run`` a Plan. ``move`` False: only close it. ``also``: others you are about to
+        drain, closed with it so that nothing moves there; a Plan is of all of them together."""
         if dry_run:
-            return Plan(control_drain.plan_drain(self._control, control_drain.NODE, name))
+            return Plan(control_drain.plan_drain(self._control, control_drain.NODE, name, *also))
         asked, options = self._asked(idempotency_key, reason), MoveOptions(bandwidth_mib_s=bandwidth_mib_s)
         return self._op(control_drain.drain_node(
-            self._control, name, asked, moving=move, concurrency=concurrency, options=options
+            self._control, name, asked, moving=move, concurrency=concurrency, options=options, also=also
         ))  # fmt: skip
 
     def resume(self, name: str) -> View:

@@ -45,7 +45,7 @@ class JobInfo:
     """A job as libvirt shows it. ``kind``: migration_out, migration_in, backup, save, …; bytes and seconds.
 
     ``over``: it has succeeded or failed, and libvirt tidies up after it, which a cut network makes long. Until then no
-    other job may begin.
+    other job may begin. ``memory_to_come``: the guest's memory, while a migration copies disks first.
     """
 
     kind: str
@@ -57,6 +57,7 @@ class JobInfo:
     bytes_per_s: int
     iteration: int = 0
     over: bool = False
+    memory_to_come: int = 0
 
     @property
     def phase(self) -> str:
@@ -70,8 +71,8 @@ class JobInfo:
 
     @property
     def percent(self) -> float:
-        total = self.disk_total + self.memory_total
-        left = max(self.disk_total - self.disk_done, 0) + self.memory_left
+        total = self.disk_total + self.memory_total + self.memory_to_come
+        left = max(self.disk_total - self.disk_done, 0) + self.memory_left + self.memory_to_come
         return 100.0 * (total - left) / total if total else 0.0
 
     @property
@@ -83,9 +84,10 @@ class JobInfo:
         return self.elapsed_s * (100.0 - percent) / percent
 
 
-def _info(stats: dict[str, Any]) -> JobInfo:
+def _info(stats: dict[str, Any], memory_to_come: int) -> JobInfo:
     return JobInfo(
         kind=_KINDS.get(stats.get("operation", 0), "other"),
+        memory_to_come=memory_to_come,
         elapsed_s=stats.get("time_elapsed", 0) / 1000,
         disk_total=stats.get("disk_total", 0),
         disk_done=stats.get("disk_processed", 0),
@@ -102,9 +104,16 @@ def job_of(guest: Any) -> JobInfo | None:
     try:
         with libvirt_errors("ask for the guest's job"):
             stats = _stats_of(guest)
+            to_come = guest.maxMemory() * 1024 if _copies_disks_first(stats) else 0
     except (NotFound, WrongState):
         return None
-    return None if stats.get("type", 0) == libvirt.VIR_DOMAIN_JOB_NONE else _info(stats)
+    return None if stats.get("type", 0) == libvirt.VIR_DOMAIN_JOB_NONE else _info(stats, to_come)
+
+
+def _copies_disks_first(stats: dict[str, Any]) -> bool:
+    """libvirt counts the memory only from where it begins: until then the end of the disks would look like the end."""
+    moves = stats.get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT
+    return moves and bool(stats.get("disk_total")) and not stats.get("memory_total")
 
 
 def _stats_of(guest: Any) -> dict[str, Any]:

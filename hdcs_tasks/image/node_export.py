@@ -53,9 +53,14 @@ def order_of(run: Run, place: StorageLayout, spec: dict[str, Any], disk: Path) -
     )  # fmt: skip
 
 
-def deliver(run: Run, place: StorageLayout, spec: dict[str, Any], disk: Path) -> dict[str, Any]:
-    """Write ``disk`` as the spec says. A repeated attempt that finds its own file whole is done; over a device that an
-    attempt of this step was writing to it begins anew."""
+def deliver(
+    run: Run, place: StorageLayout, spec: dict[str, Any], disk: Path, *, percent_before: float = 0.0
+) -> dict[str, Any]:
+    """Write ``disk`` as the spec says. ``percent_before``: of the step, what was done before.
+
+    A repeated attempt that finds its own file whole is done; over a device that an attempt of this step was writing to
+    it begins anew.
+    """
     target = target_of(run, place, spec["path"])
     conversion.sweep(exporting.leftovers(target, run.step))
     importing.sweep_stale(place.root / "images", place.root / "export")
@@ -77,8 +82,9 @@ def deliver(run: Run, place: StorageLayout, spec: dict[str, Any], disk: Path) ->
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
     own_storage = target.resolve().is_relative_to(place.root.resolve())
+    seen = watch(run, place if own_storage else None)
     manifest = exporting.export(
-        order, target, watch(run, place if own_storage else None), attempt=f"{run.step}-{run.attempt}"
+        order, target, replace(seen, on_progress=seen.told(percent_before, 100)), attempt=f"{run.step}-{run.attempt}"
     )
     mark.unlink(missing_ok=True)
     return manifest | {"node": run.ctx.server_node}

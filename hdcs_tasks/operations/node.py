@@ -126,8 +126,10 @@ class Run:
         return (self._cancel or self._hand_back) and not self._lost
 
     def progress(self, percent: float, phase: str, eta_s: float | None = None) -> None:
-        """Tell how far the step is; at most about twice a second reaches Redis and Flower."""
+        """Tell how far the step is, and never less than was told before (a guest writes, and what is left of its memory
+        grows); at most about twice a second reaches Redis and Flower."""
         at, last, old_phase = self._sent
+        percent = max(percent, last)
         if phase == old_phase and (monotonic_s() - at < 0.5 or abs(percent - last) < 0.5):
             return
         self._sent = (monotonic_s(), percent, phase)
@@ -235,6 +237,7 @@ def _work(run: Run, name: str, handler: Handler, spec: dict[str, Any]) -> str:
         unforeseen = HdcsError(f"{name} failed unexpectedly: {error!r}", next="See the server node's log")
         report["error"] = unforeseen.to_dict()
     report["ended_at"] = now_s()
+    report["percent"] = max(0.0, run._sent[1])
     deliver(run.ctx, report, holder=run.holder)
     return "failed" if "error" in report else "done"
 

@@ -149,6 +149,12 @@ def line_eta_s(place: int, through: int, window_s: float) -> float | None:
     return None if through < 1 else round(place * window_s / through, 1)
 
 
+def first_few(told: Sequence[str], operation_id: str, few: int = 3) -> str:
+    """The first of what is told of an operation, and where the rest can be read."""
+    more = [f"and {len(told) - few} more: hdcs op show {operation_id}"] if len(told) > few else []
+    return "; ".join([*told[:few], *more])
+
+
 def request_digest(kind: str, subject: str, words: Mapping[str, Any]) -> str:
     """What tells a request from another one: its kind, its subject and its parameters (JSON-able), as asked for. 60 and
     60.0 are the same; so are a tuple and a list."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from hdcs_tasks.errors import HdcsError, from_dict
 from hdcs_tasks.operations.handlers import ON_CHILD_ENDED, ON_DONE, ON_FAILED, PLANS
 from hdcs_tasks.operations.lookups import CHILDREN, LIVE_STEP, LOCKED_OPERATION
-from hdcs_tasks.operations.rules import bulk_percent, operation_percent
+from hdcs_tasks.operations.rules import bulk_percent, first_few, operation_percent
 from hdcs_tasks.states import OPERATION_LIVE, OperationState, StepState
 from hdcs_tasks.store.models import Operation, Step, now
 from hdcs_tasks.store.transitions import move
@@ -82,7 +82,7 @@ def child_ended(tx: Tx, parent_id: str) -> None:
     if not failed:
         tx.finish(parent, {"children": [child.subject for child in children]})
         return
-    shown = "; ".join(f"{c.subject}: {(c.error or {}).get('message', c.state)}" for c in failed[:3])
+    shown = first_few([f"{c.subject}: {(c.error or {}).get('message', c.state)}" for c in failed], parent.id)
     error = from_dict((failed[0].error or {}) | {
         "message": f"{len(failed)} of {len(children)} failed: {shown}",
         "details": {

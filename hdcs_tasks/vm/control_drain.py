@@ -7,7 +7,7 @@ came since it began. What could not be moved stays, and the operation says why; 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from hdcs_tasks.image.control_copy import is_ready
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_child_ended
+from hdcs_tasks.operations.rules import first_few
 from hdcs_tasks.pool import control as pool
 from hdcs_tasks.pool import rules as pool_rules
 from hdcs_tasks.pool.rooms import candidate, vm_shape, vm_terms
@@ -40,18 +41,25 @@ CONCURRENCY = 2
 
 def drain_node(
     control: Control, name: str, asked: Asked, *, moving: bool = True, concurrency: int = CONCURRENCY,
-    options: MoveOptions | None = None,
+    options: MoveOptions | None = None, also: Collection[str] = (),
 ) -> Operation:  # fmt: skip
     """Let no new VM start on a server node and move its running ones live to others of its domain node.
 
-    Stopped VMs need nothing. ``moving`` False: only close it. Raises NotFound, Conflict (it is being drained).
+    Stopped VMs need nothing. ``moving`` False: only close it. ``also``: server nodes that are drained by operations of
+    their own, closed with it before anything moves: else what leaves one would go to the next. Raises NotFound,
+    Conflict (it is being drained).
     """
     with control.transaction() as tx:
-        words = {"moving": moving, "concurrency": concurrency, "options": vars(options or MoveOptions())}
+        words: dict[str, Any] = {
+            "moving": moving, "concurrency": concurrency, "options": vars(options or MoveOptions()),
+            "also": sorted(also),
+        }  # fmt: skip
         if (same := tx.same_request(asked, NODE, name, **words)) is not None:
             return same
         _check_none(tx.session, NODE, name)
-        pool.set_draining(tx, pool.get_server_node(tx.session, name), draining=True)
+        pool.get_server_node(tx.session, name)
+        for node in tx.session.scalars(select(ServerNode).where(ServerNode.name.in_({name, *also}))).all():
+            pool.set_draining(tx, node, draining=True)
         return _open(tx, NODE, name, asked, moving, concurrency, options)
 
 
@@ -142,10 +150,11 @@ def _one_ended(tx: Tx, drain: Operation, children: list[Operation]) -> None:
 
 
 def _tell(tx: Tx, drain: Operation, children: list[Operation]) -> None:
-    ended = sum(child.state not in OPERATION_LIVE for child in children)
+    """What was cancelled has come no further."""
+    ended = sum(child.state not in (*OPERATION_LIVE, OperationState.CANCELLED) for child in children)
     left = len(_waiting(tx.session, drain, children))
     total = len(children) + left
-    drain.percent = 100.0 * ended / total if total else 0.0
+    drain.percent = max(drain.percent, 100.0 * ended / total if total else 0.0)
     drain.phase = f"{ended} of {total}"
 
 
@@ -176,7 +185,7 @@ def go_on(control: Control, drain_id: str) -> None:
         _tell(tx, drain, children)
         if drain.cancel_asked:
             if not running:
-                tx.fail(drain, Cancelled(f"cancelled; {len(waiting)} VMs were not moved"))
+                _called_off(tx, drain, children)
             return
         if not waiting and not running:
             _end(tx, drain, children)
@@ -247,23 +256,54 @@ def _waiting(session: Session, drain: Operation, children: Sequence[Operation]) 
 
 def _end(tx: Tx, drain: Operation, children: Sequence[Operation]) -> None:
     """Done where nothing stays; else failed, and it tells of each VM why."""
-    moved = [c.subject for c in children if c.state is OperationState.DONE]
-    tx.session.flush()
-    left = {vm.name: _why(vm, children) for vm in _there(tx.session, drain)}
+    moved, left = _outcome(tx, drain, children)
     if not left or not children:
         tx.finish(drain, {"moved": moved, "left": sorted(left)})
         return
-    shown = "; ".join(f"{name}: {why}" for name, why in sorted(left.items())[:3])
     tx.fail(drain, Conflict(
-        f"{len(left)} of {len(left) + len(moved)} VMs could not be moved off {drain.subject}: {shown}",
-        next="It takes no new VMs. Make room, or stop them, and drain again; or: hdcs node resume",
+        f"{len(left)} of {len(left) + len(moved)} VMs could not be moved off {drain.subject}: {_named(drain, left)}",
+        next=f"It takes no new VMs. Make room, or stop them, and drain again; or: {_resume(drain)}",
         details={"moved": moved, "left": left},
     ))  # fmt: skip
 
 
-def _why(vm: Vm, children: Sequence[Operation]) -> str:
+def _called_off(tx: Tx, drain: Operation, children: Sequence[Operation]) -> None:
+    """Cancelled, or ended by ``resume``; done where every move under way came to its end and nothing stays."""
+    moved, left = _outcome(tx, drain, children)
+    if not left:
+        tx.finish(drain, {"moved": moved, "left": []})
+        return
+    row = ServerNode if drain.kind == NODE else DomainNode
+    closed = tx.session.scalar(select(row.draining).where(row.name == drain.subject))
+    stays = f"; {drain.subject} stays closed to new VMs" if closed else ""
+    tx.fail(drain, Cancelled(
+        f"cancelled; {len(left)} of {len(left) + len(moved)} VMs were not moved off {drain.subject}"
+        f" ({_named(drain, left)}){stays}",
+        next=f"Open it again: {_resume(drain)}; or drain it again" if closed else "",
+        details={"moved": moved, "left": left},
+    ))  # fmt: skip
+
+
+def _outcome(tx: Tx, drain: Operation, children: Sequence[Operation]) -> tuple[list[str], dict[str, str]]:
+    """Who was moved; and who is there still, with the reason."""
+    tx.session.flush()
+    left = {vm.name: _why(drain, vm, children) for vm in _there(tx.session, drain)}
+    return [c.subject for c in children if c.state is OperationState.DONE], left
+
+
+def _why(drain: Operation, vm: Vm, children: Sequence[Operation]) -> str:
     found = next((c for c in children if c.subject == vm.name and c.error), None)
-    return str(from_dict(found.error).message) if found is not None and found.error else f"it is {vm.state}"
+    if found is not None and found.error:
+        return str(from_dict(found.error).message)
+    return "its turn had not come" if drain.cancel_asked else f"it is {vm.state}"
+
+
+def _named(drain: Operation, left: dict[str, str]) -> str:
+    return first_few([f"{name}: {why}" for name, why in sorted(left.items())], drain.id)
+
+
+def _resume(drain: Operation) -> str:
+    return f"hdcs {'node' if drain.kind == NODE else 'domain'} resume {drain.subject}"
 
 
 # --- where to, out of a domain node
@@ -303,21 +343,33 @@ def _is_open(room: pool_rules.Candidate) -> bool:
 # --- dry runs
 
 
-def plan_drain(control: Control, kind: str, name: str) -> dict[str, Any]:
-    """What a drain would move and where to, as things are now: ``{fits, vms: [{name, domain_node, server_node, message,
-    …}], refusal}``. One after the other, as the drain moves them: what went before has taken its room. Raises
-    NotFound."""
+def plan_drain(control: Control, kind: str, *names: str) -> dict[str, Any]:
+    """What a drain, or one of several server nodes together, would move and where to, as things are now: ``{fits, vms:
+    [{name, domain_node, server_node, message, …}], refusal}``. One after the other, as the drain moves them: what went
+    before has taken its room. Raises NotFound."""
     with control.store.read() as session:
+        tx = Tx(session, control, [])
         if kind == NODE:
-            pool.get_server_node(session, name)
+            homes = dict.fromkeys(pool.get_server_node(session, name).domain_node for name in names)
+            rooms = {home: _closed(room_of(tx, home, {}), names) for home in homes}
         else:
-            pool.get_domain_node(session, name)
-        tx, rooms = Tx(session, control, []), dict[str, pool_rules.Candidate]()
-        vms = _there(session, Operation(kind=kind, request={"name": name}))
+            rooms = {}
+            for name in names:
+                pool.get_domain_node(session, name)
+        emptied = [Operation(kind=kind, request={"name": name}) for name in dict.fromkeys(names)]
+        vms = [vm for each in emptied for vm in _there(session, each)]
         shown = [_planned(tx, vm, kind, rooms) for vm in vms]
     refused = [vm for vm in shown if vm["message"]]
     error = NoCapacity(f"{len(refused)} of {len(shown)} VMs would stay: {refused[0]['message']}") if refused else None
     return {"fits": not refused, "vms": shown, "refusal": error.to_dict() if error else None}
+
+
+def _closed(room: pool_rules.Candidate, names: Collection[str]) -> pool_rules.Candidate:
+    """A domain node as it will be when these server nodes are closed."""
+    return replace(room, nodes=tuple(
+        replace(node, schedulable=False, state="draining") if node.name in names and node.schedulable else node
+        for node in room.nodes
+    ))  # fmt: skip
 
 
 def _planned(tx: Tx, vm: Vm, kind: str, rooms: dict[str, pool_rules.Candidate]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from hdcs_tasks.app import app
@@ -103,10 +104,11 @@ def migrate(
 
 @request_task("pool.drain")
 def drain(
-    node: str, move: bool = True, concurrency: int = control_drain.CONCURRENCY, by: str = "celery", reason: str = ""
-) -> dict[str, Any]:
+    node: str, move: bool = True, concurrency: int = control_drain.CONCURRENCY, by: str = "celery", reason: str = "",
+    also: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
     asked = asked_by_task(by, reason)
-    return view(control_drain.drain_node(control(), node, asked, moving=move, concurrency=concurrency))
+    return view(control_drain.drain_node(control(), node, asked, moving=move, concurrency=concurrency, also=also))
 
 
 @request_task("pool.drain_domain")

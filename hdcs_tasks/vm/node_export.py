@@ -12,6 +12,9 @@ from hdcs_tasks.operations.node import Run
 from hdcs_tasks.vm import node_swap
 from hdcs_tasks.vm.node import layout, lock
 
+COPIED = 40.0
+"""Percent of the step when a running VM's disk has been copied, and is to leave."""
+
 
 def check(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     """Whether the VM could leave as asked; what is at the target."""
@@ -46,9 +49,9 @@ def _running(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
         run.check()
         seen.need(disk.stat().st_blocks * 512)
         spec["origin"]["consistency"] = backup.copy_running(
-            run.ctx.host(), spec["vm_id"], moment, on_progress=seen.told(0, 40), cancelled=seen.stop,
+            run.ctx.host(), spec["vm_id"], moment, on_progress=seen.told(0, COPIED), cancelled=seen.stop,
             key=KeyRing.of(run.ctx.settings).find(spec.get("disk_key")), deadline_s=run.ctx.settings.step_deadline_s,
         )  # fmt: skip
-        return node_export.deliver(run, place, spec, moment)
+        return node_export.deliver(run, place, spec, moment, percent_before=COPIED)
     finally:
         conversion.sweep([moment] if moment.exists() else [])

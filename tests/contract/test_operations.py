@@ -136,6 +136,32 @@ def test_progress_is_seen_while_it_runs(desk: Desk) -> None:
     assert (seen[0]["percent"], seen[0]["phase"], seen[0]["eta_s"]) == (40.0, "disk 4/10 GiB", 12.0)
 
 
+def test_progress_never_goes_back(desk: Desk) -> None:
+    """Neither inside an attempt, whose work may grow, nor with the next one."""
+    operation = desk.ask()
+    seen: list[float] = []
+
+    def tell(run: Run, *percents: float) -> None:
+        for percent in percents:
+            run.progress(percent, f"at {percent}")
+            seen.append(show(desk.control, operation)["percent"])
+
+    def broken(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
+        tell(run, 20, 60, 30)
+        raise Unreachable("libvirtd went away")
+
+    def again(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
+        tell(run, 10, 70)
+        return {}
+
+    desk.run(broken)
+    seen.append(show(desk.control, operation)["percent"])
+    desk.due(operation, not_before=ago(1))
+    recovery_sweep(desk.control)
+    desk.run(again, queue=direct_queue("east", "node1"))
+    assert seen == [20, 60, 60, 60, 60, 70]
+
+
 def test_hand_over(desk: Desk) -> None:
     operation = desk.ask()
 

@@ -75,6 +75,32 @@ def test_progress_of_disk_then_memory() -> None:
     assert (nothing.percent, nothing.eta_s) == (0, None)
 
 
+class Moving:
+    """libvirt's, as it answers while a guest of 128 MiB moves with its disk: it tells of the memory when it begins."""
+
+    def __init__(self, disk: tuple[int, int], memory: tuple[int, int]) -> None:
+        self.stats = {
+            "type": libvirt.VIR_DOMAIN_JOB_UNBOUNDED, "operation": libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT,
+            "time_elapsed": 1000, "disk_total": disk[0] * MIB, "disk_processed": disk[1] * MIB,
+            "memory_total": memory[0] * MIB, "memory_remaining": memory[1] * MIB,
+        }  # fmt: skip
+
+    def jobStats(self) -> dict[str, int]:
+        return self.stats
+
+    def maxMemory(self) -> int:
+        return 128 * 1024
+
+
+def test_a_move_is_not_over_with_its_disk() -> None:
+    looks = [((0, 0), (0, 0)), ((32, 16), (0, 0)), ((32, 32), (0, 0)), ((32, 32), (152, 140)), ((32, 32), (152, 76))]
+    found = [job_of(Moving(*look)) for look in looks]
+    percents = [seen.percent for seen in found if seen is not None]
+    assert percents == [0, 10, 20, *percents[3:]] and percents == sorted(percents)
+    assert [seen.phase for seen in found if seen is not None][2:4] == ["disk 32/32 MiB", "memory 12/152 MiB"]
+    assert found[2] is not None and found[2].eta_s == 4, "of the whole move"
+
+
 def test_a_job_that_has_not_begun_does_not_claim_figures() -> None:
     assert job().phase == "prepare"
 
