@@ -62,14 +62,15 @@ class Whereabouts:
         libvirt drove the move, and says that it failed.
 
         A source that cannot be asked may still hold it: then only a guest that runs at the target is an answer, or one
-        that is not there at all (it is where it was). Both gone: it ended at its source, where the record has it.
+        that is not there at all (it is where it was). One that has ended is held where its definition is: libvirt gives
+        the target one when the guest runs there, and takes the source's away after that. Nowhere: it is where it was.
         """
         if self.source is Presence.UNKNOWN:
-            if self.target is Presence.RUNNING:
-                return "target"
-            return "source" if self.target in (Presence.ABSENT, Presence.SHUTOFF) else "unknown"
+            return {Presence.RUNNING: "target", Presence.ABSENT: "source"}.get(self.target, "unknown")
         if self.doubled:
             return "source"
+        if self.target is Presence.SHUTOFF and self.source in (Presence.ABSENT, Presence.SHUTOFF):
+            return "target" if self.source is Presence.ABSENT else "unknown"
         return {"target": "target", "source": "source", "neither": "source"}.get(self.verdict, "unknown")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import bindparam, select
+from sqlalchemy import bindparam, func, select
 
 from hdcs_tasks.clock import monotonic_s, now_s, random_hex
 from hdcs_tasks.errors import Cancelled, HdcsError, NoCapacity, OutcomeUnknown, Unreachable, from_dict
@@ -177,6 +177,23 @@ def wake(control: Control, step_ids: Sequence[str]) -> int:
 
     _each(control, list(step_ids), publish)
     return len(woken)
+
+
+def send_unheld_again(control: Control, queues: Sequence[str], since: datetime) -> int:
+    """Send once more what was sent to these queues since then and nobody has taken; how many steps. The broker may have
+    given it to a server node that was just cut off: the sweep would wait a minute, as a message may be on its way."""
+    sent_to = func.coalesce(Step.sent_to, Step.queue).in_(queues)
+    with control.store.read() as session:
+        query = select(Step.id).where(Step.state == StepState.PUBLISHED, Step.published_at >= since, sent_to)
+        ids = list(session.scalars(query.order_by(Step.created_at)))
+    known = zip(ids, control.reservations.steps.statuses(ids), strict=True)
+    unheld = [step_id for step_id, status in known if status is not None and status.holder is None]
+
+    def send(tx: Tx, step: Step) -> None:
+        if step.state is StepState.PUBLISHED:
+            tx.send_again(step)
+
+    return _each(control, unheld, send)
 
 
 def _each(control: Control, ids: list[str], action: Callable[[Tx, Step], None]) -> int:

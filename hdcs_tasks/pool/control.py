@@ -6,6 +6,7 @@ import hmac
 import ipaddress
 import secrets
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import select
@@ -15,10 +16,11 @@ from hdcs_tasks.clock import now_s
 from hdcs_tasks.errors import Conflict, Rejected, WrongState
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.control import Control, Tx
+from hdcs_tasks.operations.recovery import send_unheld_again
 from hdcs_tasks.pool import admission, policy, rules, waiting
 from hdcs_tasks.pool.proof import JoinRequest, proof_of, token_key
 from hdcs_tasks.reservations import PoolNode
-from hdcs_tasks.routing import check_name, quick_queue
+from hdcs_tasks.routing import check_name, direct_queue, quick_queue
 from hdcs_tasks.states import IN_POOL, VM_HOLDS_GUEST, ServerNodeState
 from hdcs_tasks.store.models import DomainNode, ServerNode, Vm, now
 from hdcs_tasks.store.naming import named
@@ -89,12 +91,16 @@ def join(control: Control, request: JoinRequest) -> dict[str, Any]:
         subnet = control.reservations.subnets.take(
             request.server_node, control.settings.supernet, control.settings.subnet_prefix
         )
+        lost_at = _lost_at(tx.session, request.server_node)
         node = _record(tx, request, subnet)
         domain_node.storage_total_bytes = request.storage["total_bytes"]
         domain_node.storage_free_bytes = request.storage["free_bytes"]
         _elect_primary(tx.session, domain_node)
         tx.event("server_node.joined", node.name, f"joined {domain_node.name} with {node.memory_mib} MiB")
         put_in_pool(control, tx, node)
+        if lost_at is not None:
+            its_own = [direct_queue(domain_node.name, node.name), quick_queue(domain_node.name, node.name)]
+            _send_again(control, tx, [domain_node.name, *its_own], lost_at)
     return {
         "server_node": node.name, "domain_node": domain_node.name, "subnet": subnet, "state": node.state.value,
         "network_name": control.settings.network_name, "network_forward": control.settings.network_forward,
@@ -159,6 +165,17 @@ def _record(tx: Tx, request: JoinRequest, subnet: str) -> ServerNode:
     node.observed_at = now()
     tx.session.flush()
     return node
+
+
+def _lost_at(session: Session, name: str) -> datetime | None:
+    node = session.get(ServerNode, name)
+    return node.state_at if node is not None and node.state is ServerNodeState.LOST else None
+
+
+def _send_again(control: Control, tx: Tx, queues: list[str], lost_at: datetime) -> None:
+    """What may have been given to a server node that was cut off, and was lost with its connection."""
+    since = lost_at - timedelta(seconds=2 * control.settings.lease_ttl_s)
+    tx.after(lambda: send_unheld_again(control, queues, since))
 
 
 def _promised(control: Control, pool: DomainNode, facts: dict[str, Any], ruled: dict[str, Any]) -> tuple[int, int]:
@@ -274,6 +291,7 @@ def _lose(control: Control, name: str) -> bool:
         if node is None or node.state not in IN_POOL or control.reservations.leases.holder("node", name):
             return False
         _take_out(control, tx, node, ServerNodeState.LOST, "lost: its lease ran out")
+        _send_again(control, tx, [node.domain_node], now())
         return True
 
 

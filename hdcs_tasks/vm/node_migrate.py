@@ -82,7 +82,7 @@ def measured(done: migration.MigrationResult) -> dict[str, Any]:
 
 def has_left(run: Run, spec: dict[str, Any]) -> bool:
     """Whether an earlier attempt moved the guest away; one still at it is watched to its end. The finish step sees
-    whether it runs at the target, and says so if not."""
+    whether it runs at the target, and says so if not. Raises HypervisorRefused: it has ended here."""
     ctx = run.ctx
     left = migration.adopt(
         ctx.host(), spec["vm_id"], on_progress=run.progress, cancelled=run.cancelled,
@@ -91,8 +91,28 @@ def has_left(run: Run, spec: dict[str, Any]) -> bool:
     seen = guests.info(ctx.host(), spec["vm_id"])
     if seen is not None and seen.active and not (seen.state == "paused" and _is_left_over(run, spec)):
         return False
+    if seen is None or not seen.active:
+        _check_not_ended(run, spec)
     log.warning("guest gone from its source", vm=spec["vm_id"], to=spec["target"]["node"], earlier=str(left))
     return True
+
+
+def _check_not_ended(run: Run, spec: dict[str, Any]) -> None:
+    """A guest that does not run here may have ended by itself (shut down by its user, say) while it was to move: its
+    disk is here, and what has arrived of it at the target is not it. Raises HypervisorRefused then, else OutcomeUnknown
+    where that is not certain yet."""
+    ctx, presence = run.ctx, whereabouts.Presence
+    at = whereabouts.observe(ctx.host(), peer(ctx, spec["target"]["address"]), spec["vm_id"])
+    if at.target is presence.ABSENT:
+        raise HypervisorRefused(
+            f"the guest of VM {spec['name']} ended on {ctx.server_node} before it had moved",
+            next=f"It is stopped where it was. Start it again: hdcs vm start {spec['name']}",
+        )
+    if at.source is not presence.ABSENT and at.target is not presence.RUNNING:
+        raise OutcomeUnknown(
+            f"the guest of VM {spec['name']} ended on {ctx.server_node} while it moved to {spec['target']['node']}",
+            next="What has arrived there is looked at again",
+        )
 
 
 def _is_left_over(run: Run, spec: dict[str, Any]) -> bool:
@@ -135,6 +155,7 @@ def finish(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
         if not see_it_here(run, spec).active:
             return {"network": ENDED}
         run.check()
+        take_over(run, spec)
         restore_checkpoints(ctx.host(), layout(ctx), vm_id)
         return {"network": renew(run, spec)} | figures(ctx, spec)
 
@@ -156,6 +177,16 @@ def see_it_here(run: Run, spec: dict[str, Any]) -> GuestInfo:
             next="Look at both server nodes' libvirt before starting it again",
         )
     return seen
+
+
+def take_over(run: Run, spec: dict[str, Any]) -> None:
+    """Have QEMU take over the disks of a VM that arrived suspended: the guest goes on for a moment. QEMU does it only
+    then, and would end itself at the next move or save (7.2: an assertion of ``bdrv_inactivate_recurse``)."""
+    if spec["was"] != "suspended":
+        return
+    host, vm_id = run.ctx.host(), spec["vm_id"]
+    guests.resume(host, vm_id)
+    guests.suspend(host, vm_id)
 
 
 def figures(ctx: NodeContext, spec: dict[str, Any]) -> dict[str, Any]:
@@ -193,7 +224,8 @@ def _look_at_source(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
             f"VM {spec['name']} stands still at its source, and its target is lost",
             next="Bring the target back, or make sure that it is off and resume the guest (virsh resume)",
         )
-    held = "source" if seen is not None and seen.active else "target"
+    # One that has ended here is here: libvirt takes the definition of a guest away when it has moved.
+    held = "source" if seen is not None else "target"
     return {"node": run.ctx.server_node, "held_by": held}
 
 
@@ -259,13 +291,13 @@ def undo(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def take_back(run: Run, spec: dict[str, Any]) -> bool:
-    """End what a move that did not happen left of the guest here; False where the guest runs here and nowhere else.
-    Of one that runs twice, the one at the source goes on. Raises OutcomeUnknown."""
+    """End what a move that did not happen left of the guest here; False where the guest runs here and nowhere else (or
+    ran, and has ended since). Of one that runs twice, the one at the source goes on. Raises OutcomeUnknown."""
     ctx = run.ctx
     seen = guests.info(ctx.host(), spec["vm_id"])
+    if seen is not None and seen.state != "paused" and _held_by(run, spec) == "target":
+        return False
     if seen is not None and seen.state == "running":
-        if _held_by(run, spec) == "target":
-            return False
         if not _seen_at_both(run, spec).doubled:
             raise OutcomeUnknown(f"VM {spec['name']} runs on {ctx.server_node}", next="Look at both server nodes")
         log.warning("the guest ran twice; it goes on at its source", vm=spec["name"], source=spec["source"]["name"])

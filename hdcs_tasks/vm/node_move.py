@@ -148,6 +148,7 @@ def finish(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
         if not node_migrate.see_it_here(run, spec).active:
             return {"network": node_migrate.ENDED}
         run.check()
+        node_migrate.take_over(run, spec)
         bitmaps = _forget_points(run, spec)
         network = node_migrate.renew(run, spec)
         return {"network": network, "bitmaps": bitmaps} | node_migrate.figures(run.ctx, spec)

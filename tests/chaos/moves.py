@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -41,6 +43,7 @@ FAMILY = {"live": "vm.migrate_", "move": "vm.move_", "saved": "vm.", "carry": "v
 FAULTS = ("cut source", "cut target", "kill source's worker", "kill target's worker", "source dies", "target dies")
 BOTH = "cut source and kill source's worker"
 """Nobody is left who would free a guest whose QEMU waits for what was lost with the network."""
+ENDS = "source's guest ends"
 FULL = "target's disk full"
 ROOM = {("move", "prepare"): "64k", ("move", "perform"): "400k", ("carry", "fetch"): "400k"}
 """How much the target's disk takes, for the step to meet its end: no overlay, or an overlay without its content."""
@@ -61,11 +64,13 @@ class Case(NamedTuple):
 
 
 def all_cases() -> list[Case]:
-    """Every phase of every kind with every fault; a full disk where something is written to it, and a cut that nobody
-    watches where bytes travel."""
+    """Every phase of every kind with every fault; a full disk where something is written to it, a guest that ends (shut
+    down by its user, say) and a cut that nobody watches where it has not gone yet."""
     places = [(kind, phase) for kind, phases in PHASES.items() for phase in phases]
     cases = [Case(*at, fault) for at, fault in itertools.product(places, FAULTS)] + [Case(*at, FULL) for at in ROOM]
-    return [*cases, Case("live", PERFORM, BOTH), Case("move", PERFORM, BOTH)]
+    live = [(kind, phase) for kind, phase in places if kind in ("live", "move")]
+    cases += [Case(*at, ENDS) for at in live if at[1] in ("prepare", PERFORM)]
+    return cases + [Case(*at, BOTH) for at in live if at[1] == PERFORM]
 
 
 def main(arguments: list[str]) -> int:
@@ -194,6 +199,10 @@ def strike(center: Center, fault: str, node: str) -> None:
         center.lab.cut(node)
     if "kill" in fault:
         kill_worker(center, node)
+    if fault == ENDS:
+        vm_id = center.cloud.vms[DESK].show()["id"]
+        (pid,) = [pid for pid, line in center.lab.space(node).processes() if "qemu" in line and vm_id in line]
+        os.kill(pid, signal.SIGKILL)
     if fault.endswith("dies"):
         center.lab.power_off(node)
 
@@ -206,7 +215,12 @@ def mend(center: Center, case: Case, node: str, operation: Operation) -> dict[st
         center.lab.mend(node)
     if "kill" in case.fault:
         time.sleep(1.0)
+        joined_at = center.cloud.server_nodes.show(node)["joined_at"]
         center.start_node(node)
+        seen = ended(operation)
+        # Its predecessor's lease may have to run out first, and the server node be lost until it has joined.
+        wait_for(f"{node} to join", lambda: center.cloud.server_nodes.show(node)["joined_at"] != joined_at, LONG_S)
+        return seen
     if case.fault.endswith("dies"):
         awaited = case.phase in ("save", "start")
         wait_for(f"{node} to be lost", lambda: center.cloud.server_nodes.show(node)["state"] == "lost", LONG_S)
@@ -215,7 +229,10 @@ def mend(center: Center, case: Case, node: str, operation: Operation) -> dict[st
         seen = seen or ended(operation)
         wait_for("what ran there to be missed", lambda: lives(center, node), LONG_S)
         return seen
-    return ended(operation)
+    seen = ended(operation)
+    if case.fault == ENDS:
+        wait_for("the guest to be missed", lambda: lives(center, node), LONG_S)
+    return seen
 
 
 def lives(center: Center, node: str) -> bool:

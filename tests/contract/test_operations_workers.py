@@ -248,14 +248,17 @@ def test_every_line_about_an_operation_tells_it_and_its_vm_and_server_node(cente
     center.sweep_until(lambda: len(center.notes("begin")) == 2, 30, "a second attempt")
     center.go.touch()
     eventually(lambda: center.done(wanted), 20, "done")
-    seen: dict[str, set[str]] = {}
-    for role, name in (("node", "test.work"), ("control", "operations.outcome")):
+
+    def events(role: str, name: str) -> set[str]:
         said = (center.folder / f"{role}.log").read_text().splitlines()
-        lines = [line for line in map(json.loads, filter(lambda text: text.startswith("{"), said))
+        whole = [text for text in said if text.startswith("{") and text.endswith("}")]
+        lines = [line for line in map(json.loads, whole)
                  if name in line["event"] or line.get("task") == name or step_id in json.dumps(line)]  # fmt: skip
         for line in lines:
             about = {key: line.get(key) for key in ("operation", "vm", "server_node")}
             assert about == {"operation": wanted, "vm": "desk-001", "server_node": "node1"}, line
-        seen[role] = {line["event"].split()[-1 if line["event"].endswith("received") else 0] for line in lines}
-    assert {"received", "Task", "step"} <= seen["node"], seen
-    assert {"received", "Task", "operation"} <= seen["control"], seen
+        return {line["event"].split()[-1 if line["event"].endswith("received") else 0] for line in lines}
+
+    # A worker tells of a task's end after control may have heard of it.
+    eventually(lambda: {"received", "Task", "step"} <= events("node", "test.work"), 20, "said by the server node")
+    eventually(lambda: {"received", "Task", "operation"} <= events("control", "operations.outcome"), 20, "by control")

@@ -182,6 +182,21 @@ def test_what_runs_twice_goes_on_where_the_record_has_it(center: Center) -> None
     whole(center)
 
 
+def test_a_suspended_one_goes_on_moving(center: Center) -> None:
+    """QEMU does not take its disks over before it goes on, and ended itself in the second move, and in a save."""
+    name = DESKS[2]
+    vm = center.cloud.vms[name]
+    bring(center, name, "node1")
+    vm.suspend().result(timeout_s=LONG_S)
+    for target in ("node2", "node3", "node1"):
+        assert ended(vm.migrate(target))["state"] == "done"
+        assert place(center, name)[::2] == ("suspended", target)
+    vm.save().result(timeout_s=LONG_S)
+    vm.start().result(timeout_s=LONG_S)
+    assert place(center, name)[0] == "running"
+    whole(center)
+
+
 def bring(center: Center, name: str, node: str) -> None:
     """Have a desktop on this server node."""
     if place(center, name)[2] != node:

@@ -11,7 +11,7 @@ import pytest
 
 from deploy.lab.center import Center
 from tests.chaos import moves
-from tests.chaos.moves import BOTH, Case
+from tests.chaos.moves import BOTH, ENDS, Case
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
 
@@ -25,6 +25,7 @@ CASES = [
     Case("move", "perform", "cut source"),
     Case("move", "perform", BOTH),
     Case("move", "perform", "target dies"),
+    Case("move", "perform", ENDS),
     Case("move", "finish", "cut target"),
     Case("move", "clean", "source dies"),
     Case("saved", "save", "cut source"),

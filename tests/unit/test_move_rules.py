@@ -64,7 +64,8 @@ def test_how_many_moves_begin() -> None:
     [
         (R, A, "source"), (R, P, "source"), (P, A, "source"), (A, R, "target"), (P, R, "target"), (A, P, "target"),
         (S, R, "target"), (A, A, "source"), (R, R, "source"), (P, P, "unknown"), (U, R, "target"), (U, A, "source"),
-        (U, S, "source"), (U, P, "unknown"), (U, U, "unknown"), (R, U, "unknown"), (A, U, "unknown"),
+        (A, S, "target"), (S, A, "source"), (S, S, "unknown"), (R, S, "source"),
+        (U, S, "unknown"), (U, P, "unknown"), (U, U, "unknown"), (R, U, "unknown"), (A, U, "unknown"),
     ],
 )  # fmt: skip
 def test_who_holds_the_guest(source: Presence, target: Presence, held_by: str) -> None:
