@@ -315,12 +315,11 @@ def new_vm(
     return vm
 
 
-def promise_disk(tx: Tx, home: str, vm_id: str, disk_bytes: int) -> None:
-    """The VM's share of a domain node's storage, given back if the transaction fails; NoCapacity."""
-    control = tx.control
-    limit_bytes = disk_limit_bytes(control, get_domain_node(tx.session, home))
-    control.reservations.disks.claim(home, vm_id, disk_bytes, limit_bytes)
-    tx.undo(lambda: control.reservations.disks.release(home, vm_id))
+def promise_disk(tx: Tx, home: str, vm_id: str, disk_bytes: int, *, before: int = 0) -> None:
+    """The VM's share of a domain node's storage; what it was ``before`` if the transaction fails. Raises NoCapacity."""
+    disks = tx.control.reservations.disks
+    disks.claim(home, vm_id, disk_bytes, disk_limit_bytes(tx.control, get_domain_node(tx.session, home)))
+    tx.undo(lambda: disks.claim(home, vm_id, before, 1 << 62) if before else disks.release(home, vm_id))
 
 
 @on_done("vm.clone_on_node")

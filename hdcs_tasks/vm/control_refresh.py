@@ -12,12 +12,11 @@ from hdcs_tasks.image.control_publish import versions
 from hdcs_tasks.image.rules import DISPOSABLE
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed
-from hdcs_tasks.pool.control import get_domain_node
-from hdcs_tasks.pool.rooms import disk_limit_bytes
 from hdcs_tasks.states import BackupState
 from hdcs_tasks.store import metering
 from hdcs_tasks.store.models import Backup, Image, Operation, Step, Vm
 from hdcs_tasks.vm.control import check_given, get_vm, vm_of
+from hdcs_tasks.vm.control_clone import promise_disk
 
 PATIENCE_S = 60.0
 
@@ -43,7 +42,8 @@ def refresh(control: Control, name: str, asked: Asked, *, discard: bool = False)
         disk_bytes = max(vm.disk_bytes, image.virtual_size_bytes or 0)
         request = {"image": image.id, "was": was.id, "disk_bytes": disk_bytes}
         operation = tx.open("vm.refresh", asked=asked, vm=vm, request=request)
-        _promise(tx, vm, disk_bytes)
+        if disk_bytes != vm.disk_bytes:  # a larger image takes a larger share of the storage
+            promise_disk(tx, vm.home, vm.id, disk_bytes, before=vm.disk_bytes)
         shown = f"{image.name}:{image.version}"
         spec = {
             "shown": {"vm": vm.name, "image": shown, "pool": vm.home}, "vm_id": vm.id, "name": vm.name,
@@ -78,16 +78,6 @@ def _check(tx: Tx, name: str) -> tuple[Vm, Image, Image]:
             next=f"Publish one there: hdcs image publish {was.name} VERSION --domain-node {vm.home}",
         )
     return vm, was, there[vm.home]
-
-
-def _promise(tx: Tx, vm: Vm, disk_bytes: int) -> None:
-    """A larger image takes a larger share of the storage; the old share comes back if nothing comes of it."""
-    if disk_bytes == vm.disk_bytes:
-        return
-    control, home, vm_id, before = tx.control, vm.home, vm.id, vm.disk_bytes
-    limit_bytes = disk_limit_bytes(control, get_domain_node(tx.session, home))
-    control.reservations.disks.claim(home, vm_id, disk_bytes, limit_bytes)
-    tx.undo(lambda: control.reservations.disks.claim(home, vm_id, before, limit_bytes))
 
 
 @on_done("vm.refresh_on_node")

@@ -6,9 +6,10 @@ from typing import Any
 
 from sqlalchemy import select
 
-from hdcs_tasks.errors import Conflict, Invalid, WrongState
+from hdcs_tasks.errors import Conflict, Invalid, OutcomeUnknown, Unreachable, WrongState
 from hdcs_tasks.operations.control import Asked, Control, Tx
 from hdcs_tasks.operations.handlers import on_done, on_failed
+from hdcs_tasks.operations.rules import CAN_BE_ASKED_AGAIN
 from hdcs_tasks.pool.control import get_server_node
 from hdcs_tasks.routing import check_name, direct_queue
 from hdcs_tasks.states import VmState
@@ -54,7 +55,7 @@ def grow(control: Control, name: str, disk_bytes: int, asked: Asked) -> Operatio
             )
         request = {"disk_bytes": disk_bytes, "was": vm.disk_bytes}
         operation = tx.open("vm.grow", asked=asked, vm=vm, request=request)
-        promise_disk(tx, vm.home, vm.id, disk_bytes)
+        promise_disk(tx, vm.home, vm.id, disk_bytes, before=vm.disk_bytes)
         _add_step(tx, operation, vm, disk_bytes)
         return operation
 
@@ -65,7 +66,7 @@ def _add_step(tx: Tx, operation: Operation, vm: Vm, disk_bytes: int) -> None:
         "disk_key": vm.disk_key,
     }  # fmt: skip
     if vm.server_node is None:
-        tx.step(operation, "vm.grow_on_node", vm.home, spec)
+        tx.step(operation, "vm.grow_on_node", vm.home, spec | CAN_BE_ASKED_AGAIN)
         return
     node = get_server_node(tx.session, vm.server_node)
     tx.step(operation, "vm.grow_on_node", direct_queue(node.domain_node, node.name), spec, node=node.name)
@@ -82,6 +83,6 @@ def _grown(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> 
 def _not_grown(tx: Tx, operation: Operation, step: Step, error: Any) -> None:
     """What was promised is taken back, unless the disk may have grown all the same."""
     vm = vm_of(tx, operation)
-    if error.code != "outcome_unknown" and vm.deleted_at is None:
+    if error.code not in (OutcomeUnknown.code, Unreachable.code) and vm.deleted_at is None:
         control, home, vm_id, was = tx.control, vm.home, vm.id, operation.request["was"]
         tx.after(lambda: control.reservations.disks.claim(home, vm_id, was, 1 << 62))

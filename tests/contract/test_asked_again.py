@@ -11,6 +11,7 @@ from hdcs_tasks.operations.recovery import recovery_sweep
 from hdcs_tasks.operations.rules import CAN_BE_ASKED_AGAIN
 from tests.contract.test_moves import Played, center, consistent
 from tests.contract.test_moves_lost import lost_with, sweep_in
+from tests.contract.test_scheduling import GIB
 
 __all__ = ["center"]
 
@@ -23,6 +24,7 @@ ASKED: dict[str, Ask] = {
     "vm.clone_on_node": lambda c: c.cloud.vms.clone("mini", name="a", profile="tiny"),
     "vm.export_on_node": lambda c: c.cloud.vms["a"].export("a.qcow2"),
     "vm.delete_on_node": lambda c: c.cloud.vms["a"].delete(),
+    "vm.grow_on_node": lambda c: c.cloud.vms["a"].grow(2 * GIB),
     "backup.create_on_node": lambda c: c.cloud.backups.create("a"),
     "image.add_on_node": lambda c: c.cloud.images.add("other", "/srv/o.qcow2", domain_nodes=["east"]),
     "image.import_on_node": lambda c: c.cloud.images.import_("other", "o.qcow2", domain_nodes=["east"]),
@@ -30,7 +32,7 @@ ASKED: dict[str, Ask] = {
     "image.copy_on_node": lambda c: c.cloud.images.copy("mini", "west"),
     "image.delete_on_node": lambda c: c.cloud.images.delete("mini"),
 }
-OF_A_VM = {"vm.export_on_node", "vm.delete_on_node", "backup.create_on_node"}
+OF_A_VM = {"vm.export_on_node", "vm.delete_on_node", "vm.grow_on_node", "backup.create_on_node"}
 
 
 def asked(played: Played, step: str) -> Any:

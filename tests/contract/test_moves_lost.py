@@ -82,14 +82,6 @@ def test_a_target_that_is_lost_while_files_arrive(center: Played, way: str) -> N
     is_as_before(center, before, operation)
 
 
-def test_a_source_that_is_lost_while_it_hashes(center: Played) -> None:
-    before = center.started("a")
-    operation = center.cloud.vms["a"].migrate("west", live=False)
-    lost_with(center, "vm.offer_on_node", before["server_node"])
-    center.play()
-    is_as_before(center, before, operation)
-
-
 @pytest.mark.parametrize("live", [True, False])
 def test_nobody_is_there_to_take_the_step(center: Played, live: bool) -> None:
     before = center.started("a")

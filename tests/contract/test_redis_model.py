@@ -31,7 +31,8 @@ def calls(rng: random.Random) -> list[Callable[[Reservations], Any]]:
     exclude = (rng.choice(NODES),) if rng.random() < 0.3 else ()
     vcpus, memory, schedulable = rng.choice([1, 2, 8]), rng.choice([200, 2300, 9000]), rng.random() < 0.8
     order = rng.choice(["pack", "spread"])
-    cool_s = rng.choice([0, 1000])
+    cool_s, number = rng.choice([0, 1000]), rng.choice([0, 20001, 20007])
+    address = f"10.128.{NODES.index(node) * 4}.3"
     home = "west" if node == "node3" else "east"
     return [
         lambda r: r.pool.put_node(home, PoolNode(node, 8, 16000, f"10.128.{NODES.index(node) * 4}.0/29",
@@ -40,6 +41,7 @@ def calls(rng: random.Random) -> list[Callable[[Reservations], Any]]:
         lambda r: r.pool.place(PlaceRequest(pool, vm, step, vcpus, memory, pin=pin, exclude=exclude, order=order)),
         lambda r: r.pool.release(pool, vm, node, cool_s, cool_s),
         lambda r: r.pool.started(pool, node, vm),
+        lambda r: r.pool.restore(Claim(pool, vm, node, vcpus, memory, number, address, "")),
         lambda r: r.ports.take(pool, vm),
         lambda r: r.ports.cool(pool, vm, cool_s),
         lambda r: r.ports.reclaim(pool),

@@ -12,11 +12,22 @@ from hdcs_tasks.operations.views import show
 from hdcs_tasks.states import VmState
 from hdcs_tasks.store.models import DomainNode, Vm
 from hdcs_tasks.vm import control_shape
+from hdcs_tasks.vm.control_clone import promise_disk
 from tests.contract.backup_place import MIB, Place
 from tests.contract.desk import desk  # noqa: F401 - a fixture
 from tests.contract.test_backup_control import place  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.contract
+
+
+def test_a_grow_that_is_not_recorded_keeps_the_vms_promise(place: Place) -> None:  # noqa: F811
+    vm, used = place.vm("desk-01"), place.control.reservations.disks.used
+    place.control.reservations.disks.claim("east", vm, 32 * MIB, 1 << 40)
+    with pytest.raises(ZeroDivisionError), place.control.transaction() as tx:
+        promise_disk(tx, "east", vm, 64 * MIB, before=32 * MIB)
+        assert used("east") == 64 * MIB
+        raise ZeroDivisionError
+    assert used("east") == 32 * MIB
 
 
 def test_a_renamed_vm_keeps_its_chain(place: Place) -> None:  # noqa: F811

@@ -51,6 +51,7 @@ FENCE = ("attempt", "holder", "done", "cancel")
 
 STEPS: dict[str, Any] = {
     "vm.clone_on_node": vm_node.clone, "vm.start_on_node": node_start.start, "vm.delete_on_node": vm_node.delete,
+    "vm.discard_on_node": vm_node.delete,
     "vm.save_on_node": vm_node.save, "vm.stop_on_node": vm_node.stop, "vm.suspend_on_node": vm_node.suspend,
     "vm.resume_on_node": vm_node.resume, "vm.reboot_on_node": vm_node.reboot,
     "vm.migrate_prepare_on_node": node_migrate.prepare, "vm.migrate_on_node": node_migrate.perform,

@@ -271,6 +271,10 @@ class RedisModel:
     def _zrem(self, w: list[str]) -> int:
         return self._hdel(w)
 
+    def _zscore(self, w: list[str]) -> str | None:
+        score = (self._find(w[0]) or {}).get(w[1])
+        return None if score is None else f"{score:.17g}"
+
     def _zcount(self, w: list[str]) -> int:
         return len(self._range(w[0], w[1], w[2]))
 
@@ -300,6 +304,17 @@ class RedisModel:
         self._drop_if_empty(w[0])
         return answer
 
+    def _lrem(self, w: list[str]) -> int:
+        """Of all that are equal: ``count`` 0 is all its callers ask for."""
+        assert w[1] == "0"
+        found = self._find(w[0]) or []
+        kept = [value for value in found if value != w[2]]
+        gone = len(found) - len(kept)
+        if gone:
+            self._touch(w[0])[:] = kept
+            self._drop_if_empty(w[0])
+        return gone
+
     def _llen(self, w: list[str]) -> int:
         return len(self._find(w[0]) or [])
 
@@ -311,10 +326,11 @@ _COMMANDS: dict[str, Callable[[RedisModel, list[str]], Any]] = {
     "TIME": _M._time, "INFO": _M._info, "HGET": _M._hget, "HMGET": _M._hmget, "HSET": _M._hset,
     "HSETNX": _M._hsetnx, "HDEL": _M._hdel, "HEXISTS": _M._hexists, "HLEN": _M._hlen, "HVALS": _M._hvals,
     "HGETALL": _M._hgetall, "ZADD": _M._zadd, "ZREM": _M._zrem, "ZCARD": _M._hlen, "ZCOUNT": _M._zcount,
+    "ZSCORE": _M._zscore,
     "ZRANGE": _M._zrange, "ZRANGEBYSCORE": _M._zrangebyscore, "ZREVRANGEBYSCORE": _M._zrevrangebyscore,
     "ZREMRANGEBYSCORE": _M._zremrangebyscore, "SADD": _M._sadd, "SCARD": _M._hlen, "SREM": _M._srem,
     "SMEMBERS": _M._smembers,
-    "RPUSH": _M._rpush, "LPOP": _M._lpop, "LLEN": _M._llen,
+    "RPUSH": _M._rpush, "LPOP": _M._lpop, "LLEN": _M._llen, "LREM": _M._lrem,
 }  # fmt: skip
 
 
