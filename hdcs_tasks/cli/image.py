@@ -108,7 +108,9 @@ def copy(
               "header; a raw disk has none, so say raw, unless its name ends in .raw, .img or .dd.")  # fmt: skip
 @click.option("--disk", type=int, default=None, help="Which disk of an OVA with several, from 1.")
 @click.option("--drivers", is_flag=True, help="Put in virtio drivers by virt-v2v (Windows of another hypervisor).")
-@click.option("--profile", default=None, help="Make this profile out of the shape of the OVA's machine.")
+@click.option(
+    "--profile", default=None, help="Make this profile out of the shape of the OVA's machine; a disk has none."
+)
 @click.option("--dry-run", is_flag=True, help="Print what is there and where it would go; change nothing.")
 @reason_option
 @key_option
@@ -136,7 +138,10 @@ def import_(
         return
     operation = ask(name, source, idempotency_key=key, **wanted)
     waiting.conclude([operation], form=form, wait=wait, timeout_s=timeout_s)
-    if wait and (offered := (operation.show()["result"] or {}).get("profile")) and not wanted["profile"]:
+    result = (operation.show()["result"] or {}) if wait else {}
+    for warning in result.get("warnings", ()):
+        output.message(f"take care: {warning}")
+    if (offered := result.get("profile")) and not wanted["profile"]:
         output.message(
             f"its machine had this shape: hdcs profile create {name} --vcpus {offered['vcpus']} "
             f"--memory {offered['memory_mib']}MiB"

@@ -68,8 +68,22 @@ class Size(click.ParamType[int]):
 DURATION = Duration()
 SIZE = Size()
 
+
+class Form(click.Choice[str]):
+    """How data is printed. Where a command also takes an image's format, somebody may mean that one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            others = [each.opts[0] for each in ctx.command.params if each.name == "format"] if ctx else []
+            if not others:
+                raise
+            self.fail(f"{error.message} This is how to print; the image's format: {others[0]}.", param, ctx)
+
+
 format_option = click.option(
-    "-f", "--format", "form", type=click.Choice(["table", "json", "csv"]), default="table", show_default=True,
+    "-f", "--format", "form", type=Form(["table", "json", "csv"]), default="table", show_default=True,
     help="How to print the data; json and csv hold raw numbers with the unit in the field's name.",
 )  # fmt: skip
 yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask for confirmation.")

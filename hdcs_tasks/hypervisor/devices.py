@@ -109,6 +109,19 @@ def claimed(path: Path, needed_bytes: int, *, force: bool = False) -> Iterator[D
         os.close(handle)
 
 
+def users(path: Path) -> list[str]:
+    """In words, who uses the device at ``path`` now; empty: nobody. For one that is only to be read."""
+    device = look(path)
+    found = list(used_by(device))
+    if found:
+        return found
+    try:
+        os.close(os.open(device.path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        return [f"the kernel says that {device.path} is in use"] if error.errno == errno.EBUSY else []
+    return []
+
+
 def used_by(device: Device) -> Iterator[str]:
     """In words, who uses the device or a partition of it, as far as it shows here."""
     numbers = {device.number: device.path.name}
@@ -155,6 +168,26 @@ def content_of(path: Path) -> str:
 
 def wipe_start(path: Path) -> None:
     """Make a half-written device look empty: nothing shall boot or mount half a disk."""
-    with suppress(OSError), open(path, "r+b", buffering=0) as file:
-        file.write(bytes(_WIPE_BYTES))
+    with suppress(OSError):
+        _zero(path, 0, _WIPE_BYTES)
+
+
+def wipe_end(device: Device, from_bytes: int) -> None:
+    """Remove what an earlier owner has at the very end of a device that is to hold a disk of ``from_bytes``: the second
+    copy of a partition table, the mark of an MD array. It would be found there, and believed. HypervisorRefused."""
+    at = max(from_bytes, device.size_bytes - _WIPE_BYTES)
+    try:
+        if at < device.size_bytes:
+            _zero(device.path, at, device.size_bytes - at)
+    except OSError as error:
+        raise HypervisorRefused(
+            f"the end of device {device.path} cannot be written: {error.strerror}", next="Is the device sound?"
+        ) from error
+
+
+def _zero(path: Path, at: int, length: int) -> None:
+    with open(path, "r+b", buffering=0) as file:
+        file.seek(at)
+        while length > 0:
+            length -= file.write(bytes(length)) or 0
         os.fsync(file.fileno())

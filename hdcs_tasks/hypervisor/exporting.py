@@ -78,6 +78,7 @@ def export(order: Order, target: Path, watch: Watch, *, attempt: str) -> dict[st
 def _to_device(order: Order, target: Path, watch: Watch) -> dict[str, Any]:
     with devices.claimed(target, order.virtual_bytes, force=order.force) as device:
         try:
+            devices.wipe_end(device, order.virtual_bytes)
             conversion.convert(order.source, device.path, "raw", watch, watch.part(0, 70, "convert"), existing=True)
             digest = _hash_device(device.path, order.virtual_bytes, watch)
         except BaseException:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import re
 import struct
+import sys
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,9 +26,23 @@ _QCOW2_DATA_FILE = 1 << 2
 _QCOW2_ENCRYPTED = 32
 _BACKING_FORMAT = 0xE2792ACA
 _EXTENSIONS_MAX = 64
-_EXTENT = re.compile(r'^\s*(?:RW|RDONLY|NOACCESS)\s+\d+\s+[A-Z]+(?:\s+"([^"]*)")?', re.MULTILINE)
+_EXTENT = re.compile(
+    r'^\s*(?:RW|RDONLY|NOACCESS)\s+(\d+)\s+([A-Z]+)(?:\s+"([^"]*)"(?:[ \t]+(\d+))?)?', re.MULTILINE
+)  # fmt: skip
+_FLAT = ("FLAT", "VMFS")
 _PARENT = re.compile(r"^\s*parentCID\s*=\s*([0-9a-fA-F]+)", re.MULTILINE)
 _NO_PARENT = 0xFFFFFFFF
+_VDI_NO_BLOCK = 0xFFFFFFFE
+"""From here on: a block that is nowhere in the file, and reads as zeroes."""
+
+
+@dataclass(frozen=True)
+class PartFile:
+    """A file that holds content of an image. ``end_bytes``: how long it must be, of one that has no header of its own
+    to say so; else 0."""
+
+    name: str
+    end_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -36,7 +52,7 @@ class Header:
     format: str
     backing: str | None = None
     backing_format: str | None = None
-    parts: tuple[str, ...] = ()
+    parts: tuple[PartFile, ...] = ()
     encrypted: bool = False
 
 
@@ -132,7 +148,33 @@ def _vmdk(head: bytes, read: Read, size_bytes: int) -> Header:
         raise _refused("it is a snapshot that stands on another VMDK", "Consolidate its snapshots, then export it")
     if whole:
         return Header("vmdk")
-    return Header("vmdk", parts=tuple(name for name in _EXTENT.findall(words) if name))
+    return Header("vmdk", parts=tuple(_part(*found) for found in _EXTENT.findall(words) if found[2]))
+
+
+def _part(sectors: str, kind: str, name: str, offset: str) -> PartFile:
+    """Of a line of the descriptor: sectors, kind, name, and for FLAT the sector of the file where it begins."""
+    return PartFile(name, (int(sectors) + int(offset or 0)) * _SECTOR if kind in _FLAT else 0)
+
+
+# --- vdi
+
+
+def vdi_end_bytes(read: Read) -> int:
+    """How long the file of a VDI must be for a guest to see all that its table of blocks names. Its virtual size must
+    have been judged: so many MiB, so many entries are read. Invalid: the table itself is cut off."""
+    table_at, data_at = struct.unpack_from("<II", head := read(0, _SECTOR).ljust(_SECTOR, b"\0"), 0x154)
+    disk_bytes, block_bytes = struct.unpack_from("<QI", head, 0x170)
+    blocks = -(-disk_bytes // max(1, block_bytes))
+    table = array("I", (raw := read(table_at, blocks * 4))[: len(raw) // 4 * 4])
+    if len(table) < blocks:
+        raise _refused("it is cut off within its table of blocks", "Copy it again, whole")
+    if sys.byteorder == "big":
+        table.byteswap()
+    last = max((at for at in table if at < _VDI_NO_BLOCK), default=None)
+    if last is None:
+        return int(data_at)
+    # Of the disk's last block only what is of the disk.
+    return int(data_at + last * block_bytes + min(block_bytes, disk_bytes - table.index(last) * block_bytes))
 
 
 # --- vpc

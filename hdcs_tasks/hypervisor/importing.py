@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from hdcs_tasks.errors import Invalid, NotFound
-from hdcs_tasks.hypervisor import conversion, disks, ova, probing, v2v
+from hdcs_tasks.hypervisor import conversion, devices, disks, ova, probing, v2v
 from hdcs_tasks.hypervisor.conversion import Watch
 from hdcs_tasks.hypervisor.probing import Probed
+from hdcs_tasks.hypervisor.processes import Cancel
 
 STALE_S = 24 * 3600.0
 _SLACK_BYTES = 64 << 20
@@ -23,11 +24,12 @@ _SLACK_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Found:
-    """What is to be imported. ``machine``: the shape of the machine it was part of, of an OVA; ``hashes``: files its
-    manifest vouches for."""
+    """What is to be imported. ``archive``: the OVA it lies in, with the shape of its machine and the hashes
+    its manifest vouches for; ``users``: in words, who uses the device it lies on."""
 
     probed: Probed
     archive: ova.Archive | None = None
+    users: tuple[str, ...] = ()
 
     def shape(self) -> dict[str, Any] | None:
         if self.archive is None:
@@ -38,32 +40,38 @@ class Found:
             "disks_bytes": [disk.capacity_bytes for disk in machine.disks],
         }  # fmt: skip
 
+    def warnings(self) -> list[str]:
+        """What an operator must know of the image this makes."""
+        return [f"{user}: what is written while it is read may be torn in the image" for user in self.users]
+
     def view(self) -> dict[str, Any]:
         return {
             "format": "ova" if self.archive else self.probed.format, "virtual_size_bytes": self.probed.virtual_bytes,
             "needed_bytes": self.probed.needed_bytes, "shape": self.shape(),
             "files": [path.name for path in self.probed.chain],
-            "checksums": len(self.archive.hashes) if self.archive else 0,
+            "checksums": len(self.archive.hashes) if self.archive else 0, "warnings": self.warnings(),
         }  # fmt: skip
 
 
-def find(path: Path, root: Path, *, fmt: str | None, disk: int | None, max_bytes: int) -> Found:
-    """Look at what is to be imported; nothing is changed. ``fmt``: as ``probing.probe``, or "ova". Raises Invalid,
-    NotFound."""
-    if fmt == "ova" or (fmt is None and path.suffix.lower() == ".ova"):
+def find(
+    path: Path, root: Path, *, fmt: str | None, disk: int | None, max_bytes: int, cancelled: Cancel | None = None
+) -> Found:
+    """Look at what is to be imported; nothing is changed. ``fmt``: as ``probing.probe``, or "ova". Raises as that."""
+    if fmt == "ova":
         probing.check_inside(path, path, root)
         if not path.is_file():
             raise NotFound(f"there is no file {path}", next="Check its name and folder on that server node")
         archive = ova.read(path)
         named, member = archive.disk(disk)
         probed = probing.probe(
-            path, root, max_bytes=max_bytes, offset=member.offset, length_bytes=member.size_bytes,
+            path, root, max_bytes=max_bytes, offset=member.offset, length_bytes=member.size_bytes, cancelled=cancelled,
             fmt="vmdk" if (named.file or "").lower().endswith(".vmdk") else None,
         )  # fmt: skip
         return Found(probed, archive)
     if disk not in (None, 1):
         raise Invalid(f"{path.name} is one disk, not {disk} of them", next="--disk is for an OVA of several disks")
-    return Found(probing.probe(path, root, fmt=fmt, max_bytes=max_bytes))
+    probed = probing.probe(path, root, fmt=fmt, max_bytes=max_bytes, cancelled=cancelled)
+    return Found(probed, users=tuple(devices.users(path)) if devices.is_device(path) else ())
 
 
 def bring_in(found: Found, target: Path, watch: Watch, *, attempt: int, drivers_on: str | None = None) -> str:

@@ -40,7 +40,7 @@ class ExportRequest:
         fmt = rules.format_of(self.format)
         if place is rules.Place.DEVICE:
             if fmt not in (None, "raw"):
-                raise Invalid(f"a block device takes raw, not {fmt}", next="Leave --format out")
+                raise Invalid(f"a block device takes raw, not {fmt}", next="Leave --as out")
             if self.node is None:
                 raise Invalid(
                     f"{self.path} is a device: of which server node?", next="Name the one it is at: --node NODE"

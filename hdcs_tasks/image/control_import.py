@@ -37,7 +37,8 @@ PATIENCE_S = 60.0
 class ImportRequest:
     """What to import as ``name``: ``path`` in the storage's import/ folder, on the server nodes, or a block device of
     ``node``. ``format``: None: by its header. ``disk``: which of an OVA's. ``drivers``: virt-v2v puts in drivers.
-    ``profile``: make this profile out of the machine's shape. ``domain_nodes``: where; none: layer one chooses."""
+    ``profile``: make this profile out of the machine's shape, which an OVA alone tells. ``domain_nodes``: where; none:
+    layer one chooses."""
 
     name: str
     path: str
@@ -97,11 +98,17 @@ def next_version(session: Session, name: str) -> int:
 def _check(session: Session, request: ImportRequest) -> tuple[list[str], list[str]]:
     """Domain nodes to try in order, and those it is copied to afterwards."""
     check_name("image", request.name)
-    rules.format_of(request.format)
+    fmt = rules.source_format(request.format, request.path)
     if request.disk is not None and request.disk < 1:
         raise Invalid(f"disk {request.disk} is not counted from 1", next="As in --disk 1")
     if request.profile is not None:
         check_name("profile", request.profile)
+        if fmt != "ova":
+            raise Invalid(
+                f"profile {request.profile} cannot be made of {request.path}: a disk does not say what machine it was "
+                "part of, only an OVA does",
+                next=f"Leave --profile out, then: hdcs profile create {request.profile} --vcpus N --memory SIZE",
+            )
         if session.get(Profile, request.profile) is not None:
             raise Conflict(f"there is a profile {request.profile} already", next="See: hdcs profile list")
     for name in request.domain_nodes:
@@ -162,8 +169,8 @@ def _probe_at(tx: Tx, operation: Operation, home: str) -> None:
 def _spec(request: dict[str, Any], home: str) -> dict[str, Any]:
     return {
         "shown": {"from": request["path"], "pool": home}, "path": request["path"], "disk": request["disk"],
-        "format": rules.format_of(request["format"]), "drivers": request["drivers"], "domain_node": home,
-        **CAN_BE_ASKED_AGAIN,
+        "format": rules.source_format(request["format"], request["path"]), "drivers": request["drivers"],
+        "domain_node": home, **CAN_BE_ASKED_AGAIN,
     }  # fmt: skip
 
 

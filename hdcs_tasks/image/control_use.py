@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from hdcs_tasks.states import OPERATION_LIVE, BackupState
-from hdcs_tasks.store.models import Backup, Image, ImagePublished, Operation, Vm, WarmPool
+from hdcs_tasks.states import OPERATION_LIVE, BackupState, ImageState
+from hdcs_tasks.store.models import Backup, Image, ImageCopy, ImagePublished, Operation, Vm, WarmPool
 
 _SHOWN = 5
 _READERS = (
@@ -48,7 +48,8 @@ def _warm_pools(session: Session, image: Image) -> list[str]:
 
 
 def _backups(session: Session, image: Image) -> list[str]:
-    if image.sha256 is None:
+    """Backups whose base has this content, unless another image of the same content stays: they know it by hash."""
+    if image.sha256 is None or _has_twin(session, image):
         return []
     states = (BackupState.READY, BackupState.BROKEN)
     rows = session.execute(select(Backup.id, Backup.vm_name, Backup.manifest).where(Backup.state.in_(states)))
@@ -56,6 +57,15 @@ def _backups(session: Session, image: Image) -> list[str]:
         f"{backup_id[:8]} of {vm_name}" for backup_id, vm_name, manifest in rows
         if ((manifest or {}).get("base") or {}).get("sha256") == image.sha256
     ]  # fmt: skip
+
+
+def _has_twin(session: Session, image: Image) -> bool:
+    twin = (
+        select(ImageCopy.image_id).join(Image, Image.id == ImageCopy.image_id)
+        .where(Image.sha256 == image.sha256, Image.id != image.id, Image.deleted_at.is_(None))
+        .where(ImageCopy.state == ImageState.READY)
+    )  # fmt: skip
+    return session.scalar(twin.limit(1)) is not None
 
 
 def _say(noun: str, names: list[str]) -> list[str]:

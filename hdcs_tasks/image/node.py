@@ -7,6 +7,7 @@ from typing import Any
 
 from hdcs_tasks.errors import Conflict, Invalid
 from hdcs_tasks.hypervisor import disks, probing, storage
+from hdcs_tasks.image.node_paths import named_here
 from hdcs_tasks.operations.node import Run
 
 
@@ -21,9 +22,11 @@ def add(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     source = Path(spec["path"])
     if target.exists():
         return _result(run, target)
-    found = probing.probe(source, source.parent, max_bytes=run.ctx.settings.image_max_gib << 30)
-    if len(found.chain) > 1:
-        raise Invalid(f"{source} is an overlay on {found.chain[1]}", next="Flatten it: hdcs image import does so")
+    max_bytes = run.ctx.settings.image_max_gib << 30
+    with named_here(run):
+        found = probing.probe(source, source.parent, max_bytes=max_bytes, cancelled=run.cancelled)
+        if len(found.chain) > 1:
+            raise Invalid(f"{source} is an overlay on {found.chain[1]}", next="Flatten it: hdcs image import does so")
     run.check()
     target.parent.mkdir(mode=0o711, exist_ok=True)
     try:

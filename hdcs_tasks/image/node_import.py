@@ -8,12 +8,12 @@ from typing import Any
 from hdcs_tasks.errors import Conflict
 from hdcs_tasks.hypervisor import conversion, disks, importing, v2v
 from hdcs_tasks.hypervisor.storage import StorageLayout
-from hdcs_tasks.image.node_paths import layout, source_of, watch
+from hdcs_tasks.image.node_paths import layout, named_here, source_of, watch
 from hdcs_tasks.operations.node import Run
 
 
 def probe(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
-    """What is to be imported: ``{format, virtual_size_bytes, needed_bytes, shape, files, checksums, node}``."""
+    """What is to be imported: ``importing.Found.view``, ``node`` and ``domain_node``."""
     place = layout(run)
     if spec["drivers"]:
         v2v.require(run.ctx.server_node)
@@ -39,8 +39,8 @@ def bring_in(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     made = disks.probe(target, root=place.root)
     return {
         "sha256": digest, "virtual_size_bytes": made.virtual_bytes, "file_bytes": target.stat().st_size,
-        "shape": found.shape(), "format": found.view()["format"], "image": f"{spec['image']}:{spec['version']}",
-        "node": run.ctx.server_node, "domain_node": run.ctx.domain_node,
+        "shape": found.shape(), "format": found.view()["format"], "warnings": found.warnings(),
+        "image": f"{spec['image']}:{spec['version']}", "node": run.ctx.server_node, "domain_node": run.ctx.domain_node,
     }  # fmt: skip
 
 
@@ -59,7 +59,10 @@ def _made(run: Run, place: StorageLayout, spec: dict[str, Any], found: importing
 def _find(run: Run, place: StorageLayout, spec: dict[str, Any]) -> importing.Found:
     path, root = source_of(run, place, spec["path"])
     max_bytes = run.ctx.settings.image_max_gib << 30
-    return importing.find(path, root, fmt=spec["format"], disk=spec["disk"], max_bytes=max_bytes)
+    with named_here(run):
+        return importing.find(
+            path, root, fmt=spec["format"], disk=spec["disk"], max_bytes=max_bytes, cancelled=run.cancelled
+        )
 
 
 def _remove_if_empty(target: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from hdcs_tasks.errors import Invalid
+from hdcs_tasks.errors import Invalid, Rejected
 from hdcs_tasks.hypervisor import storage
 from hdcs_tasks.hypervisor.conversion import Watch
 from hdcs_tasks.image import rules
@@ -21,6 +23,16 @@ def watch(run: Run, place: storage.StorageLayout | None) -> Watch:
         on_progress=run.progress, cancelled=run.cancelled, storage=place.root if place else None,
         timeout_s=run.ctx.settings.step_deadline_s,
     )  # fmt: skip
+
+
+@contextmanager
+def named_here(run: Run) -> Iterator[None]:
+    """A refusal of what lies on this server node names it: which one looks, the caller did not choose."""
+    try:
+        yield
+    except Rejected as error:
+        words = f"on server node {run.ctx.server_node}: {error.message}"
+        raise type(error)(words, next=error.next, details=error.details) from error
 
 
 def source_of(run: Run, place: storage.StorageLayout, path: str) -> tuple[Path, Path]:

@@ -12,6 +12,7 @@ from hdcs_tasks.errors import Invalid, NoCapacity
 DISKS = ("raw", "qcow2", "vmdk", "vdi", "vhdx", "vpc")
 FORMATS = (*DISKS, "ova")
 _ALIASES = {"vhd": "vpc"}
+_SAID = {fmt: name for name, fmt in _ALIASES.items()}
 _SUFFIXES = {f".{fmt}": fmt for fmt in FORMATS} | {".img": "raw", ".dd": "raw", ".vhd": "vpc"}
 DISPOSABLE = "disposable"
 """Tag of a VM whose disk nobody will miss; its profile's rule of this name says the same."""
@@ -31,8 +32,16 @@ def format_of(name: str | None, *, known: Sequence[str] = FORMATS) -> str | None
         return None
     found = _ALIASES.get(name, name)
     if found not in known:
-        raise Invalid(f"image format {name!r} is not known", next=f"Use {', '.join(known)}; vhd is vpc")
+        said = ", ".join(_SAID.get(fmt, fmt) for fmt in known)
+        raise Invalid(f"image format {name!r} is not known", next=f"Use {said}")
     return found
+
+
+def source_format(name: str | None, path: str) -> str | None:
+    """What a file is to be read as: the format called ``name``, "ova" where the path ends so, None: by its header.
+    Raises Invalid."""
+    said = format_of(name)
+    return "ova" if said is None and format_by_name(path) == "ova" else said
 
 
 def format_by_name(path: str) -> str | None:

@@ -7,16 +7,19 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from hdcs_tasks.operations.cancelling import ask_cancel
 from hdcs_tasks.operations.control import Control
 from hdcs_tasks.operations.handlers import PLANS
+from hdcs_tasks.operations.kinds import check_kind
 from hdcs_tasks.operations.line import places_of
 from hdcs_tasks.operations.lookups import get_operation
 from hdcs_tasks.operations.rules import operation_percent
 from hdcs_tasks.reservations import StepStatus
 from hdcs_tasks.states import OPERATION_LIVE, OperationState
-from hdcs_tasks.store.models import Operation, Step
+from hdcs_tasks.store.models import Operation, Step, Vm
+from hdcs_tasks.store.naming import unknown
 
 
 def _iso(at: datetime | None) -> str | None:
@@ -92,7 +95,8 @@ def with_progress(shown: dict[str, Any], steps: Sequence[Step], status: StepStat
 def list_operations(
     control: Control, *, live: bool = False, vm: str | None = None, kind: str | None = None, limit: int = 50
 ) -> list[dict[str, Any]]:
-    """The newest operations first; ``live`` only those that have not ended, ``vm`` by subject name."""
+    """The newest operations first; ``live`` only those that have not ended, ``vm`` by subject name. NotFound for a kind
+    that there is not, and for a name that neither a VM nor any operation ever had."""
     with control.store.read() as session:
         query = select(Operation).order_by(Operation.created_at.desc()).limit(limit)
         if live:
@@ -101,7 +105,19 @@ def list_operations(
             query = query.where(Operation.subject == vm)
         if kind is not None:
             query = query.where(Operation.kind == kind)
-        return [view(operation) for operation in session.scalars(query)]
+        found = [view(operation) for operation in session.scalars(query)]
+        if not found and kind is not None:
+            check_kind(kind)
+        if not found and vm is not None:
+            _check_subject(session, vm)
+        return found
+
+
+def _check_subject(session: Session, name: str) -> None:
+    for known in (select(Operation.id).where(Operation.subject == name), select(Vm.id).where(Vm.name == name)):
+        if session.scalar(known.limit(1)) is not None:
+            return
+    raise unknown(session, Vm.name, name, "VM", "hdcs vm list", Vm.deleted_at.is_(None))
 
 
 def cancel(control: Control, operation_id: str) -> dict[str, Any]:

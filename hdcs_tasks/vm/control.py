@@ -28,7 +28,7 @@ from hdcs_tasks.pool.words import wanted_words
 from hdcs_tasks.routing import direct_queue, quick_queue
 from hdcs_tasks.states import IN_POOL, VM_RESTS, VmState
 from hdcs_tasks.store.lookups import by_key
-from hdcs_tasks.store.models import Operation, Step, Vm, now
+from hdcs_tasks.store.models import Image, Operation, Step, Vm, now
 from hdcs_tasks.store.naming import unknown
 from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control_left import check_left, nodes_left
@@ -78,8 +78,11 @@ def view(vm: Vm) -> dict[str, Any]:
 
 
 def show(control: Control, name: str) -> dict[str, Any]:
+    """The VM as ``view`` has it, and ``image``: the name and version it stands on."""
     with control.store.read() as session:
-        return view(get_vm(session, name))
+        vm = get_vm(session, name)
+        image = session.get(Image, vm.image_id) if vm.image_id else None
+        return view(vm) | {"image": f"{image.name}:{image.version}" if image else None}
 
 
 def set_usb(control: Control, name: str, policy: str) -> dict[str, Any]:

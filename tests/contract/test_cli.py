@@ -227,6 +227,8 @@ def test_doctor(cloud: Cloud, hdcs: Hdcs) -> None:
         ("vm usb desk-1 maybe", 2, "USB policy"),
         ("vm wait desk-1 --timeout 0.1", 7, "guest agent"),
         ("image delete mini -y", 4, "desk-1"),
+        ("op list --vm desk-2", 3, "there is no VM 'desk-2'. Did you mean desk-1?"),
+        ("op list --kind vm.clones", 3, "Did you mean vm.clone"),
     ],
 )  # fmt: skip
 def test_refusals(cloud: Cloud, hdcs: Hdcs, line: str, code: int, words: str) -> None:

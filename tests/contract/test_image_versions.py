@@ -182,6 +182,27 @@ def test_an_image_in_use_is_not_deleted_and_says_by_whom(place: ImagePlace) -> N
     assert version_of(place, clone(place, "desk-2")) == 1
 
 
+def test_backups_keep_no_image_of_which_another_has_the_content(place: ImagePlace) -> None:
+    """They know their base by its hash: only the last image of that content is theirs."""
+    place.add()
+    place.add("office")
+    assert place.row()["sha256"] == place.row("office")["sha256"]
+    with place.control.store.session() as session:
+        session.add(Backup(id="1234567890", vm_id="v", vm_name="gone", domain_node="east", chain="c", seq=1,
+                           kind="full", state=BackupState.READY, manifest={
+                               "base": {"name": "mini", "version": 1, "sha256": place.row()["sha256"]}}))  # fmt: skip
+    place.images.delete("office:1")
+    with pytest.raises(WrongState, match="backup 12345678 of gone"):
+        place.images.delete("mini:1")
+    place.work()
+    assert [i["name"] for i in place.images.list()] == ["mini"]
+
+
+def test_a_vm_tells_its_image_by_name(place: ImagePlace) -> None:
+    place.add()
+    assert clone(place, "desk-1")["image"] == "mini:1"
+
+
 def test_a_deletion_that_does_not_come_through_can_be_asked_for_again(place: ImagePlace) -> None:
     """Else the file would lie there for ever, and nobody could name it."""
     place.add(domain_nodes=("east", "west"))

@@ -131,7 +131,11 @@ def test_an_import_of_a_server_nodes_own_path(place: ImagePlace, source_format: 
         ({"path": "/dev/sdb"}, Invalid, "--node NODE"), ({"path": "d", "format": "iso"}, Invalid, "Use raw"),
         ({"path": "d", "name": "../x"}, Invalid, "Use 1 to 63"), ({"path": "d", "disk": 0}, Invalid, "--disk 1"),
         ({"path": "d", "domain_nodes": ["north"]}, NotFound, "hdcs domain list"), ({"path": ""}, Invalid, "one file"),
-        ({"path": "d", "profile": "small"}, Conflict, "hdcs profile list"),
+        ({"path": "d.ova", "profile": "small"}, Conflict, "hdcs profile list"),
+        ({"path": "d", "profile": "p1"}, Invalid, "only an OVA does. Leave --profile out, then: hdcs profile"),
+        ({"path": "d.ova", "format": "qcow2", "profile": "p1"}, Invalid, "only an OVA does"),
+        ({"path": "none"}, NotFound, "on server node node3: there is no file"),
+        ({"path": "d", "format": "iso"}, Invalid, "Use raw, qcow2, vmdk, vdi, vhdx, vhd, ova"),
         ({"path": "d", "node": "node1", "domain_nodes": ["west"]}, Invalid, "Add --domain-node east"),
         ({"path": "a\nb"}, Invalid, "one file"),
         pytest.param({"path": "d", "drivers": True}, Invalid, "apt install virt-v2v", marks=NO_V2V),
@@ -160,6 +164,23 @@ def test_a_strangers_overlay_on_another_vms_disk_is_refused(place: ImagePlace) -
     shown = ended(place, place.images.add("mini", str(evil), domain_nodes=("east",)))
     assert "outside" in shown["error"]["message"], "nor may it be added"
     assert place.everything() == []
+
+
+def test_what_was_cut_off_on_its_way_becomes_no_image(place: ImagePlace) -> None:
+    """Neither imported nor added; the refusal says where, why and what to do, and the next copy of it is taken."""
+    path = place.file("d.qcow2")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) - MIB // 2])
+    for ask in (place.images.import_("mini", "d.qcow2", domain_nodes=("east",)),
+                place.images.add("mini", str(path), domain_nodes=("east",))):  # fmt: skip
+        shown = ended(place, ask)
+        error = shown["children"][0]["error"] if shown["children"] else shown["error"]
+        assert error["code"] == "invalid"
+        assert error["message"].startswith(f"on server node node1: {path} is refused: it is cut off or damaged")
+        assert "Copy it again" in error["next"]
+    assert place.images.list() == [] and place.everything() == []
+    path.write_bytes(whole)
+    assert ended(place, place.images.import_("mini", "d.qcow2"))["state"] == "done"
 
 
 def test_a_dry_run_tells_and_changes_nothing(place: ImagePlace, monkeypatch: pytest.MonkeyPatch) -> None:

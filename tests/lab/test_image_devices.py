@@ -49,19 +49,22 @@ def content(path: Path) -> bytes:
 
 
 def test_onto_a_disk_and_back(disk: Path, device: Path, tmp_path: Path) -> None:
-    device.write_bytes(os.urandom(24 * MIB))  # old content, of which nothing may shine through
+    # Old content, of which nothing may shine through: nor at the device's end, past the disk.
+    device.write_bytes(os.urandom(24 * MIB) + bytes(7 * MIB) + os.urandom(MIB))
     told: list[float] = []
     watch = Watch(on_progress=lambda percent, _phase, _eta: told.append(percent))
     manifest = exporting.export(order(disk), device, watch, attempt="s-1")
     raw = tmp_path / "raw"
     tool("qemu-img", "convert", "-f", "qcow2", "-O", "raw", disk, raw)
     assert content(device)[: 24 * MIB] == content(raw)
+    assert content(device)[31 * MIB :] == bytes(MIB)
+    assert devices.content_of(device) == ""
     assert manifest["files"][0]["sha256"] == tool("sha256sum", raw).split()[0]
     assert told[-1] == 100.0
     image = tmp_path / "images" / "1.qcow2"
     image.parent.mkdir()
     found = importing.find(device, Path("/dev"), fmt=None, disk=None, max_bytes=1 << 30)
-    assert (found.probed.format, found.probed.virtual_bytes) == ("raw", 32 * MIB)
+    assert (found.probed.format, found.probed.virtual_bytes, found.warnings()) == ("raw", 32 * MIB, [])
     importing.bring_in(found, image, Watch(storage=tmp_path), attempt=1)
     tool("qemu-img", "compare", "-f", "raw", "-F", "qcow2", device, image)
     assert image.stat().st_blocks * 512 < 8 * MIB
@@ -81,6 +84,8 @@ def test_a_mounted_disk_is_never_written(disk: Path, device: Path, tmp_path: Pat
     try:
         (tmp_path / "mnt" / "letter").write_text("dear")
         refused(disk, device, Conflict, "is mounted on", force=True)
+        found = importing.find(device, Path("/dev"), fmt=None, disk=None, max_bytes=1 << 30)
+        assert [text.split(":")[0] for text in found.warnings()] == [f"{device.name} is mounted on {tmp_path / 'mnt'}"]
         assert (tmp_path / "mnt" / "letter").read_text() == "dear"
     finally:
         tool("umount", tmp_path / "mnt")
@@ -99,6 +104,7 @@ def test_a_disk_mounted_where_it_does_not_show_is_never_written(disk: Path, devi
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "there\n"
         refused(disk, device, Conflict, "in use: the kernel says so", force=True)
+        assert devices.users(device) == [f"the kernel says that {device} is in use"]
     finally:
         holder.communicate("\n", timeout=30)
     exporting.check(order(disk, force=True), device)

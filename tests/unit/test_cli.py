@@ -150,6 +150,18 @@ def test_usage_errors_end_with_2_before_any_service(line: str, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize(
+    ("line", "option"),
+    [("image import a a.vmdk --format vmdk", "--source-format"), ("image export a a.x --format vmdk", "--as"),
+     ("vm export a a.x -f ova", "--as")],
+)  # fmt: skip
+def test_who_means_the_images_format_is_told_its_option(
+    line: str, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.run(line.split(), no_cloud) == 2
+    assert f"This is how to print; the image's format: {option}." in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
     "line",
     ["vm delete a", "vm stop a --force", "vm reboot a --force", "image delete mini", "backup delete 123456",
      "profile delete p", "node remove node1", "policy delete p", "storm delete s", "warm delete w", "quota drop anna",

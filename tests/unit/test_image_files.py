@@ -48,7 +48,13 @@ def order(disk: Path, fmt: str, **more: Any) -> Order:
 
 def bring_in(path: Path, target: Path, watch: Watch | None = None, **more: Any) -> str:
     target.parent.mkdir(exist_ok=True)
-    found = importing.find(path, path.parent, fmt=more.pop("fmt", None), disk=more.pop("disk", None), max_bytes=MAX)
+    found = importing.find(
+        path,
+        path.parent,
+        fmt=more.pop("fmt", "ova" if path.suffix == ".ova" else None),
+        disk=more.pop("disk", None),
+        max_bytes=MAX,
+    )
     return importing.bring_in(found, target, watch or Watch(), attempt=1, **more)
 
 
@@ -87,7 +93,7 @@ def test_an_ova_keeps_the_machine(disk: Path, tmp_path: Path) -> None:
     exporting.export(order(disk, "ova"), target, Watch(), attempt="1")
     with tarfile.open(target) as archive:
         assert archive.getnames() == ["office.ovf", "office-disk1.vmdk", "office.mf"]
-    found = importing.find(target, tmp_path, fmt=None, disk=None, max_bytes=MAX)
+    found = importing.find(target, tmp_path, fmt="ova", disk=None, max_bytes=MAX)
     shape = found.shape()
     assert shape is not None
     assert (shape["name"], shape["vcpus"], shape["memory_mib"]) == ("office", 2, 1024)
@@ -98,7 +104,7 @@ def test_an_ova_keeps_the_machine(disk: Path, tmp_path: Path) -> None:
 def test_an_ova_whose_disk_was_changed_is_refused(disk: Path, tmp_path: Path) -> None:
     target = tmp_path / "office.ova"
     exporting.export(order(disk, "ova"), target, Watch(), attempt="1")
-    found = importing.find(target, tmp_path, fmt=None, disk=None, max_bytes=MAX)
+    found = importing.find(target, tmp_path, fmt="ova", disk=None, max_bytes=MAX)
     assert found.archive is not None
     member = found.archive.members["office-disk1.vmdk"]
     with target.open("r+b") as file:

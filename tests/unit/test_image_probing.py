@@ -58,7 +58,7 @@ def test_every_format_is_known_by_its_header(root: Path, fmt: str) -> None:
     found = probing.probe(path, root, max_bytes=MAX)
     assert (found.format, found.virtual_bytes, found.chain) == (fmt, 8 * MIB, (path,))
     assert found.needed_bytes is not None
-    refused(path, root, f"content is {fmt}, not raw", fmt="raw")
+    refused(path, root, f"content is {'vhd' if fmt == 'vpc' else fmt}, not raw", fmt="raw")
 
 
 def test_a_raw_disk_is_never_guessed(root: Path) -> None:
