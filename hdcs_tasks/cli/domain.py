@@ -14,7 +14,7 @@ COLUMNS = (
     output.Column("name"), output.Column("server_nodes", "server nodes"),
     output.Column("storage_primary", "storage primary"), output.Column("vcpus"), output.Column("free_vcpus", "free"),
     output.column("memory_mib"), output.column("free_memory_mib", "free"), output.Column("ports_free", "ports free"),
-    output.column("storage_free_bytes"), output.column("disk_promised_bytes"),
+    output.column("storage_free_bytes"), output.column("disk_promised_bytes"), output.Column("draining"),
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from hdcs_tasks.cli import output
 from hdcs_tasks.errors import from_dict
 
 VMS = output.columns("name", "domain_node", "server_node")
+WAY = output.columns("way")
 WARM = (output.column("warm_pool", "warm pool"), output.column("was", "is now"))
 NODES = (
     output.column("domain_node"), output.column("node", "server node"), output.Column("rank"),
@@ -25,7 +26,8 @@ def conclude(plan: dict[str, Any], form: str) -> None:
         output.print_json(plan)
     else:
         warm = WARM if any(vm.get("warm_pool") for vm in plan["vms"]) else ()
-        output.print_rows([_brief(vm) for vm in plan["vms"]], (*VMS, *warm), form)
+        way = WAY if any(vm.get("way") for vm in plan["vms"]) else ()
+        output.print_rows([_brief(vm) for vm in plan["vms"]], (*VMS, *way, *warm), form)
         if form == "table":
             _explain(plan)
     if not plan["fits"]:
@@ -44,7 +46,7 @@ def conclude_look(plan: dict[str, Any], form: str) -> None:
 
 
 def _brief(vm: dict[str, Any]) -> dict[str, Any]:
-    keys = ("name", "domain_node", "server_node", "warm_pool", "was", "message")
+    keys = ("name", "domain_node", "server_node", "way", "warm_pool", "was", "message")
     return {key: vm[key] for key in keys if key in vm}
 
 

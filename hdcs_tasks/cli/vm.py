@@ -114,7 +114,7 @@ def clone(
 
 @vm.command()
 @click.argument("name")
-@click.argument("to", required=False, metavar="[NODE]")
+@click.argument("to", required=False, metavar="[TARGET]")
 @click.option(
     "--live/--offline",
     default=True,
@@ -143,11 +143,12 @@ def migrate(
     face: Face, /, name: str, to: str | None, dry_run: bool, reason: str, key: str | None, wait: bool,
     timeout_s: float | None, form: str, **options: Any,
 ) -> None:  # fmt: skip
-    """Move a VM to a server node or to another domain node; without one, to where it fits best in its own.
+    """Move a VM to TARGET, a server node or another domain node; without one, to where it fits best in its own.
 
     Inside a domain node a running VM moves live; a stopped one needs no move. To another domain node its own disk layer
     travels too, live with the running guest or, of a stopped one, as files; the image it stands on is brought once.
-    Cancelled (hdcs op cancel), it runs on where it was.
+    Cancelled (hdcs op cancel), it runs on where it was; offline it goes on from its saved memory, on the server node
+    it was on if that still has room, else on another one of its domain node.
 
     \b
     Examples:
@@ -161,7 +162,23 @@ def migrate(
         plans.conclude(face.cloud.vms[name].migrate(to, dry_run=True, **options).explain(), form)
         return
     operation = face.cloud.vms[name].migrate(to, idempotency_key=key, reason=reason, **options)
-    waiting.conclude([operation], form=form, wait=wait, timeout_s=timeout_s)
+    for view in waiting.conclude([operation], form=form, wait=wait, timeout_s=timeout_s):
+        output.message(_moved(view))
+
+
+def _moved(view: dict[str, Any]) -> str:
+    """``desk-001: node1 -> node2, 912 ms, downtime 49 ms, 2.0 MiB``; what nobody measured is left out."""
+    found = view["result"] or {}
+    if not found.get("moved"):
+        return f"{view['subject']} was not moved: {found.get('why', '')}"
+    words = [f"{view['subject']}: {found['from']} -> {found['to']}"]
+    figures = (("", "total_ms", _in_ms), ("downtime ", "downtime_ms", _in_ms), ("", "bytes", output.in_bytes))
+    words += [f"{what}{show(found[key])}" for what, key, show in figures if found.get(key, -1) >= 0]
+    return ", ".join(words)
+
+
+def _in_ms(value_ms: int) -> str:
+    return f"{value_ms} ms" if value_ms < 1000 else output.in_seconds(value_ms / 1000)
 
 
 @vm.command()

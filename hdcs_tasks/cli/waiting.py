@@ -73,8 +73,8 @@ def nothing(form: str) -> None:
 def conclude(
     operations: Sequence[Operation], *, form: str, wait: bool, timeout_s: float | None, one: bool = True,
     refused: Sequence[tuple[str, HdcsError]] = (),
-) -> None:  # fmt: skip
-    """Print what became of the operations, after waiting for their end unless told not to.
+) -> list[View]:  # fmt: skip
+    """Print what became of the operations, after waiting for their end unless told not to; those that ended, done.
 
     ``one``: print an object instead of a list. Raises what made them fail, WaitTimedOut or Detached.
     """
@@ -84,7 +84,7 @@ def conclude(
         _print_accepted([operation.show() for operation in operations], form, one)
         if refused:
             raise several(list(refused), len(operations) + len(refused))
-        return
+        return []
     stopped: HdcsError | None = None
     try:
         views = follow(operations, timeout_s)
@@ -92,11 +92,15 @@ def conclude(
         stopped, views = error, [operation.show() for operation in operations]
     if stopped is None or form != "table":
         _print_ended(views, form, one)
+    for view in views:
+        if view["state"] == "done" and (view["result"] or {}).get("why"):
+            output.message(f"{view['subject']}: {view['result']['why']}")
     if stopped is not None:
         raise stopped
     failed = list(refused) + [(view["subject"], why) for view in views if (why := error_of(view))]
     if failed:
         raise several(failed, len(operations) + len(refused))
+    return views
 
 
 def _print_accepted(views: Sequence[View], form: str, one: bool) -> None:

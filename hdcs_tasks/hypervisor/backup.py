@@ -230,7 +230,7 @@ class _Push:
 
     def make_encrypted(self, target: Path, backing: Backing | None) -> None:
         """The file libvirt is to fill: its own would cost a second to open, for each layer of a chain."""
-        with libvirt_errors(self.what):
+        with libvirt_errors(f"back up guest {self.vm_id}"):
             size_bytes = self.guest.blockInfo(self.disk_target)[0]
         create_layer(target, backing, size_bytes, self.key)
         keys.give_to_libvirt(self.host, self.key)
@@ -262,7 +262,7 @@ class _Push:
         return consistency
 
     def _disks(self) -> list[str]:
-        with libvirt_errors(self.what):
+        with libvirt_errors(f"back up guest {self.vm_id}"):
             root = ElementTree.fromstring(self.guest.XMLDesc(0))
         disks = [d for d in root.findall("./devices/disk") if d.get("device", "disk") == "disk"]
         found = [t.get("dev", "") for d in disks for t in d.findall("target")]
@@ -285,7 +285,7 @@ class _Push:
 
     def _begin(self, backup_xml: str, point_xml: str | None, freeze: bool, pace: Pace) -> str:
         self._may_go_on()
-        with libvirt_errors(self.what):
+        with libvirt_errors(f"back up guest {self.vm_id}"):
             running = self.guest.state()[0] == libvirt.VIR_DOMAIN_RUNNING  # a paused one has no agent to wait for
         with ExitStack() as stack:
             held = freeze and running and stack.enter_context(agent.frozen(self.host, self.vm_id))

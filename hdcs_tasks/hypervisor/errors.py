@@ -56,6 +56,7 @@ _BY_CODE: dict[int, tuple[type[HdcsError], str]] = {
 }
 
 # The same code can mean several things; then only libvirt's or QEMU's own words tell them apart.
+_FULL = "No space left on device"
 _BY_WORDS: tuple[tuple[str, type[HdcsError], str], ...] = (
     ('Failed to get "write" lock', Conflict, "Another guest or process holds the disk; stop it first"),
     ("Failed to get shared", Conflict, "Another guest or process holds the disk; stop it first"),
@@ -66,6 +67,7 @@ _BY_WORDS: tuple[tuple[str, type[HdcsError], str], ...] = (
     ("binding socket to", Conflict, "Another process listens on the console port"),
     ("failed to initialize spice server", Conflict, "Most likely another process listens on the console port"),
     ("Cannot allocate memory", NoCapacity, "The server node is out of memory; see: hdcs pool capacity"),
+    (_FULL, HypervisorRefused, "A storage is full: make room there. See: hdcs domain list"),
 )
 
 _CONNECTION_CODES = frozenset({libvirt.VIR_ERR_INTERNAL_ERROR, libvirt.VIR_ERR_SYSTEM_ERROR})
@@ -100,6 +102,11 @@ def translate(error: libvirt.libvirtError, action: str, *, unsure: bool = False)
         if needle.lower() in words.lower():
             return kind(message, next=advice, details=details)
     return HypervisorRefused(message, next="Look at libvirt's log on the server node", details=details)
+
+
+def is_storage_full(error: HdcsError) -> bool:
+    """Whether libvirt or QEMU said that a disk could not be written for want of space."""
+    return _FULL.lower() in error.message.lower()
 
 
 @contextmanager

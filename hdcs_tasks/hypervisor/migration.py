@@ -283,6 +283,7 @@ class _Migration:
         self.host = host
         self.vm_id = vm_id
         self.what = f"migration of guest {vm_id} to {target_uri}"
+        self.action = f"migrate guest {vm_id} to {target_uri}"
         self.target_uri = target_uri
         self.guest = host.guest(vm_id)
         self.on_progress = on_progress
@@ -296,7 +297,7 @@ class _Migration:
             probe(self.target_uri, _PROBE_S)
         except Unreachable as error:
             raise HypervisorRefused(error.message, next="The guest runs on at its source") from error
-        with libvirt_errors(self.what):
+        with libvirt_errors(self.action):
             params = params | console.params(self.guest)
         started = time.monotonic()
         # On a connection of its own: the answer to a call that lasts lies unread while others are asked on the same.
@@ -370,7 +371,7 @@ class _Migration:
             return  # even if a cancel came: too late, the guest is at the target
         if not isinstance(call.error, libvirt.libvirtError):
             raise call.error
-        error = translate(call.error, self.what, unsure=True)
+        error = translate(call.error, self.action, unsure=True)
         if isinstance(error, OutcomeUnknown) and self._runs_here():
             # It was the target that could not be reached.
             error = HypervisorRefused(

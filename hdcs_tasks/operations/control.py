@@ -188,6 +188,7 @@ class Tx:
             idempotency_key=key, request_digest=self._digests[key] if key else None,  # same_request comes first
             requested_by=asked.by, reason=asked.reason,
             request=request or {}, id=new_id(), phase="queued", percent=0.0, cancel_asked=False, needs_operator=False,
+            created_at=now(),  # not when it is flushed: one that is refused at once has ended by then
         )  # fmt: skip
         self.session.add(operation)
         self._opened.add(operation.id)

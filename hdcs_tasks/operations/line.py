@@ -26,6 +26,8 @@ RATE_WINDOW_S = 300.0
 MEASURED = 3
 """From so many starts on, the present line's own pace counts."""
 LOOKED_AT = 1000
+TAKEN_WITHIN_S = 5.0
+"""A move's message that lies in the queue for longer than this has a place in line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,8 @@ class Place:
     why: str
     since: datetime
     eta_s: float | None
+    is_taken_soon: bool = False
+    """A move whose message was sent just now: it is no start, and does not wait for the starts before it."""
 
     def shown(self) -> dict[str, Any]:
         """As an operation's view shows it."""
@@ -75,7 +79,7 @@ def places_of(control: Control, session: Session, operation_ids: Collection[str]
     return {
         place.operation: place.shown()
         for queue in session.scalars(mine).all() for place in _places(control, session, queue)
-        if place.operation in operation_ids
+        if place.operation in operation_ids and not place.is_taken_soon
     }  # fmt: skip
 
 
@@ -101,7 +105,7 @@ def _places(control: Control, session: Session, queue: str) -> list[Place]:
         Place(
             operation.id, operation.kind, operation.subject, queue, number, len(waiting),
             step.state is StepState.PARKED, (step.error or {}).get("message", ""), operation.created_at,
-            line_eta_s(number, *pace) if _keeps_pace(step) else None,
+            line_eta_s(number, *pace) if _keeps_pace(step) else None, _is_taken_soon(step),
         )
         for number, (step, operation) in enumerate(waiting, 1)
     ]  # fmt: skip
@@ -111,6 +115,11 @@ def _wants_to_start(step: Step, operation: Operation) -> bool:
     if step.name in CLONES:
         return bool(operation.request.get("start"))
     return step.state is StepState.PUBLISHED or is_waiting(step.error)
+
+
+def _is_taken_soon(step: Step) -> bool:
+    sent_s = (now() - (step.published_at or now())).total_seconds()
+    return step.state is StepState.PUBLISHED and step.name == "vm.migrate_prepare_on_node" and sent_s < TAKEN_WITHIN_S
 
 
 def _keeps_pace(step: Step) -> bool:

@@ -54,6 +54,11 @@ def _destination(session: Session, vm: Vm, to: str | None) -> tuple[str, str | N
         raise WrongState(f"VM {vm.name} is on {to} already", next="There is nothing to move")
     if node.state not in IN_POOL:
         raise WrongState(f"server node {to} is {node.state}", next="Choose another: hdcs node list")
+    if node.draining:
+        raise WrongState(
+            f"server node {to} is closed to VMs: it is {node.state}",
+            next=f"Choose another (hdcs node list), or open it: hdcs node resume {to}",
+        )
     get_domain_node(session, node.domain_node)
     return node.domain_node, node.name
 

@@ -15,6 +15,7 @@ from hdcs_tasks.errors import Conflict, HdcsError, HypervisorRefused, NotFound, 
 from hdcs_tasks.hypervisor import disks, migration, networks, storage
 from hdcs_tasks.hypervisor.checkpoints import keep_checkpoints, redefine_checkpoints
 from hdcs_tasks.hypervisor.connection import Host, peer_of
+from hdcs_tasks.hypervisor.errors import is_storage_full
 from hdcs_tasks.hypervisor.keys import KeyRing, give_to_libvirt
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.node import HandOver, Run
@@ -104,12 +105,23 @@ def perform(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
                 ctx.host(), spec["vm_id"], console_port=target["port"], console_listen=target["listen"],
                 **node_migrate.terms(run, spec),
             )  # fmt: skip
-        except (NotFound, Conflict, HypervisorRefused):
+        except (NotFound, Conflict, HypervisorRefused) as error:
             if node_migrate.has_left(run, spec):
                 return node_migrate.UNSEEN | {"checkpoints": kept}
-            raise
+            raise _told(error, target) from error
     log.info("moved", vm=spec["name"], to=target["node"], downtime_ms=done.downtime_ms, bytes=done.bytes)
     return node_migrate.measured(done) | {"checkpoints": kept}
+
+
+def _told(error: HdcsError, target: dict[str, Any]) -> HdcsError:
+    """Of a storage that ran full under the copy libvirt tells, not whose it is: only the target's is written to."""
+    if not is_storage_full(error):
+        return error
+    return HypervisorRefused(
+        f"the storage of domain node {target['domain_node']} is full: {error.message}",
+        next="Delete VMs, images or backups there, or add storage. The guest runs on at its source",
+        details=error.details,
+    )
 
 
 def _same_root(place: storage.StorageLayout, there: str) -> None:

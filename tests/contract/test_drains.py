@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+from threading import Thread
+from time import sleep
+
 import pytest
+from sqlalchemy import select
 
 from hdcs_tasks.cli.main import run
-from hdcs_tasks.errors import Cancelled, Conflict, HypervisorRefused
+from hdcs_tasks.errors import Cancelled, Conflict, HypervisorRefused, WrongState
 from hdcs_tasks.operations.recovery import recovery_sweep
+from hdcs_tasks.store.models import Step, now
 from tests.contract.test_moves import Played, consistent, spread
 from tests.contract.test_moves import center as center
 
@@ -90,3 +96,54 @@ def test_a_failed_drain_tells_of_each_or_where_to_read_it(center: Played, capsys
     shown = capsys.readouterr().out
     told = {line.split()[0]: line for line in shown.splitlines() if line.split()[:1] and line.split()[0] in stay}
     assert told.keys() == set(stay) and all(line.endswith("QEMU said no") for line in told.values())
+
+
+def test_a_move_tells_which_way_and_where_it_went(center: Played, capsys: pytest.CaptureFixture[str]) -> None:
+    at = center.started("a")["server_node"]
+    capsys.readouterr()
+    assert run(["vm", "migrate", "a", "node3", "--dry-run"], lambda: center.cloud) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == ["a", "west", "node3", "move"]
+    played = Thread(target=play_until_moved, args=(center,), daemon=True)
+    played.start()
+    assert run(["vm", "migrate", "a", "node3", "--timeout", "60s"], lambda: center.cloud) == 0
+    played.join(60)
+    assert capsys.readouterr().err.splitlines()[-1] == f"a: {at} -> node3, 900 ms, downtime 50 ms, 7 B"
+
+
+def play_until_moved(center: Played) -> None:
+    while center.vm("a")["home"] == "east" or center.cloud.operations.list(live=True):
+        center.play()
+        sleep(0.05)
+
+
+def test_a_move_is_in_no_line_while_its_message_is_on_its_way(center: Played) -> None:
+    center.started("a")
+    operation = center.cloud.vms["a"].migrate()
+    assert "line" not in operation.show() and operation.show()["phase"] == "vm.migrate_prepare_on_node"
+    with center.control.store.session() as session:
+        for step in session.scalars(select(Step).where(Step.operation_id == operation.id)):
+            step.published_at = now() - timedelta(seconds=30)
+    assert operation.show()["line"] == {"domain_node": "east", "place": 1, "of": 1}
+
+
+def test_a_move_to_a_closed_server_node_is_refused_at_once(center: Played) -> None:
+    center.started("a")
+    for name in ("node1", "node2", "node4"):
+        center.cloud.server_nodes.drain(name, move=False)
+    closed = "node1" if center.vm("a")["server_node"] == "node2" else "node2"
+    for to in (closed, "node4"):
+        for dry_run in (True, False):
+            with pytest.raises(WrongState, match=f"server node {to} is closed to VMs: it is draining") as caught:
+                center.cloud.vms["a"].migrate(to, dry_run=dry_run)
+            assert f"hdcs node resume {to}" in caught.value.next
+    center.cloud.server_nodes.resume("node4")
+    center.cloud.vms["a"].migrate("node4")
+    center.play()
+    assert center.vm("a")["server_node"] == "node4"
+
+
+def test_what_is_refused_at_once_took_no_time(center: Played) -> None:
+    spread(center)
+    center.lose("node1")
+    (child, *_) = center.cloud.server_nodes.drain("node1").show()["children"]
+    assert child["state"] == "failed" and 0 <= child["seconds"] < 60

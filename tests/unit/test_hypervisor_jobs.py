@@ -10,9 +10,11 @@ import pytest
 
 from hdcs_tasks.errors import Cancelled, ClaimLost, HypervisorRefused
 from hdcs_tasks.hypervisor.checkpoints import checkpoint_xml
+from hdcs_tasks.hypervisor.errors import translate
 from hdcs_tasks.hypervisor.jobs import JobInfo, job_of, stop_reason
 from hdcs_tasks.hypervisor.migration import _Console, _params
 from hdcs_tasks.hypervisor.whereabouts import Presence, Whereabouts
+from hdcs_tasks.vm.node_move import _told
 
 MIB = 1 << 20
 A, R, P, S, U = Presence.ABSENT, Presence.RUNNING, Presence.PAUSED, Presence.SHUTOFF, Presence.UNKNOWN
@@ -143,3 +145,13 @@ def test_names_in_checkpoints_are_escaped() -> None:
     assert root.findtext("name") == "<a>&'\""
     assert [d.get("checkpoint") for d in root.findall("./disks/disk")] == ["bitmap", "no"]
     assert int(root.findtext("creationTime") or 0) > 0
+
+
+def test_a_full_storage_is_said_to_be_full_and_whose_it_is() -> None:
+    words = "operation failed: migration of disk vda failed: No space left on device"
+    refused = Guest(libvirt.VIR_ERR_OPERATION_FAILED, words).error
+    error = translate(refused, "migrate guest a to b")
+    assert error.message == f"cannot migrate guest a to b: {words}" and "storage is full" in error.next
+    assert _told(error, {"domain_node": "west"}).message.startswith("the storage of domain node west is full: cannot")
+    other = translate(Guest(libvirt.VIR_ERR_OPERATION_FAILED, "no").error, "migrate guest a to b")
+    assert _told(other, {"domain_node": "west"}) is other
