@@ -147,7 +147,8 @@ def migrate(
 
     Inside a domain node a running VM moves live; a stopped one needs no move. To another domain node its own disk layer
     travels too, live with the running guest or, of a stopped one, as files; the image it stands on is brought once.
-    Cancelled (hdcs op cancel), it runs on where it was.
+    Cancelled (hdcs op cancel), it runs on where it was; offline it goes on from its saved memory, on the server node
+    it was on if that still has room, else on another one of its domain node.
 
     \b
     Examples:

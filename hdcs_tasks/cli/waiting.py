@@ -92,6 +92,9 @@ def conclude(
         stopped, views = error, [operation.show() for operation in operations]
     if stopped is None or form != "table":
         _print_ended(views, form, one)
+    for view in views:
+        if view["state"] == "done" and (view["result"] or {}).get("why"):
+            output.message(f"{view['subject']}: {view['result']['why']}")
     if stopped is not None:
         raise stopped
     failed = list(refused) + [(view["subject"], why) for view in views if (why := error_of(view))]

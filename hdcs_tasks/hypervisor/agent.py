@@ -20,7 +20,7 @@ import libvirt_qemu
 
 from hdcs_tasks.errors import HdcsError, HypervisorRefused, Unavailable
 from hdcs_tasks.hypervisor import xml
-from hdcs_tasks.hypervisor.connection import Host
+from hdcs_tasks.hypervisor.connection import Host, answered
 from hdcs_tasks.hypervisor.errors import libvirt_errors
 
 FILE_MAX_BYTES = 1 << 20
@@ -289,8 +289,15 @@ def _thaw_surely(host: Host, vm_id: str, tries: int) -> HdcsError | None:
 def renew_network(host: Host, vm_id: str, mac: str = "") -> None:
     """Pull the guest's network cable for a second: its DHCP client then asks anew.
 
-    ``mac`` chooses the interface; empty means the first. Raises NotFound, HypervisorRefused (no such interface).
+    ``mac`` chooses the interface; empty means the first. Raises NotFound, HypervisorRefused (no such interface, or its
+    QEMU hangs).
     """
+    answered(
+        lambda: _pull_cable(host, vm_id, mac), _LINK_DOWN_S + _CALL_S, f"renew the network of guest {vm_id}"
+    )  # fmt: skip
+
+
+def _pull_cable(host: Host, vm_id: str, mac: str) -> None:
     guest = host.guest(vm_id)
     with libvirt_errors(f"renew the network of guest {vm_id}"):
         text = guest.XMLDesc(0)

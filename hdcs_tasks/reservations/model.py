@@ -86,7 +86,8 @@ class MixEntry(NamedTuple):
 class PlaceRequest:
     """What a VM needs of a server node. ``memory_mib`` counts the per-VM overhead in.
 
-    ``step`` names the request: asked again, the same placement. ``pin``: this server node or none.
+    ``step`` names the request: asked again, the same placement. ``pin``: this server node or none. ``prefer``: this
+    one if it has room.
     ``order``: ``pack`` fills nodes (room stays for big VMs), ``spread`` takes the emptiest.
     ``mix``: the VMs expected next; with it ``pack`` takes the node where the fewest of them are lost, and so does
     ``spread`` from when only three quarters of the nodes take the largest of them.
@@ -117,6 +118,7 @@ class PlaceRequest:
     told: int = 0
     label: str = ""
     hint: str = ""
+    prefer: str | None = None
 
 
 class Weighed(NamedTuple):

@@ -159,6 +159,10 @@ class Ports:
         keys = [self._ports(domain_node)]
         return bool(self._link.call("port_cool", keys, vm, round(cooling_s * 1000)))
 
+    def keep(self, domain_node: str, vm: str) -> bool:
+        """The VM may come back: its port cools no longer. False where it did not (or is another VM's by now)."""
+        return bool(self._link.do("ZREM", f"{self._ports(domain_node)}:cooling", vm))
+
     def reclaim(self, domain_node: str) -> int:
         """Sweep: return ports that cooled long enough to the free ones; how many."""
         keys = [self._ports(domain_node), self._link.key("claims", domain_node)]

@@ -174,7 +174,7 @@ class Pool:
     def _place_call(self, r: PlaceRequest) -> tuple[Sequence[str], Sequence[Value]]:
         if r.vcpus < 1 or r.memory_mib < 1:
             raise Invalid(f"VM {r.vm}: {r.vcpus} vCPU and {r.memory_mib} MiB", next="Ask for at least 1 of each")
-        for name in (r.domain_node, r.vm, r.step, r.pin or "-", *r.exclude, *r.tags):
+        for name in (r.domain_node, r.vm, r.step, r.pin or "-", r.prefer or "-", *r.exclude, *r.tags):
             check_token("name in a placement", name)
         mac = self._propose_mac() if r.mac else ""
         packed = (
@@ -182,10 +182,10 @@ class Pool:
             f"{r.console_port:d}|{r.ip:d}|{mac}|{r.order}|{_wrapped(r.tags)}|{r.start_s * 1000:.0f}|{r.told}"
         )
         args: tuple[Value, ...] = (self._link.prefix, _mix_text(r.mix), packed)
-        if r.marks or r.shuns or r.seeks:
+        if r.marks or r.shuns or r.seeks or r.prefer:
             for name in (*r.marks, *r.shuns, *r.seeks):
                 check_token("tag", name)
-            args = (*args, f"{_wrapped(r.marks)}|{_wrapped(r.shuns)}|{_wrapped(r.seeks)}")
+            args = (*args, f"{_wrapped(r.marks)}|{_wrapped(r.shuns)}|{_wrapped(r.seeks)}|{r.prefer or ''}")
         return (self._epoch,), args
 
     def started(self, domain_node: str, node: str, vm: str) -> bool:

@@ -21,7 +21,8 @@
 -- ARGV[3]   domain node|vm|step|vcpus|memory_mib|pin or ''|",excluded,"|port 0 or 1|ip 0 or 1|proposed MAC or ''|
 --           pack or spread|",required,tags,"|start_ms (0: no start, counts against no limit)|so many of the server
 --           nodes it weighed are told, best first (0: none)
--- ARGV[4]   only for a VM with tags or rules about others': ",marks,"|",shuns,"|",seeks,"
+-- ARGV[4]   only for a VM with tags, rules about others' or a server node it came from:
+--           ",marks,"|",shuns,"|",seeks,"|the server node it goes to if that has room, or ''
 local floor = math.floor
 local prefix = ARGV[1]
 local domain_node, vm, step, vcpus, memory, pin, excluded, want_port, want_ip, new_mac, order, tags, start_ms, told =
@@ -80,10 +81,10 @@ local function company(mark)
   return found
 end
 
-local marks, shunned, sought = '', {}, {}
+local marks, preferred, shunned, sought = '', '', {}, {}
 if ARGV[4] then
   local shuns, seeks
-  marks, shuns, seeks = string.match(ARGV[4], '^([^|]*)|([^|]*)|([^|]*)$')
+  marks, shuns, seeks, preferred = string.match(ARGV[4], '^([^|]*)|([^|]*)|([^|]*)|([^|]*)$')
   for mark in string.gmatch(shuns, '[^,]+') do shunned[#shunned + 1] = {mark, company(mark) or {}} end
   for mark in string.gmatch(seeks, '[^,]+') do
     local there = company(mark)
@@ -224,17 +225,22 @@ local function tell_rest(names, losses)
   end
 end
 
+-- The node of this name, if it has room.
+local function named(node)
+  local facts = facts_of(node)
+  if not facts[1] then return nil end
+  local why, ip = refusal(node, facts)
+  if why then return nil end
+  mix = {}
+  tell(node, facts[1] - facts[3], facts[2] - facts[4])
+  return node, facts, ip
+end
+
 local function pick()
-  if pin ~= '' then
-    local facts = facts_of(pin)
-    if not facts[1] then return nil end
-    local why, ip = refusal(pin, facts)
-    if not why then
-      mix = {}
-      tell(pin, facts[1] - facts[3], facts[2] - facts[4])
-      return pin, facts, ip
-    end
-    return nil
+  if pin ~= '' then return named(pin) end
+  if preferred ~= '' and redis.call('SISMEMBER', prefix .. 'nodes:' .. domain_node, preferred) == 1 then
+    local node, facts, ip = named(preferred)
+    if node then return node, facts, ip end
   end
   local least, offset, size = memory * 65536 + vcpus, 0, look_at()
   while true do

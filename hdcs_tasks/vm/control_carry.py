@@ -72,7 +72,7 @@ def _saved(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -> 
     if operation.cancel_asked:
         if is_between(operation):
             give_back_target(tx, operation, vm)
-        back(tx, operation, vm, Cancelled("cancelled; the VM goes on where it was"))
+        back(tx, operation, vm, Cancelled("cancelled; the VM goes on from its saved memory"))
     elif is_between(operation):
         try:
             _carry(tx, operation, vm)
@@ -97,8 +97,16 @@ def _carry(tx: Tx, operation: Operation, vm: Vm) -> None:
     first = None if image is None else bring(tx, operation, image, target_home(operation))
     operation.request = operation.request | {"carried_as": vm.state.value}
     move(vm, VmState.MIGRATING)
+    if state_before(operation) in ALIVE:
+        _keep_port(tx, vm)
     if first is None:
         offer(tx, operation, vm)
+
+
+def _keep_port(tx: Tx, vm: Vm) -> None:
+    """The console port cools since the guest was saved; until its files have arrived the VM may come back to it."""
+    control, home, vm_id = tx.control, vm.home, vm.id
+    tx.after(lambda: control.reservations.ports.keep(home, vm_id))
 
 
 def offer(tx: Tx, operation: Operation, vm: Vm) -> None:
@@ -196,13 +204,16 @@ def _start(tx: Tx, operation: Operation, vm: Vm) -> None:
 
 
 def back(tx: Tx, operation: Operation, vm: Vm, error: HdcsError) -> None:
-    """The move did not happen: a VM that ran is started again, wherever in its domain node there is room."""
+    """The move did not happen: a VM that ran is started again, on the server node it was on if that has room, else
+    wherever in its domain node there is."""
     operation.error = error.to_dict()
     leave_via(vm, VmState.MIGRATING, VmState(operation.request.get("carried_as", vm.state.value)))
     if state_before(operation) in ALIVE and vm.state is VmState.SAVED:
         operation.request = operation.request | {"back": True}
         step = add_start_step(tx, operation, vm)
         step.spec = step.spec | _as_before(operation) | {"binding": True}
+        if vm.home == operation.request["home"]:
+            step.spec = step.spec | {"prefer": operation.request["source"]}
         return
     tx.fail(operation, error)
 
@@ -219,6 +230,8 @@ def _started(tx: Tx, operation: Operation, step: Step, result: dict[str, Any]) -
     if step.spec.get("paused") and vm.state is VmState.RUNNING:
         move(vm, VmState.SUSPENDED)
         vm.observed_state = "paused"
+    if "network" in result:
+        operation.request = operation.request | {"finish": {"network": result["network"]}}
     if "measured" in operation.request or not is_between(operation):
         _leave(tx, operation, vm)
     else:
@@ -242,7 +255,7 @@ def _end(tx: Tx, operation: Operation) -> None:
         error = from_dict(operation.error or {"code": "cancelled", "message": "cancelled"})
         tx.fail(operation, error, needs_operator=bool(operation.request.get("unsure")))
     else:
-        finish(tx, operation, operation.request["measured"])
+        finish(tx, operation, operation.request["measured"] | operation.request.get("finish", {}))
 
 
 def _measure(operation: Operation) -> None:

@@ -22,6 +22,7 @@ from hdcs_tasks.store.transitions import move
 from hdcs_tasks.vm.control import placing_fields, vm_of, wake_others
 from hdcs_tasks.vm.control_clone import promise_disk
 from hdcs_tasks.vm.control_left import clean_later
+from hdcs_tasks.vm.move_rules import ALIVE
 
 PATIENCE_S = 30.0
 """A VM that cannot move runs on where it is, so a migration does not wait for room as long as a start does."""
@@ -157,6 +158,8 @@ def finish(tx: Tx, operation: Operation, measured: dict[str, Any]) -> None:
             "domain_node": target_home(operation), "image_bytes": operation.request.get("image_bytes", 0),
             "next_backup": "full",
         }  # fmt: skip
+        if (named := operation.request["pin"]) is not None and state_before(operation) not in ALIVE:
+            told["why"] = f"it does not run: it starts on any server node of {target_home(operation)}, not just {named}"
     tx.finish(operation, measured | operation.request["ends"] | told)
     for home in {target_home(operation), operation.request["home"]}:
         wake_others(tx, home)

@@ -26,6 +26,7 @@ from hdcs_tasks.hypervisor.keys import KeyRing
 from hdcs_tasks.hypervisor.locks import vm_lock
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.node import NodeContext, Run
+from hdcs_tasks.pool import node_cables
 
 log = logger(__name__)
 
@@ -135,6 +136,7 @@ def saved_memory(place: storage.StorageLayout, vm_id: str) -> Path:
 def release(ctx: NodeContext, vm_id: str, mac: str) -> None:
     """The guest was observed gone from this node: its DHCP host goes, its capacity is free, its IP cools."""
     networks.remove_dhcp_host(ctx.host(), ctx.settings.network_name, mac)
+    node_cables.forget(ctx, vm_id)
     ctx.reservations.pool.release(ctx.domain_node, vm_id, ctx.server_node, ctx.settings.dhcp_lease_s)
 
 
@@ -200,6 +202,7 @@ def resume(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     with lock(run.ctx, spec["vm_id"]):
         run.check()
         guests.resume(run.ctx.host(), spec["vm_id"])
+    node_cables.renew_soon(run.ctx, spec["vm_id"])  # one that was moved while it stood still
     return {"node": run.ctx.server_node}
 
 

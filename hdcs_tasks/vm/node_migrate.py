@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from hdcs_tasks.errors import Conflict, HdcsError, HypervisorRefused, NotFound, OutcomeUnknown
-from hdcs_tasks.hypervisor import agent, guests, migration, whereabouts
+from hdcs_tasks.hypervisor import guests, migration, whereabouts
 from hdcs_tasks.hypervisor.connection import Host, peer_of
 from hdcs_tasks.hypervisor.keys import KeyRing, give_to_libvirt
 from hdcs_tasks.hypervisor.spec import GuestInfo
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.node import HandOver, NodeContext, Run
+from hdcs_tasks.pool import node_cables
 from hdcs_tasks.vm.node import layout, lock, release
 from hdcs_tasks.vm.node_address import give_address
 from hdcs_tasks.vm.node_start import choose, decision, noted, place_request, restore_checkpoints
@@ -198,13 +199,8 @@ def figures(ctx: NodeContext, spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def renew(run: Run, spec: dict[str, Any]) -> str:
-    """The new server node has another subnet: pull the cable, so that the guest asks DHCP again."""
-    try:
-        agent.renew_network(run.ctx.host(), spec["vm_id"], spec["mac"])
-    except HdcsError as error:
-        log.warning("network not renewed after migration", vm=spec["vm_id"], error=str(error))
-        return f"not renewed: {error.message}"
-    return "renewed"
+    """The new server node has another subnet: the guest is made to ask DHCP again. What the result says of it."""
+    return node_cables.renew(run.ctx, spec["vm_id"], spec["mac"])
 
 
 def look(run: Run, spec: dict[str, Any]) -> dict[str, Any]:

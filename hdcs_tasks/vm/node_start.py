@@ -26,6 +26,7 @@ from hdcs_tasks.hypervisor.keys import Key, KeyRing, give_to_libvirt
 from hdcs_tasks.hypervisor.spec import GuestSpec
 from hdcs_tasks.logs import logger
 from hdcs_tasks.operations.node import HandOver, NodeContext, Run
+from hdcs_tasks.pool import node_cables
 from hdcs_tasks.pool.identity import virt_type
 from hdcs_tasks.reservations import Fence, MixEntry, Placed, PlaceRequest, Weighed
 from hdcs_tasks.vm.node import CHECKPOINTS, OPEN, layout, lock, release, saved_memory, still_ours
@@ -63,7 +64,17 @@ def _start_placed(run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     if spec.get("saved"):
         # It comes back as it was and boots nothing; a booting guest counts until its agent answers.
         _start_ended(run.ctx, spec["guest"]["vm_id"])
-    return {"node": placed.node, "port": placed.port, "ip": placed.ip, "decision": why}
+    return {"node": placed.node, "port": placed.port, "ip": placed.ip, "decision": why} | _renewing(run.ctx, spec)
+
+
+def _renewing(ctx: NodeContext, spec: dict[str, Any]) -> dict[str, str]:
+    """A guest that came from its saved memory has the address of then: nobody waits until it has its new one."""
+    if not spec.get("saved") or spec.get("isolated"):
+        return {}
+    if spec.get("paused"):
+        return {"network": node_cables.AT_RESUME}
+    node_cables.renew_soon(ctx, spec["guest"]["vm_id"])
+    return {"network": node_cables.SOON}
 
 
 def _place_here(run: Run, spec: dict[str, Any]) -> Placed:
@@ -125,7 +136,7 @@ def place_request(run: Run, spec: dict[str, Any], vm_id: str, *, start_s: float)
         exclude=tuple(spec["exclude"]), order=spec["order"], tags=tuple(spec["node_tags"]), start_s=start_s,
         mix=tuple(MixEntry(*entry) for entry in spec["mix"]), told=BEST,
         marks=tuple(spec["marks"]), shuns=tuple(spec["shuns"]), seeks=tuple(spec["seeks"]), label=spec["label"],
-        hint=spec["hint"],
+        hint=spec["hint"], prefer=spec.get("prefer"),
     )  # fmt: skip
 
 
@@ -179,6 +190,8 @@ def _start_here(run: Run, spec: dict[str, Any], placed: Placed) -> None:
     if guests.info(host, guest["vm_id"]) is None:
         _mend_bitmaps(place, guest["vm_id"], key)
     give_to_libvirt(host, key)
+    if saved is not None and not spec.get("isolated"):
+        node_cables.note(ctx, guest["vm_id"])
     guests.start(host, wanted, saved=saved, paused=bool(spec.get("paused")))
     restore_checkpoints(host, place, guest["vm_id"])
 

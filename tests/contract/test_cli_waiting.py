@@ -46,6 +46,12 @@ def test_waiting_for_the_end(cloud: Cloud, hdcs: Hdcs, answering: None) -> None:
     assert code == 0 and out.splitlines()[1].split()[1:4] == ["vm.stop", "desk-1", "done"]
 
 
+def test_what_was_not_done_is_said(cloud: Cloud, hdcs: Hdcs, answering: None) -> None:
+    clone(cloud, "a")
+    code, _, err = hdcs("vm", "migrate", "a", "--offline")
+    assert code == 0 and "a: it starts on any server node of its domain node" in err
+
+
 def test_watching_a_parent_counts_its_children(cloud: Cloud, hdcs: Hdcs) -> None:
     clone(cloud, "a", "b")
     operation = hdcs("vm", "start", "a", "b", "--no-wait", "-f", "json")[1]

@@ -270,6 +270,32 @@ def test_carried(center: Played, fails: str, runs: bool) -> None:
     consistent(center)
 
 
+@pytest.mark.parametrize("cut", ["vm.save_on_node", "vm.offer_on_node", "vm.fetch_on_node"])
+@pytest.mark.parametrize("room", [True, False])
+def test_an_offline_move_that_is_cancelled_goes_on_where_it_was(center: Played, cut: str, room: bool) -> None:
+    """On the server node it came from if that has room, with the port it had, however long its files travelled."""
+    for name in ("a", "beside"):  # so that whoever has no wish goes to node1: the emptiest
+        center.clone(name)
+        center.cloud.vms[name].start(node="node2")
+        center.play()
+    before = center.vm("a")
+    operation = center.cloud.vms["a"].migrate("west", live=False)
+    while center.steps("published")[0]["name"] != cut:
+        center.play_one()
+    if cut != "vm.save_on_node":
+        assert center.control.reservations.ports.reclaim("east") == 0, "its port goes to whoever comes next"
+    if not room:
+        center.cloud.server_nodes.drain("node2", move=False)
+    operation.cancel()
+    if cut == "vm.fetch_on_node":
+        center.fails[cut] = Cancelled("cancelled by request")
+    center.play()
+    after = center.vm("a")
+    assert operation.state == "cancelled" and (after["state"], after["home"]) == ("running", "east")
+    assert (after["server_node"], after["port"]) == ("node2" if room else "node1", before["port"])
+    consistent(center)
+
+
 def test_saved_and_restored_inside_a_domain_node(center: Played) -> None:
     before = center.started("a")
     operation = center.cloud.vms["a"].migrate(live=False)
@@ -286,6 +312,17 @@ def test_a_stopped_one_needs_no_move(center: Played) -> None:
     assert done["moved"] is False and "any server node" in done["why"]
     with pytest.raises(WrongState, match="it cannot migrate"):
         center.cloud.vms["a"].migrate("node2")
+
+
+def test_of_a_stopped_one_no_server_node_is_kept(center: Played) -> None:
+    center.clone("a")
+    operation = center.cloud.vms["a"].migrate("node4")
+    center.play()
+    assert operation.result()["why"] == "it does not run: it starts on any server node of west, not just node4"
+    center.started("b")
+    operation = center.cloud.vms["b"].migrate("node4")
+    center.play()
+    assert "why" not in operation.result()
 
 
 # --- drains

@@ -107,7 +107,7 @@ class Center:
             order=spec["order"], tags=tuple(spec["node_tags"]), marks=tuple(spec["marks"]),
             shuns=tuple(spec["shuns"]), seeks=tuple(spec["seeks"]),
             mix=tuple(MixEntry(*entry) for entry in spec["mix"]), label=spec["label"], hint=spec["hint"],
-            start_s=self.slow.get(spec["shown"]["vm"], 120.0),
+            start_s=self.slow.get(spec["shown"]["vm"], 120.0), prefer=spec.get("prefer"),
         ))  # fmt: skip
         if spec["shown"]["vm"] not in self.slow:
             # The played guests boot at once: they do not count as starts under way.

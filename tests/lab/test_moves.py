@@ -164,12 +164,14 @@ def test_live_inside_a_domain_node(moves: Center, desk: Desk) -> None:
 def test_by_post_copy_and_back_suspended(moves: Center, desk: Desk) -> None:
     done = desk.vm.migrate(postcopy=True).result(timeout_s=LONG_S)
     assert done["to"] == desk.vm.show()["server_node"]
-    desk.check()
+    desk.address()
     desk.vm.suspend().result(timeout_s=LONG_S)
     count = desk.count
     back = desk.vm.migrate(to=done["from"]).result(timeout_s=LONG_S)
     assert (back["to"], desk.vm.show()["state"]) == (done["from"], "suspended")
+    assert back["network"] == "renewed at its resume", "a guest that stands still sees no cable pulled"
     desk.vm.resume().result(timeout_s=LONG_S)
+    assert desk.address() == desk.vm.show()["ip"]
     desk.check()
     assert desk.count >= count
     whole(moves)
@@ -182,12 +184,13 @@ def test_saved_inside_a_domain_node(moves: Center, desk: Desk) -> None:
     assert (after["state"], after["server_node"]) == ("running", other(before["server_node"]))
     assert after["port"] == before["port"]
     assert done["way"] == "saved" and done["downtime_ms"] > 0 and done["memory_bytes"] > MIB
-    desk.check()
+    assert desk.address() == after["ip"] != before["ip"]
     desk.vm.suspend().result(timeout_s=LONG_S)
-    desk.vm.migrate(live=False).result(timeout_s=LONG_S)
-    assert desk.vm.show()["state"] == "suspended"
+    back = desk.vm.migrate(live=False).result(timeout_s=LONG_S)
+    assert (desk.vm.show()["state"], back["network"]) == ("suspended", "renewed at its resume")
     assert at_guest(moves, desk.name, lambda host, vm_id: guests.info(host, vm_id).state) == "paused"
     desk.vm.resume().result(timeout_s=LONG_S)
+    assert desk.address() == before["ip"]
     desk.check()
     whole(moves)
 

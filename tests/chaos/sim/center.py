@@ -22,7 +22,7 @@ from hdcs_tasks.operations.sending import send
 from hdcs_tasks.operations.spool import Spool
 from hdcs_tasks.pool import control as pool_control
 from hdcs_tasks.pool import node as pool_node
-from hdcs_tasks.pool import rebuild, tidy, waiting
+from hdcs_tasks.pool import node_cables, rebuild, tidy, waiting
 from hdcs_tasks.pool.identity import instance_id
 from hdcs_tasks.pool.proof import JoinRequest
 from hdcs_tasks.reservations import Reservations
@@ -145,7 +145,7 @@ class Ground:
                 for path in (layout.root / kind).iterdir():
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         for node in self.nodes.values():
-            for path in (node.state_dir / "spool").glob("*"):
+            for path in (*(node.state_dir / "spool").glob("*"), *(node.state_dir / "cables").glob("*")):
                 path.unlink()
         for vm_id in self.vm_ids.values():
             disk = self.layouts["east"].disk(vm_id)
@@ -201,6 +201,7 @@ class Node:
             pool_node.report(ctx, **message)
         elif name == tidy.TIDY_TASK:
             pool_node.tidy(ctx)
+            node_cables.renew_all_noted(ctx)
         elif name == monitor_control.END_LEFT_TASK:
             vm_node.end_left(ctx, **message)
         elif name == monitor_control.SAMPLE_TASK:

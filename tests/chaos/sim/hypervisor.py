@@ -418,12 +418,13 @@ def rooms(world: World) -> Iterator[None]:
     """The rooms of server nodes with this world where their hypervisor was."""
     from hdcs_tasks.monitor import node as monitor_node
     from hdcs_tasks.pool import node as pool_node
+    from hdcs_tasks.pool import node_cables
     from hdcs_tasks.vm import node as vm_node
     from hdcs_tasks.vm import node_address, node_migrate, node_start
 
     nothing = lambda *_, **__: None  # noqa: E731
     with ExitStack() as stack:
-        for room in (vm_node, node_start, node_address, node_migrate, pool_node, monitor_node):
+        for room in (vm_node, node_start, node_address, node_migrate, pool_node, node_cables, monitor_node):
             for name, stand_in in (
                 ("guests", world), ("networks", world), ("disks", world), ("migration", world),
                 ("vm_lock", world.vm_lock),
