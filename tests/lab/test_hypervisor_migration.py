@@ -211,9 +211,12 @@ def test_with_storage_to_another_domain_node(lab: Lab, golden_image: Path) -> No
             desk.write("data", 8)
             count, _ = desk.tick()
             sums = desk.sh("md5sum /root/data")
+            told: list[tuple[float, str]] = []
             result = migration.migrate_with_storage(
-                source, desk.vm_id, target_uri=uri(lab, "node3"), target_address=lab.ip("node3")
-            )
+                source, desk.vm_id, target_uri=uri(lab, "node3"), target_address=lab.ip("node3"),
+                on_progress=lambda percent, phase, _eta_s: told.append((percent, phase)),
+            )  # fmt: skip
+            assert all(percent < 50 for percent, phase in told if phase.startswith("disk")), "its memory is to come"
             desk.host = target
             print(f"with storage: {result}")
             assert observe(source, target, desk.vm_id).verdict == "target"

@@ -353,6 +353,8 @@ def test_the_disk_of_the_target_is_full(moves: Center, victim: Desk, size: str, 
         moves.lab.run("node3", ["umount", f"{SRV}/vms"])
     assert seen["state"] == "failed" and not seen["needs_operator"], seen["error"]
     assert [step["name"] for step in seen["steps"] if step["state"] == "failed"] == [last]
+    if last == "vm.move_on_node":
+        assert "the storage of domain node west is full: cannot migrate guest" in seen["error"]["message"]
     stayed(victim, before)
     whole(moves)
 
