@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -96,7 +97,7 @@ def run(cases: list[Case]) -> dict[str, Any]:
             try:
                 ends.append(end := one(center, case))
             except Exception as error:  # a case that went wrong is what is looked for
-                violations.append({"case": str(case), "what": f"{error!r}"[:2000]})
+                violations.append({"case": str(case), "what": "".join(traceback.format_exception(error))[-4000:]})
                 end = f"VIOLATION: {error!r}"
             print(f"{time.monotonic() - began:6.1f} s  {case}: {end}", file=sys.stderr, flush=True)
     counts = {end: ends.count(end) for end in ("moved", "stayed")}
